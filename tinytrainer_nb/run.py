@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STATES', 'Journal', 'Lock', 'Run', 'log', 'set_status', 'update_info', 'session', 'request', 'take_requests', 'pause',
-           'unpause', 'stop', 'save', 'set', 'wait', 'resume', 'figure', 'panel', 'last_checkpoint', 'whole_folder']
+           'unpause', 'stop', 'save', 'set', 'wait', 'resume', 'figure', 'save_figure', 'panel', 'last_checkpoint',
+           'whole_folder']
 
 # %% ../nbs/01c_run.ipynb #1557f3c6
 import contextlib, json, os, re, threading, time
@@ -242,7 +243,7 @@ def set(self, **changes) -> None:
         if self.settings is not None: type(self.settings)(**{**self.settings.to_dict(), name: value}) # raises what validation says
     self.request("set", changes=changes)
 
-# %% ../nbs/01c_run.ipynb #71a12d8a
+# %% ../nbs/01c_run.ipynb #60bda9d1
 @_patch(Run)
 def wait(self, timeout: float | None = None) -> "Run": # seconds; None: as long as it takes
     "Wait until the run ends; raises what its worker raised."
@@ -264,6 +265,13 @@ def figure(self):
     "The curves so far, as a matplotlib figure."
     from tinytrainer_nb.plots import run_figure
     return run_figure(self)
+
+@_patch(Run)
+def save_figure(self) -> Path:
+    "Write the curves to figure.png."
+    import io
+    self.figure().savefig(content := io.BytesIO(), format="png", dpi=110)
+    return write_whole(self.folder / "figure.png", content.getvalue())
 
 @_patch(Run)
 def panel(self):

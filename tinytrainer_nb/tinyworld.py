@@ -734,10 +734,10 @@ def drill(
         lines.append(_step_line((left, op, right, _COMPUTE[op](left, right), ""), style).rstrip())
     return "\n".join(lines)
 
-# %% ../nbs/00d_tinyworld.ipynb #cb4b8cdc
+# %% ../nbs/00d_tinyworld.ipynb #be39de86
 CORPUS_PROMPT = "Question: {}\nAnswer:"                                  # the form in which the base has read questions
-STYLE_SHARES = {"answer": 0.40, "terse": 0.35, "careful": 0.25}          # of the problems in the corpus
-MIXTURE = {"problem": 0.64, "drill": 0.10, "story": 0.11, "facts": 0.08, "dialogue": 0.07}   # of the documents in the corpus
+STYLE_SHARES = {"answer": 0.50, "terse": 0.22, "careful": 0.28}          # of the problems in the corpus
+MIXTURE = {"problem": 0.62, "drill": 0.17, "story": 0.09, "facts": 0.06, "dialogue": 0.06}   # of the documents in the corpus
 
 def _weighted(rng: Random, shares: dict[str, float]) -> str:
     "A name, drawn by its share."

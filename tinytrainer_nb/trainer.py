@@ -7,7 +7,7 @@ __all__ = ['TrainArgs', 'may_change', 'training_arguments', 'RunTrainer', 'evalu
            'headline', 'sample', 'obey', 'change', 'set_learning_rate', 'load_trained', 'fit', 'save_result', 'finish',
            'save_adapter', 'summarize', 'begin', 'describe', 'rebuild', 'need_trainable']
 
-# %% ../nbs/02a_trainer.ipynb #1892e68c
+# %% ../nbs/02a_trainer.ipynb #acdd5c45
 import os, shutil, time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from .adapters import count_trainable, trainable
-from .core import DTYPES, TinyTrainerError, num_threads, peak_memory, progress, write_json
+from .core import DTYPES, TinyTrainerError, num_threads, peak_memory, progress, read_json, write_json
 from .models import compute_context, keep_gradients, load_model
 from .run import Run, _patch, whole_folder
 from .settings import Settings, setting
@@ -45,18 +45,18 @@ def may_change(settings: Settings) -> list[str]:
     "Names of the settings that may change in flight."
     return [f.name for f in fields(settings) if f.metadata.get("live")]
 
-# %% ../nbs/02a_trainer.ipynb #bdc6e756
+# %% ../nbs/02a_trainer.ipynb #0b455a6f
 def training_arguments(args: TrainArgs, folder: Path, device: str, evaluates: bool) -> TrainingArguments:
     "Our settings in the words of `transformers`. Precision is ours (`compute_context`), so `bf16` and `fp16` stay off."
     kind = {"wsd": "warmup_stable_decay"}.get(args.schedule, args.schedule if args.schedule != "constant" else "constant_with_warmup")
-    extra = dict(num_decay_steps=max(1, args.max_steps // 5)) if args.schedule == "wsd" else {}
+    extra = dict(num_decay_steps=max(1, 3 * args.max_steps // 10)) if args.schedule == "wsd" else {}
     return TrainingArguments(
         output_dir=str(folder / "checkpoints"), max_steps=args.max_steps, per_device_train_batch_size=args.batch_size, learning_rate=args.learning_rate,
         lr_scheduler_type=kind, lr_scheduler_kwargs=extra, warmup_steps=min(args.warmup_steps, args.max_steps - 1), weight_decay=args.weight_decay,
         max_grad_norm=args.max_grad_norm, seed=args.seed, data_seed=args.seed, adam_beta2=0.95, logging_steps=1, logging_nan_inf_filter=False,
         save_strategy="steps" if args.save_steps else "no", save_steps=args.save_steps or 500, eval_strategy="steps" if evaluates and args.eval_steps else "no",
-        eval_steps=args.eval_steps or None, report_to="none", disable_tqdm=True, remove_unused_columns=False, bf16=False, fp16=False, gradient_checkpointing=False,
-        use_cpu=device == "cpu", dataloader_num_workers=0, dataloader_pin_memory=False, optim="adamw_torch")
+        eval_steps=args.eval_steps or None, report_to="none", disable_tqdm=True, remove_unused_columns=False, bf16=False, fp16=False,
+        use_cpu=device == "cpu", dataloader_num_workers=0, dataloader_pin_memory=False, optim="adamw_torch_fused")
 
 # %% ../nbs/02a_trainer.ipynb #36fd7aa7
 class RunTrainer:
@@ -180,7 +180,7 @@ def set_learning_rate(optimizer, scheduler, value: float) -> None:
         group["initial_lr"], group["lr"] = value, value * factor(scheduler.last_epoch)
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
-# %% ../nbs/02a_trainer.ipynb #22447e14
+# %% ../nbs/02a_trainer.ipynb #f7d89d2b
 @_patch(RunTrainer)
 def _save_checkpoint(self, model, trial) -> None:
     step, folder = self.state.global_step, self.run.folder / "checkpoints"
@@ -207,7 +207,6 @@ def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
     "Copy the trained tensors into place; raises `TinyTrainerError` if they are not those of this model."
     path = Path(resume_from_checkpoint)
     load_trained(self.model, path / "trained.safetensors")
-    from tinytrainer_nb.core import read_json
     done = read_json(path / "progress.json")
     self.tokens, self.seconds = done["tokens"], done["seconds"]
     for name in may_change(self.settings): setattr(self.settings, name, done["settings"][name])
@@ -219,7 +218,7 @@ def load_trained(model: nn.Module, path: Path) -> None:
     with torch.no_grad():
         for name, p in now.items(): p.copy_(saved[name])
 
-# %% ../nbs/02a_trainer.ipynb #a725df38
+# %% ../nbs/02a_trainer.ipynb #91183d2d
 @_patch(RunTrainer)
 def fit(self) -> None:
     "Train from the newest checkpoint, or from the start; leaves result, summary and figure in the run's folder."
@@ -242,8 +241,7 @@ def save_result(self) -> None:
 def finish(self, step: int, status: str) -> None:
     "Write summary and figure, then the status."
     write_json(self.run.folder / "summary.json", summarize(self.run, status, step, count_trainable(self.model)))
-    from tinytrainer_nb.plots import save_figure
-    save_figure(self.run)
+    self.run.save_figure()
     self.run.set_status(status, step)
 
 def save_adapter(model, folder: Path) -> None:
