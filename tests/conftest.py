@@ -1,0 +1,33 @@
+"""What all tests share: an offline environment set before anything is imported, the order, what may be missing here."""
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg")
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # the cores the project is written for; results then agree between machines
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # kernels import this checkout
+
+
+def pytest_collection_modifyitems(items):
+    "Notebooks first: they teach, so they break first."
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    "The folder `shared` beside the repository, with real data sets and models"
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir(): pytest.skip("needs the folder `shared` with real data and models beside the repository")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    "Path of a chromium that a browser test can drive"
+    names = ("chromium", "chromium-browser", "google-chrome")
+    if not (path := next(filter(None, map(shutil.which, names)), None)): pytest.skip(f"needs one of {', '.join(names)} on the PATH")
+    return path

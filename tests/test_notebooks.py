@@ -1,0 +1,30 @@
+"""Every notebook runs from top to bottom, in a folder of its own, as papermill would run it for a user."""
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted(p.relative_to(ROOT / "nbs").with_suffix("").as_posix()
+                   for pattern in ("*.ipynb", "tutorials/*.ipynb", "benchmarks/*.ipynb") for p in (ROOT / "nbs").glob(pattern))
+
+# Parameters that make a tutorial short; the other notebooks run as they are.
+SMALL = {}
+
+
+def test_small_parameters_exist():
+    unknown = [f"{name}: {parameter}" for name, small in SMALL.items()
+               for parameter in set(small) - set(papermill.inspect_notebook(ROOT / "nbs" / f"{name}.ipynb"))]
+    assert not unknown, f"SMALL names parameters that the notebook does not have: {unknown}"
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("IN_TEST", "1")  # a module notebook's last cell then exports nothing
+    executed = tmp_path / "executed.ipynb"
+    papermill.execute_notebook(ROOT / "nbs" / f"{name}.ipynb", executed, parameters=SMALL.get(name, {}), cwd=tmp_path,
+                               kernel_name="python3", execution_timeout=600, progress_bar=False)
+    outputs = [o for c in nbformat.read(executed, as_version=4).cells for o in c.get("outputs", [])]
+    errors = [o.ename for o in outputs if o.output_type == "error"]  # `sys.exit(0)` in a cell passes papermill
+    assert not errors, f"{name}: cells ended in errors: {errors}"
