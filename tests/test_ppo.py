@@ -1,0 +1,130 @@
+"""PPO against hand-worked cases and plain transcriptions of the formulas."""
+import pytest
+import torch
+
+from tinytrainer_nb.adapters import LoraArgs, add_lora, trainable
+from tinytrainer_nb.core import data_file
+from tinytrainer_nb.data import load_prompts
+from tinytrainer_nb.models import load_model
+from tinytrainer_nb.ppo import Experience, PPOArgs, PPOTrainer, _rows, experience, gae, policy_loss, ppo, token_rewards, value_loss, whiten
+from tinytrainer_nb.sft import SFTArgs, sft
+
+
+def test_gae_by_hand():
+    "gamma 0.9, lambda 0.8, three tokens: delta_t = r_t + gamma v_{t+1} - v_t, A_t = delta_t + gamma lambda A_{t+1}"
+    r, v = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[0.5, 1.0, 1.5]])
+    d2 = 3 - 1.5; d1 = 2 + 0.9 * 1.5 - 1; d0 = 1 + 0.9 * 1 - 0.5
+    a2 = d2; a1 = d1 + 0.72 * a2; a0 = d0 + 0.72 * a1
+    torch.testing.assert_close(gae(r, v, torch.ones(1, 3), 0.9, 0.8), torch.tensor([[a0, a1, a2]]))
+
+
+def test_gae_ignores_padding():
+    r, v = torch.tensor([[1.0, 2.0, 0.0, 9.0]]), torch.tensor([[0.5, 1.0, 7.0, 7.0]])
+    padded = gae(r, v, torch.tensor([[1.0, 1, 0, 0]]), 0.9, 0.8)
+    torch.testing.assert_close(padded[:, :2], gae(r[:, :2], v[:, :2], torch.ones(1, 2), 0.9, 0.8))
+    assert not padded[:, 2:].any()
+
+
+def test_whiten():
+    x, mask = torch.tensor([[1.0, 2.0, 100.0], [3.0, 100.0, 100.0]]), torch.tensor([[1.0, 1, 0], [1, 0, 0]])
+    w = whiten(x, mask)[mask.bool()]
+    torch.testing.assert_close(w, torch.tensor([-1.0, 0.0, 1.0]) / (2 / 3) ** 0.5)
+
+
+@pytest.mark.parametrize("ratio,advantage,loss,clipped", [(1.5, 1, -1.2, True), (1.5, -1, 1.5, False), (0.5, 1, -0.5, False), (0.5, -1, 0.8, True), (1.1, 2, -2.2, False)])
+def test_clipped_policy_loss(ratio, advantage, loss, clipped):
+    got, was = policy_loss(torch.tensor([ratio]).log(), torch.zeros(1), torch.tensor([float(advantage)]), 0.2)
+    assert got.item() == pytest.approx(loss) and bool(was) == clipped
+
+
+def test_clipped_value_loss():
+    "From 0 to 1 with clip 0.2 counts as 0.2: against a return of 2 the clipped error (1.8) is the larger one; against 0 the plain one"
+    assert value_loss(torch.tensor([1.0]), torch.zeros(1), torch.tensor([2.0]), 0.2).item() == pytest.approx(0.5 * 1.8**2)
+    assert value_loss(torch.tensor([1.0]), torch.zeros(1), torch.tensor([0.0]), 0.2).item() == pytest.approx(0.5)
+
+
+def tiny_policy(seed=0, dtype="fp32"):
+    model, tokenizer = load_model("tiny", quantization="none", dtype=dtype, verbose=False)
+    return add_lora(model, LoraArgs(r=4), seed=seed), tokenizer
+
+
+def letters(prompt, completion, **row):
+    "A reward that differs between completions"
+    return len(set(completion)) / 20
+
+
+def small(out, **more):
+    return PPOArgs(**dict(max_steps=1, batch_size=4, num_generations=2, max_new_tokens=12, epochs=1, minibatches=1, save_steps=0, sample_steps=0, warmup_steps=0, out=str(out)) | more)
+
+
+@pytest.mark.parametrize("after_sft", [False, True])
+def test_first_pass_starts_at_the_reference(tmp_path, after_sft):
+    "Ratio 1, KL 0, nothing clipped; the reference is the policy as handed over, also when it was fine-tuned before"
+    model, tokenizer = tiny_policy()
+    if after_sft:
+        sft(model, tokenizer, data_file("sft.jsonl"), SFTArgs(max_steps=3, batch_size=4, eval_steps=0, sample_steps=0, save_steps=0, learning_rate=1e-2, out=str(tmp_path / "sft")))
+        assert any(p.any() for n, p in trainable(model).items() if "lora_B" in n)
+    run = ppo(model, tokenizer, load_prompts(data_file("rl.jsonl"))[:8], letters, small(tmp_path / "ppo"))
+    event = next(e for e in run.events if e["kind"] == "metrics")
+    assert event["kl"] == 0 and event["clip_fraction"] == 0
+    assert event["policy_loss"] == pytest.approx(0, abs=1e-5)  # ratio 1 on whitened advantages
+    assert "reference" not in model.peft_config  # it leaves the model in the end
+
+
+def test_open_clip_is_reinforce_with_baseline(tmp_path, monkeypatch):
+    "With the clip wide open and one epoch the gradient is that of -A log pi, A from a transcription of eq. 16"
+    model, tokenizer = tiny_policy()
+    seen = {}
+    gather = PPOTrainer.gather
+    def keep(self, prompts, step):
+        seen["batch"], figures = gather(self, prompts, step)
+        return seen["batch"], figures
+    def step(self, model, inputs, num_items_in_batch=None):
+        loss = original(self, model, inputs, num_items_in_batch)
+        seen["gradient"] = {n: p.grad.clone() for n, p in trainable(self.model).items() if p.grad is not None}
+        return loss
+    original = PPOTrainer.training_step
+    monkeypatch.setattr(PPOTrainer, "gather", keep); monkeypatch.setattr(PPOTrainer, "training_step", step)
+    before = {n: p.detach().clone() for n, p in trainable(model).items()}
+    args = small(tmp_path / "ppo", clip=1e9, value_clip=1e9, value_coef=0.0, kl_coef=0.05)
+    ppo(model, tokenizer, load_prompts(data_file("rl.jsonl"))[:8], letters, args)
+
+    with torch.no_grad():
+        for n, p in trainable(model).items(): p.copy_(before[n])
+    model.zero_grad(); model.eval()
+    batch, total, count = seen["batch"], 0.0, seen["batch"].mask.sum()
+    for i, row in enumerate(batch.rows):  # one plain forward pass a completion
+        ids, start = torch.tensor([row["input_ids"]]), sum(t == -100 for t in row["labels"])
+        logp = torch.log_softmax(model(ids).logits[0, start - 1:-1].float(), -1).gather(-1, ids[0, start:, None])[:, 0]
+        total = total - (batch.advantages[i, :len(logp)] * logp).sum() / count
+    total.backward()
+    for name, p in trainable(model).items():
+        torch.testing.assert_close(seen["gradient"]["policy." + name], p.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_token_rewards_and_returns():
+    "Returns are advantages before whitening plus values; the score stands on the last token"
+    mask = torch.tensor([[1.0, 1, 0], [1, 1, 1]])
+    values = torch.tensor([[0.1, 0.2, 0.0], [0.3, 0.4, 0.5]])
+    logp, ref = torch.full((2, 3), -1.0), torch.full((2, 3), -1.2)
+    batch = experience([], mask, torch.tensor([1.0, 2.0]), logp, ref, values, PPOArgs(kl_coef=0.5, lam=1.0))
+    assert isinstance(batch, Experience)
+    torch.testing.assert_close(token_rewards(torch.tensor([1.0, 2.0]), logp, ref, mask, 0.5), torch.tensor([[-0.1, 0.9, 0.0], [-0.1, -0.1, 1.9]]))
+    torch.testing.assert_close(batch.returns, torch.tensor([[0.8, 0.9, 0.0], [1.7, 1.8, 1.9]]))  # lambda 1: the sum to come
+
+
+def test_bandit_converges(tmp_path):
+    "One token an answer, two arms: a digit is worth 1, anything else 0"
+    model, tokenizer = tiny_policy()
+    arm = lambda prompt, completion, **row: float(completion.strip()[:1].isdigit())
+    run = ppo(model, tokenizer, [dict(messages=[dict(role="user", content="Say a number.")])] * 8, arm,
+              small(tmp_path / "ppo", max_steps=25, batch_size=8, num_generations=4, max_new_tokens=1, learning_rate=3e-3, kl_coef=0.0, epochs=2))
+    rewards = run.history("reward")[1]
+    assert sum(rewards[-5:]) / 5 > 0.9, rewards
+
+
+def test_price_holds_the_policy(tmp_path):
+    "A large KL coefficient keeps the policy at its reference"
+    free, held = (ppo(*tiny_policy(), load_prompts(data_file("rl.jsonl"))[:16], letters,
+                      small(tmp_path / f"kl{beta}", max_steps=10, batch_size=8, learning_rate=3e-3, kl_coef=beta, epochs=2)).history("kl")[1] for beta in (0.0, 10.0))
+    assert sum(map(abs, held[-3:])) < 0.3 * sum(map(abs, free[-3:])), (free, held)
