@@ -145,7 +145,7 @@ def parse_kinds(
         kinds.append(Kind(name, draws, wordings, steps, shown))
     return tuple(kinds)
 
-# %% ../nbs/00d_tinyworld.ipynb #06a2bccd
+# %% ../nbs/00d_tinyworld.ipynb #07e762b5
 _ONE_STEP = parse_kinds("""
 kind: gain
 numbers: a 115..870; b 115..870
@@ -175,18 +175,18 @@ ask: {P} makes {a} {o} a day. How many {o} does {P} make in {b} days?
 ask: The shop of {P} sells {a} {o} a day. How many {o} does it sell in {b} days?
 step: a * b = z | {o} in the days.
 kind: share
-numbers: d 3..9; q 13..999//d; t = d*q
+numbers: d 3..9; q 13..min(199, 999//d); t = d*q
 ask: {P} has {t} {o} and shares them equally among {d} friends. How many {o} does each friend get?
 ask: {P} puts {t} {o} into {d} {boxes}, the same number in each {box}. How many {o} are in each {box}?
 step: t / d = z | {o} in each.
 kind: pack
-numbers: d 3..9; q 24..999//d; t = d*q
+numbers: d 3..9; q 24..min(199, 999//d); t = d*q
 ask: {P} has {t} {o} and packs them into {boxes} of {d} {o} each. How many {boxes} does {P} fill?
 ask: {P} must pack {t} {o}. Each {box} holds {d} {o}. How many {boxes} does {P} need?
 step: t / d = z | {boxes} in all.
 """)
 
-# %% ../nbs/00d_tinyworld.ipynb #5ee57ef0
+# %% ../nbs/00d_tinyworld.ipynb #57f97b77
 _TWO_STEPS = parse_kinds("""
 kind: boxes_gift
 numbers: a 24..150; b 3..9; c 31..a*b-35
@@ -207,7 +207,7 @@ ask: {P} has {a} {o}. {Q} gives {P} {b} more {o}. Then {P} loses {c} {o}. How ma
 step: a + b = t | {o} at first.
 step: t - c = z | {o} left.
 kind: join_share
-numbers: d 3..9; q 36..180; b 41..d*q-41; a = d*q-b
+numbers: d 3..9; q 36..99; b 41..d*q-41; a = d*q-b
 ask: {P} has {a} {o} and {Q} has {b} {o}. They put them together and share them equally among {d} friends. How many {o} does each friend get?
 ask: {P} finds {a} {o} and {Q} finds {b} {o}. They put all of them into {d} {boxes}, the same number in each {box}. How many {o} are in each {box}?
 step: a + b = t | {o} together.
@@ -254,7 +254,7 @@ step: a - b = t | {o} after the first.
 step: t - c = z | {o} left.
 """)
 
-# %% ../nbs/00d_tinyworld.ipynb #8e90e654
+# %% ../nbs/00d_tinyworld.ipynb #5a6dd865
 _THREE_STEPS = parse_kinds("""
 kind: two_sorts
 numbers: a 24..95; b 3..9; c 24..95; d 3..9
@@ -271,7 +271,7 @@ step: a * b = t | {o} in the {boxes}.
 step: t + c = u | {o} in all.
 step: u - e = z | {o} left.
 kind: boxes_loose_share
-numbers: a 24..75; b 3..8; d 3..9; q a*b//d+14..a*b//d+70; c = d*q-a*b
+numbers: a 24..48; b 3..6; d 3..9; q a*b//d+14..max(a*b//d+40, 99); c = d*q-a*b
 ask: {P} has {a} {boxes} with {b} {o} in each {box}, and {c} loose {o}. {P} shares all {o} equally among {d} friends. How many {o} does each friend get?
 ask: There are {a} {boxes} with {b} {o} in each {box}, and {c} {o} on the table. {d} friends share all {o} equally. How many {o} does each friend get?
 step: a * b = t | {o} in the {boxes}.
@@ -286,7 +286,7 @@ step: t / d = u | {o} for each.
 step: u + c = z | {o} in each now.
 """)
 
-# %% ../nbs/00d_tinyworld.ipynb #4565c90a
+# %% ../nbs/00d_tinyworld.ipynb #78ac957f
 _THREE_STEPS += parse_kinds("""
 kind: two_days_left
 numbers: a 125..420; b 36..290; c 108..2*a+b-70
@@ -296,7 +296,7 @@ step: a + b = t | {o} second.
 step: a + t = u | {o} together.
 step: u - c = z | {o} left.
 kind: wages
-numbers: a 36..95; b 3..9; d 3..6; q 12..(a*b-24)//d; c = a*b-d*q
+numbers: a 45..95; b 3..9; d 3..9; q 12..min(99, (a*b-24)//d); c = a*b-d*q
 ask: {P} earns {a} coins a day for {b} days. {P} spends {c} coins and shares the rest equally among {d} friends. How many coins does each friend get?
 ask: {P} sells {a} {o} for {b} coins each. {P} spends {c} coins and shares the rest equally among {d} friends. How many coins does each friend get?
 step: a * b = t | coins at first.
@@ -318,7 +318,7 @@ step: t + c = u | {o} then.
 step: u - e = z | {o} left.
 """)
 
-# %% ../nbs/00d_tinyworld.ipynb #946711cf
+# %% ../nbs/00d_tinyworld.ipynb #8fe139f8
 _FOUR_STEPS = parse_kinds("""
 kind: two_sorts_gift
 numbers: a 24..95; b 3..9; c 24..95; d 3..9; e 105..a*b+c*d-30
@@ -337,7 +337,7 @@ step: c * d = u | {o} second.
 step: t + u = v | {o} together.
 step: e - v = z | {o} missing.
 kind: sale_share
-numbers: a 24..75; b 3..8; c 105..380; d 3..6; q 12..(a*b+c-40)//d; e = a*b+c-d*q
+numbers: a 24..75; b 3..8; c 105..380; d 3..9; q 12..min(99, (a*b+c-40)//d); e = a*b+c-d*q
 ask: {P} has {a} {boxes} with {b} {o} in each {box}, and {c} loose {o}. {P} sells {e} {o} and shares the rest equally among {d} friends. How many {o} does each friend get?
 ask: {P} earns {a} coins a day for {b} days and already has {c} coins. {P} spends {e} coins and shares the rest equally among {d} friends. How many coins does each friend get?
 step: a * b = t | in the first part.
@@ -391,7 +391,7 @@ def _fold(parts: list[int]) -> list[str]:
         parts = [parts[0] + parts[1], *parts[2:]]
     return written
 
-# %% ../nbs/00d_tinyworld.ipynb #1ba393d6
+# %% ../nbs/00d_tinyworld.ipynb #ea11540b
 def careful(
     left: int,     # first operand
     op: str,       # one of + - * /
@@ -410,9 +410,12 @@ def careful(
             left -= parts.pop(0)
             written.append(" - ".join(map(str, [left, *parts])))
         return written
-    quotient = _places(left // right)
-    if len(quotient) == 1: return []
-    return [" + ".join(f"{part * right} / {right}" for part in quotient), " + ".join(map(str, quotient))]
+    written, done, rest = [], [], left
+    while len(parts := _places(rest // right)) > 1:
+        easy = parts[0] * right
+        written.append(" + ".join([*done, f"{easy} / {right}", f"{rest - easy} / {right}"]))
+        done, rest = [*done, str(parts[0])], rest - easy
+    return written + ([" + ".join([*done, str(rest // right)])] if done else [])
 
 # %% ../nbs/00d_tinyworld.ipynb #726ff2aa
 _COMPUTE = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}
@@ -701,7 +704,7 @@ def dialogue(
                  food=food, place=place, nature=nature)
     return _expand(_pick(rng, SCENES), rng, slots)
 
-# %% ../nbs/00d_tinyworld.ipynb #d9e0ad3b
+# %% ../nbs/00d_tinyworld.ipynb #f2bdfaa8
 def _operands(rng: Random, op: str) -> tuple[int, int]:
     "Operands as they come up in the problems."
     if op == "+": return _between(rng, 24, 900), _between(rng, 24, 900)
@@ -710,14 +713,14 @@ def _operands(rng: Random, op: str) -> tuple[int, int]:
         return left, _between(rng, 24, min(left - 12, 900))
     right = _between(rng, 3, 9)
     if op == "*": return _between(rng, 13, _pick(rng, (99, 480))), right
-    return _between(rng, 13, 999 // right) * right, right
+    return _between(rng, 13, _pick(rng, (99, 99, 999 // right))) * right, right
 
 def _pieces(rng: Random, op: str) -> tuple[int, int]:
     "Operands of the small steps of careful work."
     if op == "+": return _pick(rng, ((_between(rng, 10, 150) * 10, _between(rng, 2, 99)), (_between(rng, 1, 18) * 100, _between(rng, 1, 18) * 10)))
     if op == "-":
-        left = _between(rng, 101, 999)
-        return left, _between(rng, 1, 9) * _pick(rng, (1, 10, 100) if left > 900 else (1, 10))
+        left, place = _between(rng, 101, 999), _pick(rng, (1, 10, 100))
+        return left, _between(rng, 1, min(9, (left - 1) // place)) * place
     factor, right = _between(rng, 1, 9), _between(rng, 3, 9)
     place = _pick(rng, (1, 10, 100))
     return (factor * place, right) if op == "*" else (factor * place * right, right)
@@ -726,18 +729,18 @@ def drill(
     rng: Random,   # source of chance
 ) -> str:          # eight lines
     "A page of sums, differences, products or quotients."
-    op, sort = _pick(rng, "+-*/"), rng.random()
-    draw, style = (_pieces, "terse") if sort < 0.5 else (_operands, "careful" if sort < 0.85 else "terse")
+    op, sort = _pick(rng, "+-*//"), rng.random()
+    draw, style = (_pieces, "terse") if sort < 0.35 else (_operands, "careful" if sort < 0.85 else "terse")
     lines = []
     for _ in range(8):
         left, right = draw(rng, op)
         lines.append(_step_line((left, op, right, _COMPUTE[op](left, right), ""), style).rstrip())
     return "\n".join(lines)
 
-# %% ../nbs/00d_tinyworld.ipynb #be39de86
+# %% ../nbs/00d_tinyworld.ipynb #e3341339
 CORPUS_PROMPT = "Question: {}\nAnswer:"                                  # the form in which the base has read questions
 STYLE_SHARES = {"answer": 0.50, "terse": 0.22, "careful": 0.28}          # of the problems in the corpus
-MIXTURE = {"problem": 0.62, "drill": 0.17, "story": 0.09, "facts": 0.06, "dialogue": 0.06}   # of the documents in the corpus
+MIXTURE = {"problem": 0.60, "drill": 0.16, "story": 0.10, "facts": 0.08, "dialogue": 0.06}   # of the documents in the corpus
 
 def _weighted(rng: Random, shares: dict[str, float]) -> str:
     "A name, drawn by its share."

@@ -121,7 +121,7 @@ def mean_loss(model, batch: dict, dtype: torch.dtype) -> float:
     model.train(was_training)
     return total
 
-# %% ../nbs/02a_trainer.ipynb #11c9efda
+# %% ../nbs/02a_trainer.ipynb #c660b886
 @_patch(RunTrainer)
 def log(self, logs: dict, start_time=None) -> None:
     "Write a step's figures to the journal. Trackers get them too; the trainer's own history would repeat the journal in every checkpoint."
@@ -150,17 +150,18 @@ def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kw
 def sample(self) -> None: "Show what the model says now; recipes fill this in."
 
 @_patch(RunTrainer)
-def obey(self) -> bool: # whether a checkpoint is wanted
-    "Take the requests that have come: pause here until told otherwise, change settings, stop."
+def obey(self, between_steps: bool = True) -> bool: # whether a checkpoint is wanted
+    "Take the requests that have come: pause here until told otherwise, change settings, stop. Within a step only a pause is obeyed."
     save, paused, step = False, False, self.state.global_step
     while True:
-        for request in self.run.take_requests():
+        for request in self.run.take_requests(None if between_steps else ("pause", "unpause")):
             action = request["action"]
             if action == "pause" and not paused: paused = True; self.run.set_status("paused", step)
             if action in ("unpause", "stop") and paused: paused = False; self.run.set_status("running", step)
             if action == "set": self.change(request["changes"])
             if action == "stop": self.stopped = self.control.should_training_stop = True
             save |= action in ("set", "stop", "save")
+        if paused and not between_steps and self.run.asked("stop"): paused = False; self.run.set_status("running", step)
         if not paused: return save
         time.sleep(0.1)
 
