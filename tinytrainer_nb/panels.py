@@ -107,7 +107,7 @@ def head_html(recipe: str, state: dict) -> str: # `state` from `run_state`
     if state["tokens_per_s"]: parts.append(f"{state['tokens_per_s']:,.0f} tokens/s")
     return f"{badge}&ensp;" + "&ensp;·&ensp;".join(parts)
 
-# %% ../nbs/04a_panels.ipynb #d64e1ec2
+# %% ../nbs/04a_panels.ipynb #0cebfd65
 def figure_png(run: Run, dpi: int = 100) -> bytes:
     "The run's curves as a PNG picture."
     run_figure(run).savefig(buffer := io.BytesIO(), format="png", dpi=dpi)
@@ -125,14 +125,14 @@ class RunPanel(widgets.VBox):
         self.run, self.every, self._closed, self._drawn = run, every, threading.Event(), None
         self.head, self.asked, self.last = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.bar = widgets.IntProgress(layout=widgets.Layout(width="auto"))
-        self.curves = widgets.Image(format="png", layout=widgets.Layout(max_width="100%", width="900px", object_fit="contain", display="none"))
+        self.curves = widgets.Image(format="png", layout=widgets.Layout(width="900px", max_width="100%", min_width="640px", display="none")) # narrower, nobody reads it
         self.samples = widgets.HTML(layout=widgets.Layout(max_height="24em", overflow="auto"))
         self.samples.add_class("jp-RenderedHTMLCommon") # tables as the front end shows them elsewhere
         self.pause_button = _button("Pause", "pause", "hold still after this step", lambda: self.ask("pause"))
         self.continue_button = _button("Continue", "play", "go on after a pause", lambda: self.ask("unpause"))
         self.stop_button = _button("Stop", "stop", "end after this step and keep what was trained", lambda: self.ask("stop"))
         buttons = widgets.HBox([self.pause_button, self.continue_button, self.stop_button, self.asked])
-        super().__init__([self.head, self.bar, buttons, self.last, self.curves, self.samples])
+        super().__init__([self.head, self.bar, buttons, self.last, widgets.Box([self.curves], layout=widgets.Layout(overflow="auto")), self.samples])
         self.thread = threading.Thread(target=self._watch, name="tinytrainer-panel", daemon=True)
         if self.refresh(): self.thread.start()
 
@@ -140,7 +140,7 @@ class RunPanel(widgets.VBox):
         "Leave a request in the run's folder and say so."
         try: getattr(self.run, action)()
         except TinyTrainerError as e: self.asked.value = _small(str(e), _RED)
-        else: self.asked.value = _small(f"{'continue' if action == 'unpause' else action}: asked, takes effect after this step")
+        else: self.asked.value = _small(dict(pause="asked to hold still after this step", unpause="asked to go on", stop="asked to end after this step")[action])
 
     def close(self) -> None:
         "Take the panel away; the run goes on."
