@@ -17,7 +17,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 TUTORIAL = ROOT / "nbs" / "tutorials" / "04_live_panel.ipynb"
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic", "--no-first-run"]
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+         "--disable-quic", "--no-first-run"]
 QUIET = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}  # no pop-up over the picture
 
 pytestmark = pytest.mark.browser
@@ -58,10 +59,10 @@ def lab(tmp_path):
     root, config = tmp_path / "notebooks", tmp_path / "config"
     root.mkdir(); (config / "labconfig").mkdir(parents=True)
     (config / "labconfig" / "default_setting_overrides.json").write_text(json.dumps(QUIET), encoding="utf-8")
-    env = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | {f"JUPYTER_{k}_DIR": str(tmp_path / k.lower()) for k in ("CONFIG", "RUNTIME", "DATA")}
+    env = os.environ | {f"JUPYTER_{k}_DIR": str(tmp_path / k.lower()) for k in ("CONFIG", "RUNTIME", "DATA")}
     url, log = f"http://127.0.0.1:{(port := free_port())}", tmp_path / "lab.log"
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
-               "--IdentityProvider.token=", f"--ServerApp.root_dir={root}"]
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
+               "--ServerApp.port_retries=0", "--IdentityProvider.token=", f"--ServerApp.root_dir={root}"]
     with open(log, "wb") as out: server = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
     try:
         until(lambda: server.poll() is not None or answers(f"{url}/api/status"), "JupyterLab answers")
@@ -122,7 +123,7 @@ class Scene:
         "The window as it is, kept in nbs/images/ when pictures are asked for"
         self.button("Start").evaluate("e => e.closest('.jp-OutputArea').scrollIntoView({block: 'start'})")
         self.page.wait_for_timeout(500)
-        if os.environ.get("TINYTRAINER_SCREENSHOTS") == "1": self.page.screenshot(path=ROOT / "nbs" / "images" / f"{name}.png")  # makes the folder
+        if os.environ.get("TINYTRAINER_SCREENSHOTS") == "1": self.page.screenshot(path=ROOT / "nbs" / "images" / f"{name}.png")
 
 
 def steer(scene: Scene, folder: Path, max_steps: int) -> None:

@@ -71,7 +71,7 @@ def settings_form(
     "A form with one widget for each field of a settings object."
     return Form(args)
 
-# %% ../nbs/04a_panels.ipynb #251d6373
+# %% ../nbs/04a_panels.ipynb #9645b18f
 def run_state(
     run: Run,            # of any recipe
     recent: int = 20,    # steps that speed and time left are taken from
@@ -80,9 +80,11 @@ def run_state(
     status, events = run.status, run.events # the status first: what was written before it is then among the events
     metrics = [e for e in events if e["kind"] == "metrics"][-recent:]
     step, total = max((e["step"] for e in events), default=0), run.info["settings"].get("max_steps")
-    gaps, speeds = [b["time"] - a["time"] for a, b in zip(metrics, metrics[1:])], [e["tokens_per_s"] for e in metrics if e.get("tokens_per_s")]
-    return dict(status=status, step=step, total=total, seconds_left=median(gaps) * (total - step) if gaps and total and status == "running" else None,
-                tokens_per_s=mean(speeds) if speeds else None, last=next((e for e in reversed(events) if e["kind"] in ("note", "change", "error")), None))
+    gaps = [b["time"] - a["time"] for a, b in zip(metrics, metrics[1:])]
+    speeds = [e["tokens_per_s"] for e in metrics if e.get("tokens_per_s")]
+    left = median(gaps) * (total - step) if gaps and total and status == "running" else None
+    last = next((e for e in reversed(events) if e["kind"] in ("note", "change", "error")), None)
+    return dict(status=status, step=step, total=total, seconds_left=left, tokens_per_s=mean(speeds) if speeds else None, last=last)
 
 def event_text(event: dict | None) -> str:
     "A note, a change or an error in one line."
@@ -90,8 +92,9 @@ def event_text(event: dict | None) -> str:
     if event["kind"] == "change": return f"step {event['step']}: {event['setting']} changed from {event['old']} to {event['new']}"
     return f"step {event['step']}: {event['message']}"
 
-# %% ../nbs/04a_panels.ipynb #fb118c54
-STATE_COLOURS = dict(running="#15803d", paused="#b45309", stopped="#475569", finished="#0b5fa5", failed="#b91c1c", interrupted="#7c2d12") # white text has a contrast of 5 or more
+# %% ../nbs/04a_panels.ipynb #ec9c3081
+STATE_COLOURS = dict(running="#15803d", paused="#b45309", stopped="#475569", # white text has a contrast of 5 or more
+                     finished="#0b5fa5", failed="#b91c1c", interrupted="#7c2d12")
 
 def duration(seconds: float) -> str:
     "Seconds in words: `45 s`, `3 min 20 s`, `2 h 5 min`."
@@ -107,7 +110,7 @@ def head_html(recipe: str, state: dict) -> str: # `state` from `run_state`
     if state["tokens_per_s"]: parts.append(f"{state['tokens_per_s']:,.0f} tokens/s")
     return f"{badge}&ensp;" + "&ensp;·&ensp;".join(parts)
 
-# %% ../nbs/04a_panels.ipynb #0cebfd65
+# %% ../nbs/04a_panels.ipynb #7e67ed5a
 def figure_png(run: Run, dpi: int = 100) -> bytes:
     "The run's curves as a PNG picture."
     run_figure(run).savefig(buffer := io.BytesIO(), format="png", dpi=dpi)
@@ -125,14 +128,15 @@ class RunPanel(widgets.VBox):
         self.run, self.every, self._closed, self._drawn = run, every, threading.Event(), None
         self.head, self.asked, self.last = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.bar = widgets.IntProgress(layout=widgets.Layout(width="auto"))
-        self.curves = widgets.Image(format="png", layout=widgets.Layout(width="900px", max_width="100%", min_width="640px", display="none")) # narrower, nobody reads it
+        self.curves = widgets.Image(format="png", layout=widgets.Layout(width="900px", max_width="100%", min_width="640px", display="none"))
         self.samples = widgets.HTML(layout=widgets.Layout(max_height="24em", overflow="auto"))
         self.samples.add_class("jp-RenderedHTMLCommon") # tables as the front end shows them elsewhere
         self.pause_button = _button("Pause", "pause", "hold still after this step", lambda: self.ask("pause"))
         self.continue_button = _button("Continue", "play", "go on after a pause", lambda: self.ask("unpause"))
         self.stop_button = _button("Stop", "stop", "end after this step and keep what was trained", lambda: self.ask("stop"))
+        frame = widgets.Box([self.curves], layout=widgets.Layout(overflow="auto")) # in a narrow window the picture is scrolled, not shrunk
         buttons = widgets.HBox([self.pause_button, self.continue_button, self.stop_button, self.asked])
-        super().__init__([self.head, self.bar, buttons, self.last, widgets.Box([self.curves], layout=widgets.Layout(overflow="auto")), self.samples])
+        super().__init__([self.head, self.bar, buttons, self.last, frame, self.samples])
         self.thread = threading.Thread(target=self._watch, name="tinytrainer-panel", daemon=True)
         if self.refresh(): self.thread.start()
 
@@ -140,14 +144,14 @@ class RunPanel(widgets.VBox):
         "Leave a request in the run's folder and say so."
         try: getattr(self.run, action)()
         except TinyTrainerError as e: self.asked.value = _small(str(e), _RED)
-        else: self.asked.value = _small(dict(pause="asked to hold still after this step", unpause="asked to go on", stop="asked to end after this step")[action])
+        else: self.asked.value = _small("asked to " + dict(pause="hold still after this step", unpause="go on", stop="end after this step")[action])
 
     def close(self) -> None:
         "Take the panel away; the run goes on."
         self._closed.set()
         super().close()
 
-# %% ../nbs/04a_panels.ipynb #34db71fe
+# %% ../nbs/04a_panels.ipynb #785412bc
 @_patch(RunPanel)
 def refresh(self) -> bool: # whether the run goes on
     "Bring the panel up to date with the journal."
@@ -171,7 +175,7 @@ def _watch(self) -> None:
     "The panel's thread: look, rest, look again, until the run has ended or the panel is closed."
     try:
         while not self._closed.wait(self.every) and self.refresh(): pass
-    except Exception as e: self.last.value = _small(f"the panel can no longer read the run ({type(e).__name__}: {e}). run.panel() opens a new one.", _RED)
+    except Exception as e: self.last.value = _small(f"the run can no longer be read ({type(e).__name__}: {e}). run.panel() opens a new panel.", _RED)
 
 def _last_html(event: dict | None) -> str: return _small(event_text(event), _RED if event and event["kind"] == "error" else "inherit")
 
