@@ -10,7 +10,9 @@ NOTEBOOKS = sorted(p.relative_to(ROOT / "nbs").with_suffix("").as_posix()
                    for pattern in ("*.ipynb", "tutorials/*.ipynb", "benchmarks/*.ipynb") for p in (ROOT / "nbs").glob(pattern))
 
 # Parameters that make a tutorial short; the other notebooks run as they are.
-SMALL = {}
+SMALL = {
+    "tutorials/04_live_panel": {"max_steps": 6, "live": False},
+}
 
 
 def test_small_parameters_exist():
