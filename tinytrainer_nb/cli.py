@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'COMMANDS', 'Parser', 'add_settings', 'read_settings', 'with_config', 'recipe_flags', 'load_for_training',
-           'read_texts', 'load_for_pretraining', 'report', 'train', 'resume', 'evaluate', 'chat', 'execute',
-           'quiet_libraries', 'quiet_bars', 'main']
+           'read_texts', 'load_for_pretraining', 'report', 'train_command', 'resume_command', 'evaluate_command',
+           'chat_command', 'notebook_command', 'quiet_libraries', 'quiet_bars', 'main']
 
 # %% ../nbs/04b_cli.ipynb #beed9f99
 import argparse, contextlib, difflib, importlib, json, logging, os, sys, warnings
@@ -100,7 +100,7 @@ def recipe_flags(recipe: str, parser: Parser) -> None:
     add_settings(parser, _settings_class(recipe), f"settings of {recipe}")
     if recipe != "pretrain": add_settings(parser, LoraArgs, "the adapter, if the base has none yet", prefix="lora_")
 
-# %% ../nbs/04b_cli.ipynb #82370d20
+# %% ../nbs/04b_cli.ipynb #48522c29
 def _own(name: str) -> str:
     "Path of the project's own data."
     from tinytrainer_nb.core import data_file
@@ -111,9 +111,11 @@ def load_for_training(values: dict, args) -> tuple: # (model, tokenizer)
     from tinytrainer_nb.adapters import LoraArgs, add_lora
     from tinytrainer_nb.models import load_model
     lora = read_settings(LoraArgs, values, "lora_")
-    model, tokenizer = load_model(values.get("base", "tiny"), values.get("quantization", "auto"), values.get("dtype", "auto"), step_tokens=args.batch_size * args.max_length)
+    model, tokenizer = load_model(values.get("base", "tiny"), values.get("quantization", "auto"), values.get("dtype", "auto"),
+                                  step_tokens=args.batch_size * args.max_length)
     if not hasattr(model, "peft_config"): return add_lora(model, lora, args.seed), tokenizer
-    if any(name.startswith("lora_") for name in values): print("note: this base has an adapter already, which is trained on; the --lora_ flags are not used.", file=sys.stderr)
+    if any(name.startswith("lora_") for name in values):
+        print("note: this base has an adapter already, which is trained on; the --lora_ flags are not used.", file=sys.stderr)
     return model, tokenizer
 
 def _sft(values: dict, args):
@@ -128,7 +130,7 @@ def _ppo(values: dict, args):
     prompts = load_prompts(values.get("data") or _own("rl.jsonl"))
     return ppo(*load_for_training(values, args), prompts, values.get("reward", "exact_answer"), args)
 
-# %% ../nbs/04b_cli.ipynb #9fc5f09f
+# %% ../nbs/04b_cli.ipynb #d5d8c4f4
 def read_texts(data: str) -> list[str]:
     "Documents for pretraining: `tinyworld`, or anything that holds plain text."
     from tinytrainer_nb.core import TinyTrainerError, progress
@@ -137,7 +139,8 @@ def read_texts(data: str) -> list[str]:
     if data == "tinyworld": return list(progress(corpus(200_000, seed=0), total=200_000, desc="writing tinyworld"))
     table = load_examples(data)
     if "text" not in table.column_names or None in table["text"]:
-        raise TinyTrainerError(f"{data}: pretraining reads plain text, but this holds conversations. Use .txt or .md files, or rows with a 'text' column; `tinytrainer sft` takes conversations.")
+        raise TinyTrainerError(f"{data}: pretraining reads plain text, but this holds conversations. Use .txt or .md files, or rows with a 'text' column; "
+                               "`tinytrainer sft` takes conversations.")
     return list(table["text"])
 
 def load_for_pretraining(values: dict, args, texts: list[str]) -> tuple: # (model, tokenizer)
@@ -148,10 +151,11 @@ def load_for_pretraining(values: dict, args, texts: list[str]) -> tuple: # (mode
     base, dtype = values.get("base", "tiny"), values.get("dtype", "auto")
     if base.startswith("new:"):
         preset = model_preset(base[4:])
-        print(f"{base}: {preset.num_parameters:,} parameters, untrained, and a tokenizer of {preset.config.vocab_size:,} pieces from {min(len(texts), 20_000):,} documents")
+        print(f"{base}: {preset.num_parameters:,} parameters, untrained; a tokenizer of {preset.config.vocab_size:,} pieces is learned first")
         return new_model(preset.name, args.seed, dtype), train_tokenizer(texts[:20_000], preset.config.vocab_size)
     model, tokenizer = load_model(base, "none", dtype)
-    if hasattr(model, "peft_config"): raise TinyTrainerError(f"{base}: pretraining trains all weights, but this run holds an adapter. Use its base, or fine-tune it with `tinytrainer sft`.")
+    if hasattr(model, "peft_config"):
+        raise TinyTrainerError(f"{base}: pretraining trains all weights, but this run holds an adapter. Use its base, or `tinytrainer sft`.")
     return model.float(), tokenizer
 
 def _pretrain(values: dict, args):
@@ -161,22 +165,25 @@ def _pretrain(values: dict, args):
     texts = read_texts(values.get("data", "tinyworld"))
     return pretrain(*load_for_pretraining(values, args, texts), texts, args)
 
-# %% ../nbs/04b_cli.ipynb #ef8277ae
+# %% ../nbs/04b_cli.ipynb #8c1b216c
 def report(run) -> None:
     "Say how a run ended and where everything is."
     from tinytrainer_nb.watch import summary_line
     print(summary_line(run))
-    for name, words in dict(adapter="what was trained", model="what was trained", **{"figure.png": "the curves", "summary.json": "the figures", "events.jsonl": "the journal"}).items():
+    made = {"adapter": "what was trained", "model": "what was trained", "figure.png": "the curves",
+            "summary.json": "the figures", "events.jsonl": "the journal"}
+    for name, words in made.items():
         if (run.folder / name).exists(): print(f"  {str(run.folder / name):40} {words}")
     print(f"next: tinytrainer {'resume' if run.status == 'stopped' else 'chat'} {run.folder}")
 
 def _begun_here(out: Path) -> Path | None:
     "The run at `out`, or beside it, that this process began."
     from tinytrainer_nb.core import read_json
-    found = [p for p in (out, *out.parent.glob(f"{out.name}-*")) if (p / "run.json").exists() and read_json(p / "run.json")["process"]["pid"] == os.getpid()]
+    runs = [p for p in (out, *out.parent.glob(f"{out.name}-*")) if (p / "run.json").exists()]
+    found = [p for p in runs if read_json(p / "run.json")["process"]["pid"] == os.getpid()]
     return max(found, key=lambda p: (p / "run.json").stat().st_mtime, default=None)
 
-def train(recipe: str, parser: Parser, given: dict) -> int:
+def train_command(recipe: str, parser: Parser, given: dict) -> int:
     "A recipe's command."
     values = with_config(parser, given)
     args = read_settings(_settings_class(recipe), values)
@@ -187,12 +194,12 @@ def train(recipe: str, parser: Parser, given: dict) -> int:
         return 130
     return 0
 
-# %% ../nbs/04b_cli.ipynb #54b81ab0
+# %% ../nbs/04b_cli.ipynb #11c56bb1
 def _resume_flags(parser: Parser) -> None:
     parser.add_argument("folder", metavar="DIR", help="a run's folder")
     parser.add_argument("--reward", help="of PPO: needed again if it was file.py:function or a function")
 
-def resume(parser: Parser, given: dict) -> int:
+def resume_command(parser: Parser, given: dict) -> int:
     "Go on with an interrupted run; a finished one says so."
     from tinytrainer_nb.core import TinyTrainerError
     from tinytrainer_nb.run import Run
@@ -206,7 +213,7 @@ def resume(parser: Parser, given: dict) -> int:
     except KeyboardInterrupt: print(f"\ninterrupted: `tinytrainer resume {folder}` goes on.", file=sys.stderr); return 130
     return 0
 
-# %% ../nbs/04b_cli.ipynb #7a23e466
+# %% ../nbs/04b_cli.ipynb #3684dd3e
 def _count(text: str) -> int:
     "A number of things, for argparse."
     if not text.isdecimal(): raise argparse.ArgumentTypeError(f"{text!r} must be a whole number at least 0")
@@ -220,7 +227,7 @@ def _evaluate_flags(parser: Parser) -> None:
     parser.add_argument("--max_new_tokens", type=int, metavar="N", help="longest answer (default 256 tokens)")
     parser.add_argument("--json", action="store_true", help="one line of JSON: task, score, n")
 
-def evaluate(parser: Parser, given: dict) -> int:
+def evaluate_command(parser: Parser, given: dict) -> int:
     "Score a model."
     from tinytrainer_nb.evaluate import evaluate
     from tinytrainer_nb.models import load_model
@@ -230,7 +237,7 @@ def evaluate(parser: Parser, given: dict) -> int:
     print(json.dumps(found) if given.get("json") else f"{found['task']}: {found['score']:.4f} over {found['n']} rows")
     return 0
 
-# %% ../nbs/04b_cli.ipynb #db8fd1a2
+# %% ../nbs/04b_cli.ipynb #e05ec530
 def _chat_flags(parser: Parser) -> None:
     parser.add_argument("base", metavar="BASE", help="a run's folder, tiny, a model's folder, a Hub id")
     parser.add_argument("--quantization", help="of the base's weights: auto, nf4, int8 or none (default auto)")
@@ -238,7 +245,7 @@ def _chat_flags(parser: Parser) -> None:
     parser.add_argument("--temperature", type=float, metavar="T", help="0: always the likeliest token (default 0)")
     parser.add_argument("--max_new_tokens", type=int, metavar="N", help="longest answer (default 256 tokens)")
 
-def chat(parser: Parser, given: dict) -> int:
+def chat_command(parser: Parser, given: dict) -> int:
     "Talk to a model."
     from tinytrainer_nb.chat import chat_loop
     from tinytrainer_nb.models import load_model
@@ -246,7 +253,7 @@ def chat(parser: Parser, given: dict) -> int:
     chat_loop(model, tokenizer, **{k: given[k] for k in ("system", "temperature", "max_new_tokens") if k in given})
     return 0
 
-# %% ../nbs/04b_cli.ipynb #cfb3756b
+# %% ../nbs/04b_cli.ipynb #e7497dc0
 def _out_flag(parser: Parser, default: str) -> None:
     parser.add_argument("--out", metavar="DIR", help=f"folder for the executed notebook and its runs (default {default}; if it exists, a new one beside it)")
 
@@ -260,10 +267,11 @@ def _interrupted_notebook(folder: Path) -> int:
     "Say what is left of a notebook that was interrupted."
     from tinytrainer_nb.run import Run
     left = [str(p.parent) for p in folder.glob("**/run.json") if Run(p.parent).status != "finished"]
-    print(f"\ninterrupted: the notebook as far as it came is in {folder}." + "".join(f" `tinytrainer resume {run}` goes on with its training." for run in left), file=sys.stderr)
+    hints = "".join(f" `tinytrainer resume {run}` goes on with its training." for run in left)
+    print(f"\ninterrupted: the notebook as far as it came is in {folder}.{hints}", file=sys.stderr)
     return 130
 
-def execute(parser: Parser, given: dict) -> int:
+def notebook_command(parser: Parser, given: dict) -> int:
     "Run a notebook, follow it, and tell what came out."
     from tinytrainer_nb.notebooks import accuracy_text, read_parameters, run_notebook, samples_text
     from tinytrainer_nb.core import read_json
@@ -271,7 +279,9 @@ def execute(parser: Parser, given: dict) -> int:
     from tinytrainer_nb.watch import summary_line
     values = (read_parameters(given["f"]) if "f" in given else {}) | dict(given.get("p", []))
     try: target, runs = run_notebook(given["notebook"], values, given.get("out"))
-    except KeyboardInterrupt as e: return _interrupted_notebook(Path(e.args[0])) if e.args else 130
+    except KeyboardInterrupt as e:
+        if not e.args: raise
+        return _interrupted_notebook(Path(e.args[0]))
     found = sorted((Run(p.parent) for p in runs.glob("**/run.json")), key=lambda run: run.info["created"])
     summary = read_json(runs / "summary.json") if (runs / "summary.json").exists() else {}
     if "accuracy" in summary: print("\nshare of held-out problems answered right\n" + accuracy_text(summary))
@@ -282,14 +292,16 @@ def execute(parser: Parser, given: dict) -> int:
     if found: print(f"next: tinytrainer chat {found[-1].folder}")
     return 0
 
-# %% ../nbs/04b_cli.ipynb #7e27decd
+# %% ../nbs/04b_cli.ipynb #b46aa28a
 COMMANDS = { # name: what it does, its flags, what to call
-    "quickstart": ("Fine-tune the embedded base and improve it by PPO, in some minutes, offline.", lambda p: _out_flag(p, "quickstart"), lambda p, g: execute(p, g | dict(notebook="quickstart"))),
-    "run": ("Execute a notebook with other parameters.", _run_flags, execute),
-    **{name: (words, lambda p, name=name: recipe_flags(name, p), lambda p, g, name=name: train(name, p, g)) for name, (_, _, words) in RECIPES.items()},
-    "evaluate": ("Score a model on data that it has not seen.", _evaluate_flags, evaluate),
-    "resume": ("Go on with an interrupted run, exactly where it was.", _resume_flags, resume),
-    "chat": ("Talk to a model in the terminal.", _chat_flags, chat),
+    "quickstart": ("Fine-tune the embedded base and improve it by PPO, in some minutes, offline.",
+                   lambda p: _out_flag(p, "quickstart"), lambda p, g: notebook_command(p, g | dict(notebook="quickstart"))),
+    "run": ("Execute a notebook with other parameters.", _run_flags, notebook_command),
+    **{name: (words, lambda p, name=name: recipe_flags(name, p), lambda p, g, name=name: train_command(name, p, g))
+       for name, (_, _, words) in RECIPES.items()},
+    "evaluate": ("Score a model on data that it has not seen.", _evaluate_flags, evaluate_command),
+    "resume": ("Go on with an interrupted run, exactly where it was.", _resume_flags, resume_command),
+    "chat": ("Talk to a model in the terminal.", _chat_flags, chat_command),
 }
 
 def _overview() -> Parser:

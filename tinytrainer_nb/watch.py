@@ -36,7 +36,7 @@ def run_line(run: Run) -> str:
     rest = "paused" if run.status == "paused" else "" if left is None else f"{duration(left)} left"
     return f"{run.info['recipe']}  step {last['step']}/{run.info['settings']['max_steps']}  {figures}  {rest}".rstrip()
 
-# %% ../nbs/03d_watch.ipynb #327686e2
+# %% ../nbs/03d_watch.ipynb #7110ca36
 def _one_line(text: str, width: int) -> str:
     "`text` without line breaks, at most `width` characters."
     return textwrap.shorten(" ".join(str(text).split()), width, placeholder=" ...")
@@ -51,7 +51,8 @@ def summary_line(run: Run) -> str:
     s = run.summary
     name = "reward" if "first_reward" in s else "loss"
     change = "" if s.get(f"last_{name}") is None else f"{name} {s[f'first_{name}']:.3g} -> {s[f'last_{name}']:.3g}, "
-    return f"{s['recipe']} {s['status']}: {s['steps']} steps, {change}{duration(s['seconds'])}, {s['tokens_per_s'] or 0:,.0f} tokens/s, {s['peak_memory_gb']:.2f} GiB"
+    cost = f"{duration(s['seconds'])}, {s['tokens_per_s'] or 0:,.0f} tokens/s, {s['peak_memory_gb']:.2f} GiB"
+    return f"{s['recipe']} {s['status']}: {s['steps']} steps, {change}{cost}"
 
 def news(run: Run, since: float) -> list[str]:
     "Lines to keep about what happened after the time `since`: evaluations, one sample a step, the end."
@@ -60,7 +61,8 @@ def news(run: Run, since: float) -> list[str]:
         if e["time"] <= since: continue
         if e["kind"] == "sample" and e["step"] not in sampled: sampled.add(e["step"]); lines.append(sample_line(e))
         if e["kind"] == "evaluation":
-            lines.append(f"  step {e['step']}: held-out " + ", ".join(f"{k} {v:.3f}" for k, v in e.items() if k not in ("time", "step", "kind") and isinstance(v, float)))
+            scores = {k: v for k, v in e.items() if k not in ("time", "step", "kind") and isinstance(v, float)}
+            lines.append(f"  step {e['step']}: held-out " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
         if e["kind"] == "status" and e["value"] in ("finished", "stopped") and run.summary: lines.append(summary_line(run))
     return lines
 
