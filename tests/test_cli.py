@@ -1,0 +1,181 @@
+"""The command line as a shell sees it: exit status, one line for an error, flags from the settings, and a run from start to end."""
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from tinytrainer_nb.adapters import LoraArgs
+from tinytrainer_nb.cli import RECIPES, _settings_class, main
+from tinytrainer_nb.core import data_file
+from tinytrainer_nb.run import Run
+
+SMALL = "--batch_size 4 --eval_steps 0 --sample_steps 0 --save_steps 2 --lora_r 4".split()
+
+
+def shell(*argv: str, cwd: Path, **kwargs) -> subprocess.CompletedProcess:
+    "`tinytrainer ARGV...` in a process of its own"
+    return subprocess.run([sys.executable, "-m", "tinytrainer_nb.cli", *map(str, argv)], cwd=cwd, capture_output=True, text=True, encoding="utf-8", timeout=300, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    "A finished run of three steps"
+    folder = tmp_path_factory.mktemp("cli")
+    done = shell("sft", "--max_steps", 3, *SMALL, "--out", "first", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "first"
+
+
+@pytest.fixture
+def notebook(tmp_path) -> Path:
+    "A notebook with two parameters, one of them without a value"
+    nb = nbformat.v4.new_notebook(cells=[
+        nbformat.v4.new_code_cell('steps = 3 # how many\nlimit: int | None = None # rows\nout = "runs/x" # where', metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell("import sys\nprint(steps + 1, limit, out, sys.executable)\nassert steps < 100, 'too many'")])
+    nbformat.write(nb, tmp_path / "07_demo.ipynb")
+    return tmp_path / "07_demo.ipynb"
+
+
+ERRORS = {
+    "unknown command": (["quickstrat"], "Did you mean quickstart?"),
+    "unknown flag": (["sft", "--learnin_rate", "1"], "Did you mean --learning_rate?"),
+    "hyphens": (["sft", "--learning-rate", "1"], "Did you mean --learning_rate?"),
+    "abbreviated flag": (["sft", "--learning", "1"], "unknown flag --learning"),
+    "no value": (["sft", "--out"], "expected one argument"),
+    "one word too many": (["sft", "more"], "one word too many"),
+    "missing argument": (["resume"], "DIR"),
+    "bad number": (["sft", "--learning_rate", "fast"], "a number larger than 0"),
+    "out of range": (["ppo", "--gamma", "1.5"], "at most 1"),
+    "bad choice": (["sft", "--schedule", "steep"], "one of linear, cosine"),
+    "bad limit": (["evaluate", "--limit", "-1"], "--limit"),
+    "missing data": (["sft", "--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+    "missing config": (["sft", "--config", "nowhere.json"], "nowhere.json: no such file"),
+    "missing run": (["resume", "nowhere"], "nowhere: no run is here"),
+    "unknown base": (["sft", "--base", "nowhere", "--max_steps", "1"], "nowhere: no such model"),
+    "unknown preset": (["pretrain", "--base", "new:nothing"], "nothing: no such preset"),
+    "unknown quantization": (["sft", "--quantization", "nf5"], "auto, nf4, int8, none"),
+    "unknown reward": (["ppo", "--reward", "exact_anser"], "exact_answer"),
+    "unknown task": (["evaluate", "--task", "losses"], "exact_answer"),
+    "unknown notebook": (["run", "quickstrat"], "quickstrat: no such notebook"),
+    "missing notebook": (["run", "nowhere.ipynb"], "no such notebook"),
+    "missing parameters": (["run", "quickstart", "-f", "nowhere.yaml"], "nowhere.yaml"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_an_error_is_one_line(name, tmp_path):
+    argv, words = ERRORS[name]
+    done = shell(*argv, cwd=tmp_path)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2, done.stderr
+    assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0], done.stderr
+    assert not list(tmp_path.iterdir()), "something was written"
+
+
+def test_configuration(tmp_path):
+    (tmp_path / "wrong.json").write_text('{"max_stps": 3}', encoding="utf-8")
+    done = shell("sft", "--config", "wrong.json", cwd=tmp_path)
+    assert done.returncode == 2 and "Did you mean max_steps" in done.stderr and done.stderr.count("\n") == 1
+    (tmp_path / "torn.json").write_text('{"max_steps": ', encoding="utf-8")
+    done = shell("sft", "--config", "torn.json", cwd=tmp_path)
+    assert done.returncode == 2 and "torn.json" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_help_names_every_setting(recipe, capsys):
+    assert main([recipe, "--help"]) == 0
+    shown = capsys.readouterr().out
+    names = [f.name for f in dataclasses.fields(_settings_class(recipe))]
+    if recipe != "pretrain": names += ["quantization", *(f"lora_{f.name}" for f in dataclasses.fields(LoraArgs))]
+    missing = [n for n in [*names, "base", "data", "dtype", "config"] if f"--{n} " not in shown]
+    assert not missing
+    for field in dataclasses.fields(_settings_class(recipe)): assert field.metadata["help"].split()[0] in shown
+
+
+def test_help_is_quick(tmp_path):
+    "Nothing heavy is imported for it: torch alone takes longer"
+    code = "import sys; from tinytrainer_nb.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True).returncode == 0
+
+
+def test_configuration_and_flags_reach_the_run(tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps(dict(max_steps=2, seed=7, lora_r=2, learning_rate=1, train_on_all=True)), encoding="utf-8")
+    done = shell("sft", "--config", "c.json", *SMALL[:-2], "--seed", "5", "--learning_rate", "2e-4", "--data", data_file("heldout.jsonl"), "--out", "r", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    info = Run.open(tmp_path / "r").info
+    assert {k: info["settings"][k] for k in ("max_steps", "seed", "learning_rate", "train_on_all")} == dict(max_steps=2, seed=5, learning_rate=2e-4, train_on_all=True)
+    assert json.loads((tmp_path / "r/adapter/adapter_config.json").read_text(encoding="utf-8"))["r"] == 2
+
+
+def test_a_finished_run(finished):
+    assert Run.open(finished).status == "finished" and Run.open(finished).step == 3
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
+    done = shell("resume", "first", cwd=finished.parent)
+    assert done.returncode == 0 and "finished" in done.stdout, done.stderr
+    assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
+    done = shell("resume", ".", cwd=finished.parent)
+    assert done.returncode == 2 and "first" in done.stderr
+
+
+def test_the_terminal_is_clean(finished):
+    done = shell("evaluate", "--base", "first", "--task", "loss", "--limit", 8, "--json", cwd=finished.parent)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert set(json.loads(done.stdout)) == {"task", "score", "n"} and json.loads(done.stdout)["n"] == 8
+
+
+def test_a_run_is_a_base(finished):
+    done = shell("ppo", "--base", "first", "--max_steps", 1, "--batch_size", 4, "--num_generations", 2, "--max_new_tokens", 24, "--sample_steps", 0, "--save_steps", 0,
+                 "--reward", "exact_answer=1,reference_overlap=0.5", "--out", "second", cwd=finished.parent)
+    assert done.returncode == 0, done.stderr
+    run = Run.open(finished.parent / "second")
+    assert run.info["reward"] == "exact_answer=1,reference_overlap=0.5"
+    r = lambda folder: json.loads((folder / "adapter/adapter_config.json").read_text(encoding="utf-8"))["r"]
+    assert r(run.folder) == r(finished) == 4, "the adapter of the first run was trained on"
+
+
+def test_chat(finished):
+    done = shell("chat", "first", "--max_new_tokens", 16, cwd=finished.parent, input="What is 2 + 3?\n/reset\n\n")
+    assert done.returncode == 0 and "model> " in done.stdout, done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to one process")
+def test_an_interrupted_run_goes_on(tmp_path):
+    process = subprocess.Popen([sys.executable, "-m", "tinytrainer_nb.cli", "sft", "--max_steps", "60", *SMALL, "--out", "cut"], cwd=tmp_path,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 120
+    while time.monotonic() < until and not (tmp_path / "cut/checkpoints/step-000002").exists(): time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "`tinytrainer resume cut` goes on" in stderr and "Traceback" not in stderr, stderr
+    assert Run.open(tmp_path / "cut").status == "interrupted"
+    done = shell("resume", "cut", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert Run.open(tmp_path / "cut").status == "finished" and Run.open(tmp_path / "cut").step == 60
+
+
+def test_a_notebook_runs(notebook):
+    done = shell("run", notebook.name, "-p", "steps", "41", cwd=notebook.parent)
+    assert done.returncode == 0, done.stderr
+    executed = nbformat.read(notebook.parent / "demo/07_demo.ipynb", as_version=4)
+    assert executed.cells[-1].outputs[0].text.split() == ["42", "None", "run", sys.executable]
+    (notebook.parent / "values.yaml").write_text("steps: 1\nlimit: 5\n", encoding="utf-8")
+    done = shell("run", notebook.name, "-f", "values.yaml", "-p", "steps", "2", cwd=notebook.parent)
+    executed = nbformat.read(notebook.parent / "demo-2/07_demo.ipynb", as_version=4)
+    assert executed.cells[-1].outputs[0].text.split()[:2] == ["3", "5"], "the folder demo was there already"
+
+
+def test_wrong_parameters_and_failing_cells(notebook):
+    done = shell("run", notebook.name, "-p", "step", "4", cwd=notebook.parent)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "step: no such parameter" in done.stderr and "steps (3), limit (None), out ('runs/x')" in done.stderr
+    done = shell("run", notebook.name, "-p", "steps", "many", cwd=notebook.parent)
+    assert done.returncode == 2 and "a whole number" in done.stderr and not (notebook.parent / "demo").exists()
+    done = shell("run", notebook.name, "-p", "steps", "200", cwd=notebook.parent)
+    assert done.returncode == 2 and "AssertionError: too many" in done.stderr.splitlines()[-1] and "demo/07_demo.ipynb" in done.stderr.replace("\\", "/")
