@@ -11,6 +11,9 @@ NOTEBOOKS = sorted(p.relative_to(ROOT / "nbs").with_suffix("").as_posix()
 
 # Parameters that make a tutorial short; the other notebooks run as they are.
 SMALL = {
+    "tutorials/01_quickstart": {"sft_steps": 6, "ppo_steps": 2, "eval_rows": 12},
+    "tutorials/02_first_sft": {"max_steps": 6},
+    "tutorials/03_ppo_by_hand": {"max_steps": 2},
     "tutorials/04_live_panel": {"max_steps": 6, "live": False},
 }
 

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['DTYPES', 'TinyTrainerError', 'num_threads', 'free_memory', 'peak_memory', 'matmul_seconds', 'default_device',
            'probe_dtype', 'dtype_name', 'hardware', 'versions', 'seed_everything', 'mix_seed', 'sync_folder',
-           'write_whole', 'plain', 'write_json', 'read_json', 'file_hash', 'data_file', 'progress']
+           'write_whole', 'plain', 'write_json', 'read_json', 'file_hash', 'data_file', 'progress', 'quiet']
 
-# %% ../nbs/00a_core.ipynb #48de5eb6
-import contextlib, hashlib, json, math, os, platform, random, sys, time
+# %% ../nbs/00a_core.ipynb #62fb441e
+import contextlib, hashlib, json, logging, math, os, platform, random, sys, time, warnings
 from importlib.metadata import version
 from pathlib import Path
 import numpy as np, psutil, torch
@@ -190,3 +190,18 @@ def progress(
     cell = _in_notebook()
     return tqdm(iterable, total=total, desc=desc, disable=quiet, file=_Cell() if cell else sys.stderr, mininterval=0.5, delay=0.5,
                 dynamic_ncols=not cell, ncols=90 if cell else None, ascii=cell, leave=cell)
+
+# %% ../nbs/00a_core.ipynb #4e50fadc
+@contextlib.contextmanager
+def quiet():
+    "Keep other libraries' bars, warnings and log lines out of a notebook or a terminal."
+    from transformers.utils import logging as hf
+    verbosity, bars, bnb = hf.get_verbosity(), hf.is_progress_bar_enabled(), logging.getLogger("bitsandbytes")
+    level = bnb.level
+    hf.set_verbosity_error(); hf.disable_progress_bar(); bnb.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try: yield
+        finally:
+            hf.set_verbosity(verbosity); bnb.setLevel(level)
+            if bars: hf.enable_progress_bar()

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_BASE', 'SHAPES', 'find_base', 'base_hash', 'step_bytes', 'count_parameters', 'choose_quantization',
-           'packed_attention', 'keep_gradients', 'compute_context', 'LoadReport', 'tensor_bytes', 'load_model',
-           'Preset', 'model_preset']
+           'packed_attention', 'keep_gradients', 'unpacked', 'compute_context', 'LoadReport', 'tensor_bytes',
+           'load_model', 'Preset', 'model_preset']
 
-# %% ../nbs/01a_models.ipynb #98766da0
+# %% ../nbs/01a_models.ipynb #0a44f0a4
 import contextlib, json, re, time, warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers import AttentionInterface
-from .core import DTYPES, TinyTrainerError, data_file, default_device, dtype_name, file_hash, free_memory, probe_dtype, read_json
+from .core import DTYPES, TinyTrainerError, data_file, default_device, dtype_name, file_hash, free_memory, probe_dtype, quiet, read_json
 from .tokens import ensure_template
 
 # %% ../nbs/01a_models.ipynb #4946e388
@@ -83,6 +83,23 @@ def keep_gradients(model: nn.Module) -> nn.Module:
         if hasattr(module, "support_avx512bf16_for_cpu"): module.support_avx512bf16_for_cpu = False
     return model
 
+# %% ../nbs/01a_models.ipynb #a52f8683
+@contextlib.contextmanager
+def unpacked(model: nn.Module):
+    "Forward passes inside use 16-bit copies of 4-bit weights, if memory allows; for inference."
+    import bitsandbytes as bnb
+    layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit) and m.weight.quant_state is not None]
+    if sum(2 * m.in_features * m.out_features for m in layers) > free_memory(next(model.parameters()).device.type) / 4: layers = []
+    try:
+        for m in layers: m.forward = _plain_linear(bnb.functional.dequantize_4bit(m.weight.data, m.weight.quant_state).to(m.compute_dtype or torch.float32), m.bias)
+        yield model
+    finally:
+        for m in layers: m.__dict__.pop("forward", None)
+
+def _plain_linear(weight, bias):
+    "A forward pass with an unpacked weight, in its number format."
+    return lambda x: F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+
 # %% ../nbs/01a_models.ipynb #cfcc5c69
 @contextlib.contextmanager
 def compute_context(model: nn.Module, dtype: torch.dtype):
@@ -127,10 +144,11 @@ def _quantization_config(quantization: str, dtype: torch.dtype):
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     return BitsAndBytesConfig(load_in_8bit=True) if quantization == "int8" else None
 
-# %% ../nbs/01a_models.ipynb #68006a27
+# %% ../nbs/01a_models.ipynb #5c662826
 def _pretrained(kind, path: str, **kwargs):
     "`kind.from_pretrained`, with its failures told in one line."
-    try: return kind.from_pretrained(path, **kwargs)
+    try:
+        with quiet(): return kind.from_pretrained(path, **kwargs)
     except Exception as e:
         first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         hint = "" if Path(path).is_dir() else " Without a network, use 'tiny' or a model's folder."

@@ -84,7 +84,7 @@ class BlockCollator:
         count = ids.shape[0] * (ids.shape[1] - 1)
         return dict(micro_batches=cut, num_items=count, num_tokens=count)
 
-# %% ../nbs/02c_pretrain.ipynb #53e371bc
+# %% ../nbs/02c_pretrain.ipynb #b9859694
 @dataclass
 class PretrainArgs(TrainArgs):
     "Settings of pretraining. The defaults are those the embedded base was made with."
@@ -119,6 +119,7 @@ def save_base(model, tokenizer, folder: Path, dtype: torch.dtype = torch.bfloat1
     "Write weights (safetensors, `dtype`), config and tokenizer."
     weights = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
     saved = type(model)(model.config).to(dtype)
+    saved.config.use_cache, saved.config.pad_token_id = True, tokenizer.pad_token_id
     saved.load_state_dict(weights)
     saved.save_pretrained(folder); tokenizer.save_pretrained(folder)
 

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['GenerateArgs', 'Rollouts', 'draw', 'end_tokens', 'generate']
 
-# %% ../nbs/01e_rollout.ipynb #cf1791e1
+# %% ../nbs/01e_rollout.ipynb #d67a18de
 from dataclasses import dataclass
 import torch
 from transformers import DynamicCache
 from .core import TinyTrainerError, mix_seed, progress
-from .models import compute_context
+from .models import compute_context, unpacked
 from .settings import Settings, setting
 from .tokens import prompt_ids
 
@@ -81,7 +81,7 @@ def _continue(model, ids: list[list[int]], args: GenerateArgs, seeds: list[int],
         positions = positions + 1
     return tokens, logprobs
 
-# %% ../nbs/01e_rollout.ipynb #b88a20f9
+# %% ../nbs/01e_rollout.ipynb #29f73ff8
 def end_tokens(model, tokenizer) -> set[int]:
     "Ids that end a completion: the tokenizer's end token and those of the model's generation config."
     more = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
@@ -107,7 +107,7 @@ def generate(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     found, was_training = {}, model.training
     model.eval()
-    with torch.no_grad(), compute_context(model, dtype or next(p.dtype for p in model.parameters() if p.is_floating_point())):
+    with torch.no_grad(), unpacked(model), compute_context(model, dtype or next(p.dtype for p in model.parameters() if p.is_floating_point())):
         for start in progress(range(0, len(order), per), desc="generating", quiet=quiet):
             part = order[start:start + per]
             tokens, logprobs = _continue(model, [ids[i] for i in part], args, [seeds[i * n + j] for i in part for j in range(n)], eos, pad, interrupt)

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['SFTArgs', 'encode_rows', 'hold_out', 'SFTTrainer', 'sft', 'resume_run']
 
-# %% ../nbs/02b_sft.ipynb #d1af2303
+# %% ../nbs/02b_sft.ipynb #8edb5b0a
 import random
 from dataclasses import dataclass
 from pathlib import Path
 from datasets import Dataset
 from transformers import Trainer
-from .core import DTYPES, TinyTrainerError, progress, seed_everything
+from .core import DTYPES, TinyTrainerError, progress, read_json, seed_everything, write_json
 from .data import data_origin, load_examples
 from .models import load_model
 from .rollout import GenerateArgs, generate
@@ -76,7 +76,7 @@ def _questions(table: Dataset, count: int = 2) -> list[list[dict]]:
     rows = [r["messages"][:-1] for r in table if r.get("messages")]
     return [r for r in rows if r][:count]
 
-# %% ../nbs/02b_sft.ipynb #b70a05e1
+# %% ../nbs/02b_sft.ipynb #a8deb337
 def sft(
     model,                  # with an adapter: `add_lora(model)`
     tokenizer,              # its tokenizer
@@ -90,7 +90,7 @@ def sft(
     examples = examples if isinstance(examples, Dataset) and {"messages", "text"} & set(examples.column_names) else load_examples(examples)
     train, held = hold_out(examples, args.eval_rows if args.eval_steps else 0, args.seed)
     run = Run.create(args.out, "sft", args, load=describe(model), data=data_origin(examples), may_change=may_change(args))
-    train.to_json(run.folder / "data" / "train.jsonl"); held.to_json(run.folder / "data" / "heldout.jsonl")
+    write_json(run.folder / "data" / "train.json", train.to_list()); write_json(run.folder / "data" / "heldout.json", held.to_list())
     begin(run, model)
     return _start(run, model, tokenizer, train, held, args, live)
 
@@ -109,5 +109,5 @@ def resume_run(run: Run, live: bool = False) -> Run:
     "Go on with an interrupted run."
     model, tokenizer = rebuild(run)
     args = make_settings(SFTArgs, run.info["settings"])
-    train, held = (Dataset.from_json(str(p)) if (p := run.folder / "data" / name).stat().st_size else Dataset.from_list([]) for name in ("train.jsonl", "heldout.jsonl"))
+    train, held = (Dataset.from_list(read_json(run.folder / "data" / f"{name}.json")) for name in ("train", "heldout"))
     return _start(run, model, tokenizer, train, held, args, live)

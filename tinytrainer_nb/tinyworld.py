@@ -768,8 +768,8 @@ def corpus(
     make = {"problem": problem_document, "drill": drill, "story": story, "facts": facts, "dialogue": dialogue}
     for _ in range(num_documents): yield make[_weighted(rng, MIXTURE)](rng)
 
-# %% ../nbs/00d_tinyworld.ipynb #97c70289
-SFT_STYLES = {"terse": 0.65, "careful": 0.35}   # of the fine-tuning rows
+# %% ../nbs/00d_tinyworld.ipynb #7673ea40
+SFT_STYLES = {"terse": 0.5, "careful": 0.5}   # of the fine-tuning rows
 
 def _problems(n: int, split: str, rng: Random) -> Iterator[Problem]:
     "`n` problems of a part, no two with the same canonical key."

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TrainArgs', 'may_change', 'training_arguments', 'RunTrainer', 'evaluate', 'heldout_loss', 'mean_loss', 'log',
-           'headline', 'sample', 'obey', 'change', 'set_learning_rate', 'load_trained', 'fit', 'save_result', 'finish',
-           'save_adapter', 'summarize', 'begin', 'describe', 'rebuild', 'need_trainable']
+           'headline', 'sample', 'obey', 'change', 'set_learning_rate', 'load_trained', 'fit', 'cache_setting_kept',
+           'save_result', 'finish', 'save_adapter', 'summarize', 'begin', 'describe', 'rebuild', 'need_trainable']
 
-# %% ../nbs/02a_trainer.ipynb #acdd5c45
-import os, shutil, time
+# %% ../nbs/02a_trainer.ipynb #d3e4a7eb
+import contextlib, shutil, time
 from dataclasses import dataclass, fields
 from pathlib import Path
 import torch
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from .adapters import count_trainable, trainable
-from .core import DTYPES, TinyTrainerError, num_threads, peak_memory, progress, read_json, write_json
+from .core import DTYPES, TinyTrainerError, num_threads, peak_memory, progress, quiet, read_json, write_json
 from .models import compute_context, keep_gradients, load_model
 from .run import Run, _patch, whole_folder
 from .settings import Settings, setting
@@ -58,14 +58,15 @@ def training_arguments(args: TrainArgs, folder: Path, device: str, evaluates: bo
         eval_steps=args.eval_steps or None, report_to="none", disable_tqdm=True, remove_unused_columns=False, bf16=False, fp16=False,
         use_cpu=device == "cpu", dataloader_num_workers=0, dataloader_pin_memory=False, optim="adamw_torch_fused")
 
-# %% ../nbs/02a_trainer.ipynb #36fd7aa7
+# %% ../nbs/02a_trainer.ipynb #37e058a1
 class RunTrainer:
     "Mixin for `transformers.Trainer`: trains into a `Run`, whose requests it obeys between steps."
     def __init__(self, run: Run, settings: TrainArgs, dtype: torch.dtype, **kwargs):
         model = keep_gradients(kwargs.pop("model"))
         device = next(model.parameters()).device.type
-        arguments = training_arguments(settings, run.folder, device, evaluates=kwargs.get("eval_dataset") is not None)
-        super().__init__(model=model, args=arguments, **kwargs)
+        with quiet():
+            arguments = training_arguments(settings, run.folder, device, evaluates=kwargs.get("eval_dataset") is not None)
+            super().__init__(model=model, args=arguments, **kwargs)
         self.remove_callback(PrinterCallback)
         self.run, self.settings, self.dtype = run, settings, dtype
         self.figures, self.tokens, self.seconds, self.stopped, self._began = {}, 0, 0.0, False, None
@@ -219,19 +220,26 @@ def load_trained(model: nn.Module, path: Path) -> None:
     with torch.no_grad():
         for name, p in now.items(): p.copy_(saved[name])
 
-# %% ../nbs/02a_trainer.ipynb #91183d2d
+# %% ../nbs/02a_trainer.ipynb #f1359fd1
 @_patch(RunTrainer)
 def fit(self) -> None:
     "Train from the newest checkpoint, or from the start; leaves result, summary and figure in the run's folder."
     torch.set_num_threads(num_threads())
     checkpoint, step = self.run.last_checkpoint()
-    with self.run.session(step):
+    with self.run.session(step), quiet(), cache_setting_kept(self.model.config):
         self.bar = progress(total=self.settings.max_steps, desc=self.run.info["recipe"]); self.bar.update(step)
         try: self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally: self.bar.close(); self.accelerator.free_memory()
         self.save_result()
         step = self.state.global_step
         self.finish(step, "stopped" if self.stopped and step < self.settings.max_steps else "finished")
+
+@contextlib.contextmanager
+def cache_setting_kept(config):
+    "`transformers.Trainer` switches the model's `use_cache` off for good; here it is given back."
+    before = config.use_cache
+    try: yield
+    finally: config.use_cache = before
 
 @_patch(RunTrainer)
 def save_result(self) -> None:
@@ -246,8 +254,8 @@ def finish(self, step: int, status: str) -> None:
     self.run.set_status(status, step)
 
 def save_adapter(model, folder: Path) -> None:
-    "The policy's adapter alone, without a frozen reference."
-    model.save_pretrained(folder, selected_adapters=["default"])
+    "The policy's adapter alone, without a frozen reference. Embeddings are never trained here, so PEFT need not ask the Hub about them."
+    model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
 
 # %% ../nbs/02a_trainer.ipynb #e009d053
 def summarize(run: Run, status: str, step: int, trained: int) -> dict:

@@ -1,0 +1,32 @@
+"""A notebook's parameters that are settings agree with the settings dataclass: name, type, and a default that validates."""
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from tinytrainer_nb.notebooks import notebook_parameters
+from tinytrainer_nb.ppo import PPOArgs
+from tinytrainer_nb.settings import check_value, field_type
+from tinytrainer_nb.sft import SFTArgs
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "nbs" / "tutorials").glob("*.ipynb")) + sorted((ROOT / "nbs" / "benchmarks").glob("*.ipynb"))
+ALIASES = {"sft_steps": (SFTArgs, "max_steps"), "ppo_steps": (PPOArgs, "max_steps")}  # where one notebook drives two recipes
+
+
+def setting_of(notebook: Path, name: str):
+    "The dataclass field a parameter stands for, None if it is not a setting"
+    recipe, name = ALIASES.get(name, (PPOArgs if "ppo" in notebook.stem else SFTArgs, name))
+    return {f.name: f for f in fields(recipe)}.get(name)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_parameters_are_settings(notebook):
+    parameters = notebook_parameters(notebook)
+    known = {"base", "data", "live", "eval_rows", "quick"}
+    for name, parameter in parameters.items():
+        field = setting_of(notebook, name)
+        if field is None: assert name in known, f"{notebook.name}: parameter {name} is neither a setting nor one of {sorted(known)}"
+        elif name not in known:
+            assert type(parameter.default) is field_type(field), f"{notebook.name}: {name} is {type(parameter.default).__name__}, the setting is {field_type(field).__name__}"
+            check_value(field, parameter.default)
