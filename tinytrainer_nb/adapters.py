@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['LoraArgs', 'add_lora', 'trainable', 'count_trainable', 'is_fresh', 'using_adapters', 'freeze_reference']
 
-# %% ../nbs/01b_adapters.ipynb #a474e822
+# %% ../nbs/01b_adapters.ipynb #851ed22d
 import contextlib
 from dataclasses import dataclass
 import torch
 from torch import nn
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from .core import TinyTrainerError
+from .core import TinyTrainerError, quiet
 from .settings import Settings, setting
 
 # %% ../nbs/01b_adapters.ipynb #21b59ad3
@@ -24,7 +24,7 @@ class LoraArgs(Settings):
     dropout: float = setting(0.0, "share of the adapter's inputs that is dropped in training", ge=0, lt=1)
     target_modules: str = setting("all-linear", "'all-linear', or a comma-separated list such as q_proj,v_proj")
 
-# %% ../nbs/01b_adapters.ipynb #50f1191a
+# %% ../nbs/01b_adapters.ipynb #695d7350
 def add_lora(
     model,                        # from `load_model`
     args: LoraArgs = None,        # rank, scale, dropout, targets
@@ -38,7 +38,8 @@ def add_lora(
     report = getattr(model, "load_report", None)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        try: model = get_peft_model(model, config)
+        try:
+            with quiet(): model = get_peft_model(model, config)
         except ValueError as e: raise TinyTrainerError(f"lora target_modules={args.target_modules!r} do not fit this model ({str(e).splitlines()[0]:.160}).") from None
     if report: model.load_report = report; model.peft_config["default"].base_model_name_or_path = report.base
     return model
