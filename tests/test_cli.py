@@ -69,23 +69,35 @@ ERRORS = {
 }
 
 
+def check_error(status: int, stderr: str, words: str, folder: Path) -> None:
+    "One line, status 2, nothing written"
+    lines = stderr.splitlines()
+    assert status == 2, stderr
+    assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0], stderr
+    assert not list(folder.iterdir()), "something was written"
+
+
 @pytest.mark.parametrize("name", ERRORS)
-def test_an_error_is_one_line(name, tmp_path):
+def test_an_error_is_one_line(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    argv, words = ERRORS[name]
+    check_error(main(argv), capsys.readouterr().err, words, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["unknown command", "unknown flag", "bad number", "missing data", "unknown base", "unknown notebook"])
+def test_a_shell_sees_the_same(name, tmp_path):
     argv, words = ERRORS[name]
     done = shell(*argv, cwd=tmp_path)
-    lines = done.stderr.splitlines()
-    assert done.returncode == 2, done.stderr
-    assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0], done.stderr
-    assert not list(tmp_path.iterdir()), "something was written"
+    check_error(done.returncode, done.stderr, words, tmp_path)
 
 
-def test_configuration(tmp_path):
-    (tmp_path / "wrong.json").write_text('{"max_stps": 3}', encoding="utf-8")
-    done = shell("sft", "--config", "wrong.json", cwd=tmp_path)
-    assert done.returncode == 2 and "Did you mean max_steps" in done.stderr and done.stderr.count("\n") == 1
-    (tmp_path / "torn.json").write_text('{"max_steps": ', encoding="utf-8")
-    done = shell("sft", "--config", "torn.json", cwd=tmp_path)
-    assert done.returncode == 2 and "torn.json" in done.stderr and done.stderr.count("\n") == 1
+@pytest.mark.parametrize("text, words", [('{"max_stps": 3}', "Did you mean max_steps"), ('{"max_steps": ', "c.json"), ("[3]", "a JSON object"), ('{"max_steps": "many"}', "a whole number")])
+def test_a_wrong_configuration_is_one_line(text, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("c.json").write_text(text, encoding="utf-8")
+    assert main(["sft", "--config", "c.json"]) == 2
+    stderr = capsys.readouterr().err
+    assert stderr.count("\n") == 1 and words in stderr
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -147,7 +159,7 @@ def test_chat(finished):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to one process")
 def test_an_interrupted_run_goes_on(tmp_path):
-    process = subprocess.Popen([sys.executable, "-m", "tinytrainer_nb.cli", "sft", "--max_steps", "60", *SMALL, "--out", "cut"], cwd=tmp_path,
+    process = subprocess.Popen([sys.executable, "-m", "tinytrainer_nb.cli", "sft", "--max_steps", "30", *SMALL, "--out", "cut"], cwd=tmp_path,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 120
     while time.monotonic() < until and not (tmp_path / "cut/checkpoints/step-000002").exists(): time.sleep(0.05)
@@ -157,7 +169,7 @@ def test_an_interrupted_run_goes_on(tmp_path):
     assert Run.open(tmp_path / "cut").status == "interrupted"
     done = shell("resume", "cut", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert Run.open(tmp_path / "cut").status == "finished" and Run.open(tmp_path / "cut").step == 60
+    assert Run.open(tmp_path / "cut").status == "finished" and Run.open(tmp_path / "cut").step == 30
 
 
 def test_a_notebook_runs(notebook):
@@ -171,11 +183,13 @@ def test_a_notebook_runs(notebook):
     assert executed.cells[-1].outputs[0].text.split()[:2] == ["3", "5"], "the folder demo was there already"
 
 
-def test_wrong_parameters_and_failing_cells(notebook):
-    done = shell("run", notebook.name, "-p", "step", "4", cwd=notebook.parent)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "step: no such parameter" in done.stderr and "steps (3), limit (None), out ('runs/x')" in done.stderr
-    done = shell("run", notebook.name, "-p", "steps", "many", cwd=notebook.parent)
-    assert done.returncode == 2 and "a whole number" in done.stderr and not (notebook.parent / "demo").exists()
-    done = shell("run", notebook.name, "-p", "steps", "200", cwd=notebook.parent)
-    assert done.returncode == 2 and "AssertionError: too many" in done.stderr.splitlines()[-1] and "demo/07_demo.ipynb" in done.stderr.replace("\\", "/")
+def test_wrong_parameters_and_failing_cells(notebook, monkeypatch, capsys):
+    monkeypatch.chdir(notebook.parent)
+    run = lambda *p: (main(["run", notebook.name, "-p", *p]), capsys.readouterr().err)
+    status, stderr = run("step", "4")
+    assert status == 2 and stderr.count("\n") == 1 and "step: no such parameter" in stderr, stderr
+    assert "steps (3), limit (None), out ('runs/x')" in stderr
+    status, stderr = run("steps", "many")
+    assert status == 2 and "a whole number" in stderr and not Path("demo").exists()
+    status, stderr = run("steps", "200")
+    assert status == 2 and "AssertionError: too many" in stderr.splitlines()[-1] and "demo/07_demo.ipynb" in stderr.replace("\\", "/")

@@ -10,7 +10,7 @@ from .core import TinyTrainerError, mix_seed, progress
 from .rollout import GenerateArgs, generate
 from .tokens import ensure_template, prompt_ids
 
-# %% ../nbs/03b_chat.ipynb #17776edd
+# %% ../nbs/03b_chat.ipynb #733394fb
 class Chat:
     "A conversation with a model; what no longer fits into its context is kept in `messages`, but not shown to it."
     def __init__(
@@ -40,8 +40,10 @@ class Chat:
 
     def _answer(self, shown: list[dict]) -> str:
         with progress(total=self.args.max_new_tokens, desc="answering") as bar:
-            return generate(self.model, self.tokenizer, [shown], self.args, seeds=[mix_seed(self.args.seed, len(self.messages))],
-                            interrupt=lambda: bar.update(1), quiet=True).completions[0]
+            seeds = [mix_seed(self.args.seed, len(self.messages))]
+            answer = generate(self.model, self.tokenizer, [shown], self.args, seeds=seeds, interrupt=lambda: bar.update(1), quiet=True).completions[0]
+            bar.total = bar.n # it ended here
+        return answer
 
 # %% ../nbs/03b_chat.ipynb #12acc63b
 def _window(self, messages: list[dict]) -> tuple[list[dict], int]:
