@@ -175,11 +175,11 @@ def test_an_interrupted_run_goes_on(tmp_path):
 def test_a_notebook_runs(notebook):
     done = shell("run", notebook.name, "-p", "steps", "41", cwd=notebook.parent)
     assert done.returncode == 0, done.stderr
-    executed = nbformat.read(notebook.parent / "demo/07_demo.ipynb", as_version=4)
-    assert executed.cells[-1].outputs[0].text.split() == ["42", "None", "run", sys.executable]
+    executed = nbformat.read(notebook.parent / "demo/notebook.ipynb", as_version=4)
+    assert executed.cells[-1].outputs[0].text.split() == ["42", "None", ".", sys.executable]
     (notebook.parent / "values.yaml").write_text("steps: 1\nlimit: 5\n", encoding="utf-8")
     done = shell("run", notebook.name, "-f", "values.yaml", "-p", "steps", "2", cwd=notebook.parent)
-    executed = nbformat.read(notebook.parent / "demo-2/07_demo.ipynb", as_version=4)
+    executed = nbformat.read(notebook.parent / "demo-2/notebook.ipynb", as_version=4)
     assert executed.cells[-1].outputs[0].text.split()[:2] == ["3", "5"], "the folder demo was there already"
 
 
@@ -192,4 +192,4 @@ def test_wrong_parameters_and_failing_cells(notebook, monkeypatch, capsys):
     status, stderr = run("steps", "many")
     assert status == 2 and "a whole number" in stderr and not Path("demo").exists()
     status, stderr = run("steps", "200")
-    assert status == 2 and "AssertionError: too many" in stderr.splitlines()[-1] and "demo/07_demo.ipynb" in stderr.replace("\\", "/")
+    assert status == 2 and "AssertionError: too many" in stderr.splitlines()[-1] and "demo/notebook.ipynb" in stderr.replace("\\", "/")

@@ -160,14 +160,14 @@ def run_notebook(
     out: Path | str | None = None,  # folder for what it makes; None: the notebook's name
     stream=None,                    # where to tell what is going on; None: stderr
 ) -> tuple[Path, Path]:             # the executed notebook, and the folder of its runs
-    "Execute a notebook in a new folder; its `out` is DIR/run unless given. Raises `TinyTrainerError` for unknown names, wrong values and failing cells."
+    "Execute a notebook into `notebook.ipynb` of a new folder, which is also its `out` unless that is given. Raises `TinyTrainerError` for unknown names, wrong values and failing cells."
     source = find_notebook(name).resolve()
     values = anchor_paths(check_parameters(source, parameters or {}))
     folder = _free_sibling(Path(out or short_name(source)))
-    if "out" in notebook_parameters(source): values.setdefault("out", "run")
+    if "out" in notebook_parameters(source): values.setdefault("out", ".")
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise TinyTrainerError(f"{folder}: cannot be made ({e.strerror}). Choose another --out.") from None
-    target, runs = folder / source.name, folder / values.get("out", "run")
+    target, runs = folder / "notebook.ipynb", folder / values.get("out", "")
     try: _execute(source, target, values, [folder, runs], stream)
     except KeyboardInterrupt: raise KeyboardInterrupt(str(folder)) from None # so that whoever catches it knows where
     return target, runs

@@ -93,9 +93,9 @@ class Lock:
 # %% ../nbs/01c_run.ipynb #7505e8e9
 STATES = ("running", "paused", "stopped", "finished", "failed", "interrupted")
 
-def _free_sibling(folder: Path) -> Path:
-    "`folder`, or the first of NAME-2, NAME-3, ... that does not exist."
-    if not folder.exists() or not any(folder.iterdir()): return folder
+def _free_sibling(folder: Path, allowed: tuple[str, ...] = ()) -> Path:
+    "`folder` if it is empty but for `allowed`, else the first of NAME-2, NAME-3, ... that does not exist."
+    if not folder.exists() or all(p.name in allowed for p in folder.iterdir()): return folder
     return next(p for n in range(2, 10_000) if not (p := folder.with_name(f"{folder.name}-{n}")).exists())
 
 class Run:
@@ -113,7 +113,7 @@ class Run:
             old = cls(folder)
             if old.status != "finished" and old.info["recipe"] == recipe and old.info["settings"] == plain(settings.to_dict()):
                 raise TinyTrainerError(f"{folder}: an unfinished run with these settings is here. `tinytrainer resume {folder}` goes on with it; another --out starts anew.")
-        run = cls(_free_sibling(folder))
+        run = cls(_free_sibling(folder, allowed=("notebook.ipynb",))) # which made this run
         try: (run.folder / "checkpoints").mkdir(parents=True)
         except OSError as e: raise TinyTrainerError(f"{out}: cannot be made ({e.strerror}). Choose another --out.") from None
         run.settings = settings

@@ -83,11 +83,13 @@ def encode_text(
     windows = [ids[i:i + max_length] for i in range(0, max(1, len(ids) - 1), max_length - 1)]
     return [dict(input_ids=w, labels=[-100] + w[1:]) for w in windows]
 
-# %% ../nbs/00c_tokens.ipynb #8040c612
+# %% ../nbs/00c_tokens.ipynb #a5a9abc9
 def pack_row(
-    rows: list[dict], # of "input_ids" and "labels"
-) -> dict:            # tensors of one packed row of T tokens
+    rows: list[dict],   # of "input_ids" and "labels"
+    multiple: int = 64, # T is a multiple of it
+) -> dict:              # tensors of one packed row of T tokens
     "Documents laid end to end: `input_ids`, `position_ids` (1, T), `document_lengths`, `logits_to_keep` and `shift_labels` (learned tokens)."
+    if fill := -sum(len(r["input_ids"]) for r in rows) % multiple: rows = [*rows, dict(input_ids=[0] * fill, labels=[-100] * fill)]
     lengths = [len(r["input_ids"]) for r in rows]
     ids = torch.tensor([t for r in rows for t in r["input_ids"]])
     positions = torch.cat([torch.arange(n) for n in lengths])
