@@ -1,5 +1,6 @@
 """The repository agrees with itself: notebooks with modules and README, settings.ini with pyproject, saved outputs with anybody's machine."""
 import ast
+import hashlib
 import io
 import os
 import re
@@ -14,6 +15,7 @@ import nbformat
 import papermill
 import pytest
 
+from tinytrainer_nb.tinyworld import write_data
 from tools import colab, readme
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,6 +23,9 @@ NBS, PACKAGE = ROOT / "nbs", ROOT / "tinytrainer_nb"
 MADE = {"__pycache__", ".ipynb_checkpoints", "runs"}  # folders that working leaves behind and git ignores
 NOTEBOOKS = sorted(p for p in NBS.rglob("*.ipynb") if not MADE & set(p.relative_to(ROOT).parts))
 LESSONS = [p for p in NOTEBOOKS if p.parent.name in ("tutorials", "benchmarks")]
+READING = [*sorted((NBS / "tutorials").glob("*.ipynb")), *sorted(p for p in NBS.glob("*.ipynb") if p.name != "index.ipynb"),
+           *sorted((NBS / "benchmarks").glob("*.ipynb"))]  # the order in which the README lists them
+LINK = re.compile(r'(?:\]\(|(?:src|href)=")(?![a-z]+:|#|/)([^)\s"#]+)')
 FOLDERS = (".ci", ".github", "data", "nbs", "tests", "tinytrainer_nb", "tools")
 PATHS = r"(?:(?<![\w.:/-])|file://)/(?:{})/|\b[A-Za-z]:\\Users\b"
 OUTPUT_PATH = re.compile(PATHS.format("work|tmp|root|home|Users|content"))
@@ -167,3 +172,41 @@ def test_no_text_names_a_path_of_one_machine():
         except UnicodeDecodeError: continue
         if found := TEXT_PATH.search(text): slips.append(f"{name(path)}: {text[found.start():][:60].splitlines()[0]!r}")
     assert not slips, "\n".join(slips)
+
+
+def links(path: Path) -> list[Path]:
+    "Files that a notebook's or a page's text points to"
+    texts = [c.source for c in read(path).cells if c.cell_type == "markdown"] if path.suffix == ".ipynb" else [path.read_text(encoding="utf-8")]
+    return [(path.parent / target).resolve() for text in texts for target in LINK.findall(re.sub(r"`[^`\n]*`", "", text))]
+
+
+def test_links_lead_somewhere():
+    broken = [f"{name(p)}: {target.relative_to(ROOT)}" for p in [*NOTEBOOKS, *ROOT.glob("*.md"), ROOT / "data" / "README.md"]
+              for target in links(p) if not target.exists()]
+    assert not broken, f"links to files that are not there: {broken}"
+
+
+def test_the_readme_lists_every_notebook_in_reading_order():
+    table = re.search(r"## The notebooks, in reading order(.*?)\n## ", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[1]
+    rows = [(ROOT / m).resolve() for m in re.findall(r"^\| \[.*?\]\((.*?\.ipynb)\)", table, re.M)]
+    assert rows == READING, f"not listed, or not in order: {[name(p) for p in READING if p not in rows] or [name(p) for p in rows]}"
+
+
+def test_each_notebook_links_to_the_next():
+    ends = [f"{name(a)} -> {name(b)}" for a, b in zip(READING, READING[1:])
+            if not any(c.cell_type == "markdown" and "Next: " in c.source and b.name in c.source.partition("Next: ")[2] for c in read(a).cells[-3:])]
+    assert not ends, f"without a link to the next notebook at the end: {ends}"
+
+
+def test_data_is_what_its_readme_says():
+    rows = re.findall(r"^\| `(\S+)` \| ([\d,]+) \| `([0-9a-f]{64})` \|$", (ROOT / "data" / "README.md").read_text(encoding="utf-8"), re.M)
+    said = {path: (int(size.replace(",", "")), digest) for path, size, digest in rows}
+    has = {p.relative_to(ROOT / "data").as_posix(): (p.stat().st_size, hashlib.sha256(p.read_bytes()).hexdigest())
+           for p in (ROOT / "data").rglob("*") if p.is_file() and p.name != "README.md"}
+    assert said == has, f"data/README.md and data/ differ: {sorted(k for k in said | has if said.get(k) != has.get(k))}"
+
+
+def test_data_is_what_the_generator_writes(tmp_path):
+    write_data(tmp_path)
+    stale = [p.name for p in tmp_path.iterdir() if p.read_bytes() != (ROOT / "data" / p.name).read_bytes()]
+    assert not stale and len(list(tmp_path.iterdir())) == 3, f"not what tinyworld.write_data makes: {stale}"

@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['LoraArgs', 'add_lora', 'count_trainable', 'Chat', 'TinyTrainerError', 'data_file', 'hardware', 'peak_memory',
            'read_json', 'seed_everything', 'write_json', 'load_examples', 'load_prompts', 'Evaluation', 'evaluate',
-           'load_model', 'model_preset', 'launch_panel', 'run_panel', 'run_figure', 'story_figure', 'PPOArgs', 'ppo',
-           'PretrainArgs', 'new_model', 'pretrain', 'train_tokenizer', 'exact_answer', 'find_reward',
-           'reference_overlap', 'GenerateArgs', 'Rollouts', 'generate', 'Run', 'SFTArgs', 'encode_rows', 'sft',
-           'CORPUS_PROMPT']
+           'load_model', 'model_preset', 'has_front_end', 'launch_panel', 'run_panel', 'settings_form', 'run_figure',
+           'story_figure', 'PPOArgs', 'ppo', 'PretrainArgs', 'new_model', 'pretrain', 'train_tokenizer', 'exact_answer',
+           'find_reward', 'reference_overlap', 'GenerateArgs', 'Rollouts', 'generate', 'Run', 'SFTArgs', 'encode_rows',
+           'sft', 'CORPUS_PROMPT']
 
-# %% ../nbs/99_all.ipynb #e4d297db
+# %% ../nbs/99_all.ipynb #4df4f314
 from .adapters import LoraArgs, add_lora, count_trainable
 from .chat import Chat
 from .core import TinyTrainerError, data_file, hardware, peak_memory, read_json, seed_everything, write_json
 from .data import load_examples, load_prompts
 from .evaluate import Evaluation, evaluate
 from .models import load_model, model_preset
-from .panels import launch_panel, run_panel
+from .panels import has_front_end, launch_panel, run_panel, settings_form
 from .plots import run_figure, story_figure
 from .ppo import PPOArgs, ppo
 from .pretrain import PretrainArgs, new_model, pretrain, train_tokenizer
@@ -29,6 +29,6 @@ from .tinyworld import CORPUS_PROMPT
 
 _all_ = ["LoraArgs", "add_lora", "count_trainable", "Chat", "TinyTrainerError", "data_file", "hardware", "peak_memory", "read_json",
          "seed_everything", "write_json", "load_examples", "load_prompts", "Evaluation", "evaluate", "load_model", "model_preset",
-         "launch_panel", "run_panel", "run_figure", "story_figure", "PPOArgs", "ppo", "PretrainArgs", "new_model", "pretrain", "train_tokenizer",
+         "has_front_end", "launch_panel", "run_panel", "settings_form", "run_figure", "story_figure", "PPOArgs", "ppo", "PretrainArgs", "new_model", "pretrain", "train_tokenizer",
          "exact_answer", "find_reward", "reference_overlap", "GenerateArgs", "Rollouts", "generate", "Run", "SFTArgs", "encode_rows",
          "sft", "CORPUS_PROMPT"] # what the star brings

@@ -37,21 +37,21 @@ def smooth(values: list[float], window: int) -> list[float]:
         out.append(total / min(i + 1, window))
     return out
 
-# %% ../nbs/03a_plots.ipynb #6f0c0d26
+# %% ../nbs/03a_plots.ipynb #90506d78
 def _draw(axes, run, title: str) -> None:
     "One panel: points of each step, their running mean, the evaluations, the changes."
     (name,), label = PANELS[title]
     steps, values = run.history(name)
     window = max(1, len(values) // 20)
     if title != "learning rate" and window > 1: axes.plot(steps, values, color=COLOURS[0], alpha=0.25, linewidth=0.8)
-    axes.plot(steps, values if title == "learning rate" else smooth(values, window), color=COLOURS[0], label=f"{title}, mean of {window} steps" if window > 1 else title)
+    axes.plot(steps, values if title == "learning rate" else smooth(values, window), color=COLOURS[0], label=f"{title}, mean of {window} steps" if window > 1 and title != "learning rate" else title)
     at, held = run.history(name, "evaluation")
     if held: axes.plot(at, held, color=COLOURS[1], linestyle=STYLES[1], marker="o", markersize=3, label="held out")
     for e in run.events:
         if e["kind"] == "change": axes.axvline(e["step"], color="#666666", linestyle=":", linewidth=1)
     axes.set(xlabel="step", ylabel=label)
     axes.grid(alpha=0.25)
-    if held or window > 1: axes.legend(fontsize=8, frameon=False)
+    if held or window > 1 and title != "learning rate": axes.legend(fontsize=8, frameon=False)
 
 def run_figure(
     run,                   # a `Run`
@@ -80,7 +80,7 @@ def story_figure(
     right.invert_yaxis(); right.set(xlim=(0, 115), xlabel="held-out problems right (%)"); right.set_title("before and after", fontsize=10)
     return figure
 
-# %% ../nbs/03a_plots.ipynb #81f1adbb
+# %% ../nbs/03a_plots.ipynb #3f54ca7a
 def sample_rows(run, count: int = 6) -> list[dict]:
     "The latest samples, newest step first."
     return [e for e in run.events if e["kind"] == "sample"][::-1][:count]
@@ -88,8 +88,12 @@ def sample_rows(run, count: int = 6) -> list[dict]:
 def samples_html(run, count: int = 6) -> str:
     "The latest samples as a table; every text escaped."
     cell = lambda text: f"<td style='text-align:left;white-space:pre-wrap;vertical-align:top'>{html.escape(str(text))}</td>"
-    rows = "".join(f"<tr>{cell(e['step'])}{cell(e['prompt'])}{cell(e['completion'])}{cell('' if e.get('reward') is None else round(e['reward'], 3))}</tr>" for e in sample_rows(run, count))
-    return f"<table><tr><th>step</th><th>prompt</th><th>completion</th><th>reward</th></tr>{rows}</table>" if rows else ""
+    samples = sample_rows(run, count)
+    columns = [c for c in ("step", "prompt", "completion", "reward") if any(e.get(c) is not None for e in samples)]
+    text = lambda value: "" if value is None else round(value, 3) if isinstance(value, float) else value
+    head = "".join(f"<th style='text-align:left'>{c}</th>" for c in columns)
+    rows = "".join(f"<tr>{''.join(cell(text(e.get(c))) for c in columns)}</tr>" for e in samples)
+    return f"<table><tr>{head}</tr>{rows}</table>" if rows else ""
 
 def run_html(run) -> str:
     "A run as static HTML: what it is, its picture, its samples."

@@ -60,7 +60,7 @@ def _prefill(model, ids: list[list[int]], pad: int, copies: int) -> tuple:
     if copies > 1: cache.batch_repeat_interleave(copies)
     return tuple(x.repeat_interleave(copies, 0) for x in (out.logits[:, -1], mask, positions[:, -1:] + 1)) + (cache,)
 
-def _continue(model, ids: list[list[int]], args: GenerateArgs, seeds: list[int], eos: set[int], pad: int, interrupt) -> tuple[list, list]:
+def _continue(model, ids: list[list[int]], args: GenerateArgs, seeds: list[int], eos: set[int], pad: int, interrupt, bar) -> tuple[list, list]:
     "Completion ids and log-probabilities of every row."
     logits, mask, positions, cache = _prefill(model, ids, pad, args.num_generations)
     count = logits.shape[0]
@@ -70,7 +70,9 @@ def _continue(model, ids: list[list[int]], args: GenerateArgs, seeds: list[int],
         new, logp = draw(logits, args.temperature, uniform[alive, step].to(logits.device))
         for row, t, p in zip(alive.tolist(), new.tolist(), logp.tolist()): tokens[row].append(t); logprobs[row].append(p)
         stay = torch.tensor([i for i, t in enumerate(new.tolist()) if t not in eos], dtype=torch.long)
-        if len(stay) == 0 or step == args.max_new_tokens - 1: break
+        last = len(stay) == 0 or step == args.max_new_tokens - 1
+        bar.update(len(alive) if last else len(alive) - len(stay))
+        if last: break
         if interrupt is not None: interrupt()
         if len(stay) < len(alive):
             alive, there = alive[stay], stay.to(logits.device)
@@ -107,10 +109,11 @@ def generate(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     found, was_training = {}, model.training
     model.eval()
-    with torch.no_grad(), unpacked(model), compute_context(model, dtype or next(p.dtype for p in model.parameters() if p.is_floating_point())):
-        for start in progress(range(0, len(order), per), desc="generating", quiet=quiet):
+    dtype = dtype or next(p.dtype for p in model.parameters() if p.is_floating_point())
+    with torch.no_grad(), unpacked(model), compute_context(model, dtype), progress(total=len(ids) * n, desc="completions", quiet=quiet) as bar:
+        for start in range(0, len(order), per):
             part = order[start:start + per]
-            tokens, logprobs = _continue(model, [ids[i] for i in part], args, [seeds[i * n + j] for i in part for j in range(n)], eos, pad, interrupt)
+            tokens, logprobs = _continue(model, [ids[i] for i in part], args, [seeds[i * n + j] for i in part for j in range(n)], eos, pad, interrupt, bar)
             for k, i in enumerate(part): found[i] = (tokens[k * n:(k + 1) * n], logprobs[k * n:(k + 1) * n])
     model.train(was_training)
     return _rollouts(tokenizer, prompts, ids, found, eos, n)

@@ -20,13 +20,20 @@ def from_root(markdown: str) -> str:
     return LINK.sub(lambda m: m[1] + posixpath.normpath(f"nbs/{m[2]}"), markdown)
 
 
+def shown(cell):
+    "A code cell as the README has it: without nbdev's directives, and its Markdown output alone where it says `echo: false`"
+    if re.match(r"#\|\s*echo:\s*false", cell.source):
+        return nbformat.v4.new_markdown_cell("\n\n".join(o.data["text/markdown"] for o in cell.outputs))
+    cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
+    return cell
+
+
 def visible(cells: list) -> list:
-    "The cells without those that begin with `#| hide`, and without nbdev's directives"
+    "The cells without those that begin with `#| hide`"
     kept = [c for c in cells if c.cell_type != "code" or not re.match(r"#\|\s*hide\b", c.source)]
     for c in kept:
-        if c.cell_type == "code": c.source = re.sub(r"^#\|.*\n?", "", c.source, flags=re.M)
-        else: c.source = from_root(c.source)
-    return kept
+        if c.cell_type != "code": c.source = from_root(c.source)
+    return [shown(c) if c.cell_type == "code" else c for c in kept]
 
 
 def readme(root: Path = ROOT) -> tuple[str, dict[str, bytes]]:
