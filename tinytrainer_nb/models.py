@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEFAULT_BASE', 'SHAPES', 'find_base', 'base_hash', 'step_bytes', 'count_parameters', 'choose_quantization',
            'document_attention', 'packed_attention', 'keep_gradients', 'unpacked', 'compute_context', 'LoadReport',
-           'tensor_bytes', 'load_model', 'Preset', 'model_preset']
+           'tensor_bytes', 'load_model', 'with_adapter', 'Preset', 'model_preset']
 
 # %% ../nbs/01a_models.ipynb #0a44f0a4
 import contextlib, json, re, time, warnings
@@ -213,19 +213,23 @@ def _load_weights(path: str, quantization: str, dtype: torch.dtype, device: str)
     model.config._attn_implementation = "packed"
     return keep_gradients(model.requires_grad_(False).eval())
 
+def with_adapter(model, folder: Path):
+    "`model` with a saved adapter on it, ready to be trained on."
+    from peft import PeftModel
+    report = model.load_report
+    with quiet(): model = PeftModel.from_pretrained(model, folder, is_trainable=True)
+    model.load_report = report
+    return model
+
 def _load_run(folder: Path, quantization: str, dtype: str, device: str, verbose: bool) -> tuple:
     "A finished run's base with what was trained on it."
-    from peft import PeftModel
     made = read_json(folder / "run.json")
     if (folder / "model" / "config.json").exists(): return load_model(folder / "model", quantization, dtype, device, verbose=verbose)
     if not (folder / "adapter").exists(): raise TinyTrainerError(f"{folder}: this run has not saved what it trained yet. `tinytrainer resume {folder}` finishes it.")
     quantization = made["load"]["quantization"] if quantization == "auto" else quantization
     dtype = made["load"]["dtype"] if dtype == "auto" else dtype
     model, tokenizer = load_model(made["load"]["base"], quantization, dtype, device, verbose=verbose)
-    report = model.load_report
-    model = PeftModel.from_pretrained(model, folder / "adapter", is_trainable=True)
-    model.load_report = report
-    return model, tokenizer
+    return with_adapter(model, folder / "adapter"), tokenizer
 
 # %% ../nbs/01a_models.ipynb #94a5371d
 SHAPES = {

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAGES', 'short_name', 'shipped_notebooks', 'find_notebook', 'Parameter', 'notebook_parameters', 'parameter_value',
            'check_parameters', 'read_parameters', 'anchor_paths', 'heading_above', 'WatchedClient', 'WatchedEngine',
-           'run_notebook', 'accuracy_text', 'samples_text']
+           'run_notebook', 'accuracy_text', 'samples_text', 'accuracy_table']
 
 # %% ../nbs/03d_notebooks.ipynb #e8414927
 import ast, difflib, json, os, re, subprocess
@@ -140,7 +140,7 @@ class WatchedEngine(Engine):
 
 papermill_engines.register("watched", WatchedEngine)
 
-# %% ../nbs/03d_notebooks.ipynb #69294333
+# %% ../nbs/03d_notebooks.ipynb #dbcf8a4d
 def _execute(source: Path, target: Path, values: dict, folders: list[Path], stream) -> None:
     "Run `source` into `target`; a failing cell is a `TinyTrainerError`."
     with Watch(folders, stream) as watch:
@@ -192,3 +192,15 @@ def samples_text(summary: dict, count: int = 6) -> str:
         answers = [f"    {stage:5} {_said(s[stage])}" for stage in ("base", "sft", "ppo") if s.get(stage) is not None]
         blocks.append("\n".join([f"  {s['prompt']}", *answers, f"    right {s['reference_answer']}"]))
     return "\n\n".join(blocks)
+
+# %% ../nbs/03d_notebooks.ipynb #ac1f4af1
+def accuracy_table(
+    measured: dict, # "runs" of "seed", "n", "accuracy", "seconds" and "peak_memory_gb"; "hardware"; "versions"
+) -> str:           # Markdown
+    "Accuracy, wall time and memory of several quickstarts, their mean, and the machine."
+    runs, machine, versions = measured["runs"], measured["hardware"], measured["versions"]
+    row = lambda *cells: "| " + " | ".join(cells) + " |"
+    rows = [row(str(r["seed"]), *(f"{r['accuracy'][s]:.1%}" for s in STAGES), duration(r["seconds"]), f"{r['peak_memory_gb']:.2f} GiB") for r in runs]
+    means = [sum(r["accuracy"][s] for r in runs) / len(runs) for s in STAGES]
+    return "\n".join([row("seed", *STAGES.values(), "wall time", "memory"), row(*["---"] * (len(STAGES) + 3)), *rows, row("**mean**", *(f"**{m:.1%}**" for m in means), "", ""), "",
+                      f"Share of {runs[0]['n']} held-out word problems answered right, greedy. {machine['cpu']}, {machine['cores']} cores, Python {versions['python']}, torch {versions['torch']}."])

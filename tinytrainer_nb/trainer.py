@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from .adapters import count_trainable, trainable
 from .core import DTYPES, TinyTrainerError, num_threads, peak_memory, progress, quiet, read_json, write_json
-from .models import compute_context, keep_gradients, load_model
+from .models import compute_context, keep_gradients, load_model, with_adapter
 from .run import Run, _patch, whole_folder
 from .settings import Settings, setting
 
@@ -288,15 +288,10 @@ def describe(model) -> dict:
 
 def rebuild(run: Run):
     "Model and tokenizer as they were when the run began; raises `TinyTrainerError` if the base has changed."
-    from peft import PeftModel
     made = run.info["load"]
     model, tokenizer = load_model(made["base"], made["quantization"], made["dtype"], verbose=False)
-    report = model.load_report
-    if report.sha256 != made["sha256"]: raise TinyTrainerError(f"{made['base']}: the base's weights are not those the run was started with. Restore them, or start a new run.")
-    if (run.folder / "start").exists():
-        model = PeftModel.from_pretrained(model, run.folder / "start", is_trainable=True)
-        model.load_report = report
-    return model, tokenizer
+    if model.load_report.sha256 != made["sha256"]: raise TinyTrainerError(f"{made['base']}: the base's weights are not those the run was started with. Restore them, or start a new run.")
+    return (with_adapter(model, run.folder / "start") if (run.folder / "start").exists() else model), tokenizer
 
 def need_trainable(model) -> None:
     "Raise `TinyTrainerError` if nothing is trained."
