@@ -5,22 +5,22 @@
 # %% auto #0
 __all__ = ['Evaluation', 'evaluate']
 
-# %% ../nbs/02e_evaluate.ipynb #9e8b73f7
+# %% ../nbs/02e_evaluate.ipynb #e874caa5
 from dataclasses import dataclass, field
 from .core import DTYPES, TinyTrainerError
 from .data import load_examples, load_prompts
-from .rewards import BUILT_IN, find_reward
-from .rollout import GenerateArgs, generate
+from .rewards import find_reward
+from .rollout import GenerateArgs, generate, prompt_room
 from .sft import encode_rows
-from .tokens import Collator, ensure_template
+from .tokens import Collator, ensure_template, prompt_ids
 from .trainer import mean_loss
 
-# %% ../nbs/02e_evaluate.ipynb #f9506201
+# %% ../nbs/02e_evaluate.ipynb #cb19ef0a
 @dataclass
 class Evaluation:
     "A score, and what it was computed from."
     task: str                # "loss" or a reward's name
-    score: float             # mean over the rows
+    score: float             # mean over the rows; of the loss, over the learned tokens
     n: int                   # rows
     prompts: list = field(default_factory=list, repr=False)     # questions, for a reward
     completions: list = field(default_factory=list, repr=False) # greedy answers
@@ -47,7 +47,12 @@ def evaluate(
         return Evaluation(task, mean_loss(model, _to_device(Collator(4096)(rows), model), dtype), len(rows))
     reward = find_reward(task)
     prompts = load_prompts(data)[:limit or None]
-    asked = [prompt_format.format(p["messages"][-1]["content"]) if prompt_format else p["messages"] for p in prompts]
+    ask = lambda p: prompt_format.format(p["messages"][-1]["content"]) if prompt_format else p["messages"]
+    room = prompt_room(model, max_new_tokens)
+    fits = [p for p in prompts if len(prompt_ids(tokenizer, ask(p))) <= room]
+    if not fits: raise TinyTrainerError(f"no prompt is left to answer: all {len(prompts)} are longer than {room} tokens, which the model's context leaves beside max_new_tokens={max_new_tokens}.")
+    if len(fits) < len(prompts): print(f"left out: {len(prompts) - len(fits)} prompts that are longer than {room} tokens")
+    prompts, asked = fits, [ask(p) for p in fits]
     said = generate(model, tokenizer, asked, GenerateArgs(max_new_tokens=max_new_tokens, temperature=0.0), dtype=dtype).completions
     questions = [p["messages"][-1]["content"] for p in prompts]
     rewards, _ = reward(questions, said, [{k: v for k, v in p.items() if k not in ("messages", "prompt", "completion")} for p in prompts])

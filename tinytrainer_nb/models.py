@@ -7,11 +7,11 @@ __all__ = ['DEFAULT_BASE', 'SHAPES', 'find_base', 'base_hash', 'step_bytes', 'co
            'document_attention', 'packed_attention', 'keep_gradients', 'unpacked', 'compute_context', 'LoadReport',
            'tensor_bytes', 'load_model', 'with_adapter', 'Preset', 'model_preset']
 
-# %% ../nbs/01a_models.ipynb #0a44f0a4
-import contextlib, json, re, time, warnings
-from dataclasses import asdict, dataclass
+# %% ../nbs/01a_models.ipynb #fe1e32f1
+import contextlib, re, time
+from dataclasses import dataclass
 from pathlib import Path
-import torch, transformers
+import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig
@@ -21,14 +21,14 @@ from transformers import AttentionInterface
 from .core import DTYPES, TinyTrainerError, data_file, default_device, dtype_name, file_hash, free_memory, probe_dtype, quiet, read_json
 from .tokens import ensure_template
 
-# %% ../nbs/01a_models.ipynb #4946e388
+# %% ../nbs/01a_models.ipynb #ca78f6d3
 DEFAULT_BASE = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 
 def find_base(base: str | Path) -> str:
     "Path or Hub id that `transformers` can load for `tiny`, a folder or a Hub id; raises `TinyTrainerError` with what is allowed."
     if str(base) == "tiny": return str(data_file("tiny"))
     if Path(base).is_dir():
-        if (Path(base) / "config.json").exists(): return str(base)
+        if (Path(base) / "config.json").exists(): return str(Path(base).resolve())
         raise TinyTrainerError(f"{base}: this folder has no config.json, so it holds no model. Known: 'tiny', a model's folder, a run's folder, a Hub id.")
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(base)): return str(base)
     raise TinyTrainerError(f"{base}: no such model. Known: 'tiny', a model's folder, a run's folder, a Hub id such as {DEFAULT_BASE}.")
@@ -127,7 +127,7 @@ def compute_context(model: nn.Module, dtype: torch.dtype):
     device = next(model.parameters()).device.type
     with torch.autocast(device, dtype=dtype), disable_input_dtype_casting(model): yield
 
-# %% ../nbs/01a_models.ipynb #ce8d4b38
+# %% ../nbs/01a_models.ipynb #5e57c172
 @dataclass
 class LoadReport:
     "What `load_model` did."
@@ -142,6 +142,7 @@ class LoadReport:
     why: str           # reasons for dtype and quantization
     device: str        # cpu or cuda
     seconds: float     # it took
+    seed: int | None = None # of random weights
 
     def __str__(self):
         return (f"{self.base}: {self.parameters:,} parameters, {self.bytes_before / 1e6:,.1f} MB stored, {self.bytes_after / 1e6:,.1f} MB in memory "
@@ -162,7 +163,7 @@ def _quantization_config(quantization: str, dtype: torch.dtype):
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     return BitsAndBytesConfig(load_in_8bit=True) if quantization == "int8" else None
 
-# %% ../nbs/01a_models.ipynb #5c662826
+# %% ../nbs/01a_models.ipynb #989362f0
 def _pretrained(kind, path: str, **kwargs):
     "`kind.from_pretrained`, with its failures told in one line."
     try:
@@ -190,7 +191,7 @@ def load_model(
     if dtype not in ("auto", *DTYPES): raise TinyTrainerError(f"dtype={dtype!r} is not allowed: it must be one of auto, {', '.join(DTYPES)}.")
     device = device or default_device()
     if device == "cuda" and not torch.cuda.is_available(): raise TinyTrainerError("device='cuda' was asked for, but PyTorch sees no GPU here. Use device='cpu'.")
-    if (Path(name) / "run.json").exists(): return _load_run(Path(name), quantization, dtype, device, verbose)
+    if str(name) != "tiny" and (Path(name) / "run.json").exists(): return _load_run(Path(name), quantization, dtype, device, verbose)
     start, path = time.perf_counter(), find_base(name)
     compute, why = probe_dtype(device) if dtype == "auto" else (DTYPES[dtype], "as asked")
     config = _pretrained(AutoConfig, path)
@@ -205,7 +206,7 @@ def load_model(
     if verbose: print(model.load_report)
     return model, tokenizer
 
-# %% ../nbs/01a_models.ipynb #d71f24be
+# %% ../nbs/01a_models.ipynb #90d1eae1
 def _load_weights(path: str, quantization: str, dtype: torch.dtype, device: str):
     "The model itself, frozen, in evaluation mode, with packed attention."
     model = _pretrained(AutoModelForCausalLM, path, dtype=dtype, quantization_config=_quantization_config(quantization, dtype),

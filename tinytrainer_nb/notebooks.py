@@ -7,15 +7,15 @@ __all__ = ['STAGES', 'short_name', 'shipped_notebooks', 'find_notebook', 'Parame
            'check_parameters', 'read_parameters', 'anchor_paths', 'heading_above', 'WatchedClient', 'WatchedEngine',
            'run_notebook', 'accuracy_text', 'samples_text', 'accuracy_table']
 
-# %% ../nbs/03d_notebooks.ipynb #e8414927
-import ast, difflib, json, os, re, subprocess
+# %% ../nbs/03d_notebooks.ipynb #d760906e
+import ast, difflib, os, re, subprocess
 from dataclasses import dataclass
 from pathlib import Path
 import nbformat, papermill, tinytrainer_nb, yaml
 from nbclient.exceptions import DeadKernelError
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import Engine, papermill_engines
-from .core import TinyTrainerError, read_json
+from .core import TinyTrainerError
 from .run import _free_sibling
 from .watch import Watch, duration
 

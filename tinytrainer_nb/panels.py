@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['STATE_COLOURS', 'field_widget', 'read_widget', 'Form', 'settings_form', 'run_state', 'event_text', 'head_html',
-           'figure_png', 'RunPanel', 'refresh', 'run_panel', 'LaunchPanel', 'launch_panel', 'has_front_end']
+           'RunPanel', 'run_panel', 'LaunchPanel', 'launch_panel', 'has_front_end']
 
-# %% ../nbs/04a_panels.ipynb #1774b478
-import contextlib, html, io, os, sys, threading, time
+# %% ../nbs/04a_panels.ipynb #4c90f29d
+import contextlib, html, os, sys, threading
 from dataclasses import fields
 from statistics import mean
 import ipywidgets as widgets
 from .core import TinyTrainerError
-from .plots import run_figure, samples_html, wanted_panels
-from .run import Run, _patch
+from .plots import figure_png, samples_html, wanted_panels
+from .run import Run, patch_to
 from .settings import Settings, check_value, field_type, parse_value
 from .watch import duration, seconds_left
 
@@ -102,12 +102,7 @@ def head_html(recipe: str, state: dict) -> str: # `state` from `run_state`
     if state["tokens_per_s"]: parts.append(f"{state['tokens_per_s']:,.0f} tokens/s")
     return f"{badge}&ensp;" + "&ensp;·&ensp;".join(parts)
 
-# %% ../nbs/04a_panels.ipynb #7e67ed5a
-def figure_png(run: Run, dpi: int = 100) -> bytes:
-    "The run's curves as a PNG picture."
-    run_figure(run).savefig(buffer := io.BytesIO(), format="png", dpi=dpi)
-    return buffer.getvalue()
-
+# %% ../nbs/04a_panels.ipynb #4fdfcbc8
 def _button(text: str, icon: str, help: str, act) -> widgets.Button:
     "A button that calls `act` without arguments."
     button = widgets.Button(description=text, icon=icon, tooltip=help, layout=widgets.Layout(width="8em"))
@@ -143,8 +138,8 @@ class RunPanel(widgets.VBox):
         self._closed.set()
         super().close()
 
-# %% ../nbs/04a_panels.ipynb #785412bc
-@_patch(RunPanel)
+# %% ../nbs/04a_panels.ipynb #fde2f16b
+@patch_to(RunPanel)
 def refresh(self) -> bool: # whether the run goes on
     "Bring the panel up to date with the journal."
     state = run_state(self.run)
@@ -156,13 +151,13 @@ def refresh(self) -> bool: # whether the run goes on
     if self._drawn != (drawn := (status, self.run.events[-1:])): self._drawn = drawn; self._draw()
     return alive
 
-@_patch(RunPanel)
+@patch_to(RunPanel)
 def _draw(self) -> None:
     "The curves and the samples, when there is something new."
     if wanted_panels(self.run): self.curves.value = figure_png(self.run); self.curves.layout.display = None
     self.samples.value = samples_html(self.run, 4)
 
-@_patch(RunPanel)
+@patch_to(RunPanel)
 def _watch(self) -> None:
     "The panel's thread: look, rest, look again, until the run has ended or the panel is closed."
     try:

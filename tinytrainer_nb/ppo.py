@@ -4,15 +4,12 @@
 
 # %% auto #0
 __all__ = ['PPOArgs', 'gae', 'whiten', 'policy_loss', 'value_loss', 'PolicyWithValue', 'Experience', 'token_rewards',
-           'experience', 'PPOTrainer', 'scored', 'gather', 'update', 'training_step', 'sample', 'headline', 'evaluate',
-           'save_result', 'ppo', 'resume_run']
+           'experience', 'PPOTrainer', 'ppo', 'fitting', 'resume_run']
 
-# %% ../nbs/02d_ppo.ipynb #32106f07
-import time
+# %% ../nbs/02d_ppo.ipynb #a7214cfd
+import hashlib, json, time
 from dataclasses import dataclass
-from pathlib import Path
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Trainer
@@ -20,15 +17,15 @@ from .adapters import freeze_reference, using_adapters
 from .core import DTYPES, TinyTrainerError, mix_seed, read_json, seed_everything, write_json
 from .data import load_prompts
 from .models import compute_context
-from .rewards import find_reward
-from .rollout import GenerateArgs, generate
-from .run import Run, _patch, whole_folder
+from .rewards import BUILT_IN, find_reward
+from .rollout import GenerateArgs, generate, prompt_room
+from .run import Run, patch_to, whole_folder
 from .settings import make_settings, setting
-from .tokens import ensure_template, micro_batches, pack_row
+from .tokens import ensure_template, micro_batches, pack_row, prompt_ids
 from .trainer import RunTrainer, TrainArgs, begin, describe, may_change, need_trainable, rebuild, save_adapter
 from .worker import launch
 
-# %% ../nbs/02d_ppo.ipynb #92d6e647
+# %% ../nbs/02d_ppo.ipynb #44a51113
 @dataclass
 class PPOArgs(TrainArgs):
     "Settings of PPO. A step is a round."
@@ -37,7 +34,7 @@ class PPOArgs(TrainArgs):
     batch_size: int = setting(16, "prompts a round, all processes together", "prompts", ge=1)
     learning_rate: float = setting(3e-4, "size of the largest step", gt=0, le=1, live=True)
     warmup_steps: int = setting(2, "rounds in which the learning rate rises from 0", "rounds", ge=0)
-    schedule: str = setting("constant", "how the learning rate falls to 0 after the warm-up", choices=("linear", "cosine", "constant", "wsd"))
+    schedule: str = setting("constant", "how the learning rate goes on after the warm-up; all but constant fall to 0", choices=("linear", "cosine", "constant", "wsd"))
     num_generations: int = setting(4, "completions a prompt", ge=1)
     max_new_tokens: int = setting(128, "longest completion", "tokens", ge=1)
     temperature: float = setting(1.0, "of the policy that is sampled and trained", gt=0)
@@ -155,9 +152,11 @@ def experience(rows, mask, scores, logprobs, ref_logprobs, values, args: PPOArgs
     advantages = gae(rewards, values, mask, args.gamma, args.lam)
     return Experience(rows, mask, logprobs, ref_logprobs, values, whiten(advantages, mask), advantages + values * mask)
 
-# %% ../nbs/02d_ppo.ipynb #5afc65a7
+# %% ../nbs/02d_ppo.ipynb #399b39b6
 class PPOTrainer(RunTrainer, Trainer):
     "One round a step: roll out, judge, update."
+    drop_last = True # a round has `batch_size` prompts, at the end of the data too
+
     def __init__(self, *args, tokenizer, reward, reference: list[str], heldout: list[dict], **kwargs):
         self.tokenizer, self.reward, self.reference, self.heldout, self.round = tokenizer, reward, reference, heldout, []
         super().__init__(*args, eval_dataset=heldout or None, **kwargs)
@@ -178,8 +177,8 @@ class PPOTrainer(RunTrainer, Trainer):
         "Pause inside a round."
         if time.monotonic() - getattr(self, "_looked", 0) > 0.2: self._looked = time.monotonic(); self.obey(between_steps=False)
 
-# %% ../nbs/02d_ppo.ipynb #5234d4b1
-@_patch(PPOTrainer)
+# %% ../nbs/02d_ppo.ipynb #c08a0793
+@patch_to(PPOTrainer)
 def scored(self, rows: list[dict]) -> tuple[Tensor, Tensor, Tensor]:
     "Log-probabilities of policy and reference, and values, of every completion token, each (B, T); without gradient."
     width = max(sum(t != -100 for t in r["labels"]) for r in rows)
@@ -196,7 +195,7 @@ def scored(self, rows: list[dict]) -> tuple[Tensor, Tensor, Tensor]:
         self.hold()
     return tuple(out)
 
-@_patch(PPOTrainer)
+@patch_to(PPOTrainer)
 def gather(self, prompts: list[dict], step: int) -> tuple[Experience, dict]:
     "Roll out and judge; the round's experience and its figures."
     rollouts = self.rollout(prompts, step)
@@ -214,16 +213,15 @@ def gather(self, prompts: list[dict], step: int) -> tuple[Experience, dict]:
 
 def _mean(values: list[float]) -> float: return sum(values) / len(values)
 
-# %% ../nbs/02d_ppo.ipynb #822da23a
-@_patch(PPOTrainer)
+# %% ../nbs/02d_ppo.ipynb #6f78f0be
+@patch_to(PPOTrainer)
 def update(self, model, batch: Experience, picked: list[int]) -> dict:
     "Gradient of one minibatch, the mean over its tokens; returns its figures."
     tokens, figures = batch.mask[picked].sum(), {}
-    for group in _cut([(i, batch.rows[i]) for i in picked], self.settings.micro_batch_tokens):
-        index = [i for i, _ in group]
-        flat = lambda x: torch.cat([x[i, :int(batch.mask[i].sum())] for i in index])
+    for group in micro_batches([batch.rows[i] | dict(index=i) for i in picked], self.settings.micro_batch_tokens):
+        flat = lambda x: torch.cat([x[row["index"], :int(batch.mask[row["index"]].sum())] for row in group])
         with compute_context(self.model, self.dtype):
-            logp, values, entropy = model(**self._prepare_inputs(pack_row([row for _, row in group])), temperature=self.settings.temperature)
+            logp, values, entropy = model(**self._prepare_inputs(pack_row(group)), temperature=self.settings.temperature)
         policy, clipped = policy_loss(logp, flat(batch.logprobs), flat(batch.advantages), self.settings.clip)
         value = value_loss(values, flat(batch.values), flat(batch.returns), self.settings.value_clip)
         loss = (policy + self.settings.value_coef * value - self.settings.entropy_coef * entropy).sum() / tokens
@@ -232,19 +230,10 @@ def update(self, model, batch: Experience, picked: list[int]) -> dict:
             figures[k] = figures.get(k, 0) + v.item() / tokens.item()
     return figures
 
-def _cut(pairs: list, max_tokens: int) -> list[list]:
-    "Micro-batches of (index, row) pairs."
-    groups, used = [], max_tokens
-    for pair in pairs:
-        length = len(pair[1]["input_ids"])
-        if used + length > max_tokens: groups.append([]); used = 0
-        groups[-1].append(pair); used += length
-    return groups
-
-@_patch(PPOTrainer)
+@patch_to(PPOTrainer)
 def training_step(self, model, inputs, num_items_in_batch=None):
     "One round. All updates but the last make their own optimiser step; the trainer makes the last one."
-    self._began, began_round = time.perf_counter(), time.perf_counter()
+    self.start_clock()
     model.eval() # dropout off, in the updates too
     step = self.state.global_step
     batch, figures = self.gather(inputs["rows"], step)
@@ -255,20 +244,20 @@ def training_step(self, model, inputs, num_items_in_batch=None):
         seen.append(self.update(model, batch, picked))
         if i < len(plans) - 1:
             self._clip_grad_norm(model); self.optimizer.step(); model.zero_grad()
-    self.count(sum(len(r["input_ids"]) for r in batch.rows))
-    self.figures |= figures | {k: _mean([s[k] for s in seen]) for k in seen[0] if k != "loss"} | dict(seconds=round(time.perf_counter() - began_round, 3))
+    self.step_tokens = sum(len(r["input_ids"]) for r in batch.rows)
+    self.figures |= figures | {k: _mean([s[k] for s in seen]) for k in seen[0] if k != "loss"}
     return torch.tensor(_mean([s["loss"] for s in seen]), device=self.args.device)
 
-# %% ../nbs/02d_ppo.ipynb #8594fbbf
-@_patch(PPOTrainer)
+# %% ../nbs/02d_ppo.ipynb #12632902
+@patch_to(PPOTrainer)
 def sample(self) -> None:
     "The last round's first completions, with their rewards."
     for row in self.round[:: self.settings.num_generations][:4]: self.run.log("sample", self.state.global_step, **row)
 
-@_patch(PPOTrainer)
+@patch_to(PPOTrainer)
 def headline(self, logs: dict) -> str: return f"reward {self.figures['reward']:.2f}, KL {self.figures['kl']:.2f}"
 
-@_patch(PPOTrainer)
+@patch_to(PPOTrainer)
 def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
     "Mean reward of greedy answers to held-out prompts, as an event."
     args = GenerateArgs(max_new_tokens=self.settings.max_new_tokens, temperature=0.0)
@@ -279,14 +268,14 @@ def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"
     self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, {"eval_reward": reward})
     return {"eval_reward": reward}
 
-@_patch(PPOTrainer)
+@patch_to(PPOTrainer)
 def save_result(self) -> None:
     "The policy's adapter in PEFT's format, and the value head beside it."
     with whole_folder(self.run.folder / "adapter") as folder:
         save_adapter(self.model.policy, folder)
         save_file({k: v.detach().cpu().contiguous() for k, v in self.model.value_head.state_dict().items()}, folder / "value_head.safetensors")
 
-# %% ../nbs/02d_ppo.ipynb #169aa2ab
+# %% ../nbs/02d_ppo.ipynb #9b131d05
 def ppo(
     model,                 # with an adapter, fresh or fine-tuned: as handed over it is the reference
     tokenizer,             # its tokenizer
@@ -298,12 +287,29 @@ def ppo(
     "Improve `model` in place by a reward. Raises `TinyTrainerError` for data, rewards or settings that cannot work."
     args, judge = args or PPOArgs(), find_reward(reward)
     need_trainable(model); ensure_template(tokenizer)
-    prompts = prompts if isinstance(prompts, list) and prompts and "messages" in prompts[0] else load_prompts(prompts)
-    if len(prompts) < args.batch_size: raise TinyTrainerError(f"{len(prompts)} prompts are fewer than batch_size={args.batch_size}. Bring more prompts, or lower batch_size.")
-    run = Run.create(args.out, "ppo", args, load=describe(model), may_change=may_change(args), reward=reward if isinstance(reward, str) else f"function {list(judge.parts)[0]}")
-    write_json(run.folder / "data" / "prompts.json", prompts)
-    begin(run, model)
+    found = load_prompts(prompts)
+    prompts = fitting(model, tokenizer, found, args)
+    with Run.prepare(args.out, "ppo", args, load=describe(model), data=dict(rows=len(prompts), sha256=hashlib.sha256(json.dumps(prompts).encode()).hexdigest()), may_change=may_change(args), reward=_reward_name(reward, judge)) as run:
+        write_json(run.folder / "data" / "prompts.json", prompts)
+        begin(run, model)
+        if len(prompts) < len(found): run.log("note", 0, message=f"left out: {len(found) - len(prompts)} prompts that are too long")
     return _start(run, model, tokenizer, prompts, judge, args, live)
+
+def fitting(model, tokenizer, prompts: list[dict], args: PPOArgs) -> list[dict]:
+    "The prompts that leave room for a completion; raises `TinyTrainerError` if they are fewer than a round takes."
+    room = min(args.max_length, prompt_room(model, args.max_new_tokens))
+    kept = [p for p in prompts if len(prompt_ids(tokenizer, p["messages"])) <= room]
+    held = _held_out(kept, args)
+    if len(kept) - held < args.batch_size:
+        raise TinyTrainerError(f"{len(kept) - held} prompts are left to train on, fewer than batch_size={args.batch_size}: {len(prompts) - len(kept)} are longer than {room} tokens, {held} are held back. Bring more prompts, or lower batch_size, max_new_tokens or eval_rows.")
+    return kept
+
+def _held_out(prompts: list[dict], args: PPOArgs) -> int: return min(args.eval_rows, len(prompts) // 10) if args.eval_steps else 0
+
+def _reward_name(reward, judge) -> str:
+    "What run.json says: a name that a resume can find again, or that there was a function."
+    if isinstance(reward, str): return reward
+    return next((name for name, function in BUILT_IN.items() if function is reward), f"function {list(judge.parts)[0]}")
 
 def _rows(rows: list[dict]) -> dict:
     "The collator: a round's prompts as they are."
@@ -313,7 +319,7 @@ def _start(run, model, tokenizer, prompts, judge, args, live) -> Run:
     "Build the trainer and let it go; the reference leaves the model in the end."
     seed_everything(args.seed)
     reference = freeze_reference(model)
-    held = min(args.eval_rows, len(prompts) // 10) if args.eval_steps else 0
+    held = _held_out(prompts, args)
     trainer = PPOTrainer(run, args, DTYPES[run.info["load"]["dtype"]], model=PolicyWithValue(model), train_dataset=prompts[held:], heldout=prompts[:held],
                          data_collator=_rows, tokenizer=tokenizer, reward=judge, reference=reference)
     run.model, run.tokenizer, run.settings = model, tokenizer, args

@@ -6,16 +6,16 @@
 __all__ = ['PIECES', 'train_tokenizer', 'new_model', 'token_stream', 'Blocks', 'BlockCollator', 'PretrainArgs', 'PretrainTrainer',
            'save_base', 'pretrain', 'resume_run']
 
-# %% ../nbs/02c_pretrain.ipynb #0fdca61d
-import json
-from dataclasses import dataclass
+# %% ../nbs/02c_pretrain.ipynb #bb75579c
+import hashlib
+from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np, torch
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Trainer
 from .core import DTYPES, TinyTrainerError, default_device, dtype_name, probe_dtype, progress, seed_everything
-from .models import LoadReport, load_model, model_preset, tensor_bytes
+from .models import LoadReport, base_hash, load_model, model_preset, tensor_bytes
 from .rollout import GenerateArgs, generate
 from .run import Run, whole_folder
 from .settings import make_settings, setting
@@ -38,7 +38,7 @@ def train_tokenizer(
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False)
 
-# %% ../nbs/02c_pretrain.ipynb #3a10ed5e
+# %% ../nbs/02c_pretrain.ipynb #7ee98693
 def new_model(
     shape: str,            # name of a `model_preset`
     seed: int,             # of the random weights
@@ -53,7 +53,7 @@ def new_model(
         model = AutoModelForCausalLM.from_config(preset.config, dtype=torch.float32).to(device)
     model.config._attn_implementation = "packed"
     size = tensor_bytes(model)
-    model.load_report = LoadReport(f"new:{shape}", f"new:{shape}", "", preset.num_parameters, size, size, "none", dtype_name(compute), why, device, 0.0)
+    model.load_report = LoadReport(f"new:{shape}", f"new:{shape}", "", preset.num_parameters, size, size, "none", dtype_name(compute), why, device, 0.0, seed)
     return model
 
 # %% ../nbs/02c_pretrain.ipynb #cb6ae316
@@ -84,7 +84,7 @@ class BlockCollator:
         count = ids.shape[0] * (ids.shape[1] - 1)
         return dict(micro_batches=cut, num_items=count, num_tokens=count)
 
-# %% ../nbs/02c_pretrain.ipynb #b9859694
+# %% ../nbs/02c_pretrain.ipynb #c1afd7ba
 @dataclass
 class PretrainArgs(TrainArgs):
     "Settings of pretraining. The defaults are those the embedded base was made with."
@@ -93,7 +93,7 @@ class PretrainArgs(TrainArgs):
     batch_size: int = setting(16, "blocks a step", "blocks", ge=1)
     learning_rate: float = setting(2e-3, "size of the largest step", gt=0, le=1, live=True)
     warmup_steps: int = setting(100, "steps in which the learning rate rises from 0", "steps", ge=0)
-    schedule: str = setting("wsd", "how the learning rate falls to 0 after the warm-up", choices=("linear", "cosine", "constant", "wsd"))
+    schedule: str = setting("wsd", "how the learning rate goes on after the warm-up; all but constant fall to 0", choices=("linear", "cosine", "constant", "wsd"))
     weight_decay: float = setting(0.1, "pull of the weights towards 0 (AdamW)", ge=0)
     max_length: int = setting(256, "tokens a block", "tokens", ge=8)
     save_steps: int = setting(200, "steps between checkpoints; 0: never", "steps", ge=0)
@@ -113,7 +113,10 @@ class PretrainTrainer(RunTrainer, Trainer):
 
     def save_result(self) -> None:
         "The model in the compute format, with its tokenizer, as `transformers` reads it."
-        with whole_folder(self.run.folder / "model") as folder: save_base(self.model, self.tokenizer, folder, self.dtype)
+        target = self.run.folder / "model"
+        with whole_folder(target) as folder: save_base(self.model, self.tokenizer, folder, self.dtype)
+        path = str(target.resolve()) # an adapter that is put on this model later belongs to these weights, not to those it started from
+        self.model.load_report = replace(self.model.load_report, base=path, path=path, sha256=base_hash(path))
 
 def save_base(model, tokenizer, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     "Write weights (safetensors, `dtype`), config and tokenizer."
@@ -123,7 +126,7 @@ def save_base(model, tokenizer, folder: Path, dtype: torch.dtype = torch.bfloat1
     saved.load_state_dict(weights)
     saved.save_pretrained(folder); tokenizer.save_pretrained(folder)
 
-# %% ../nbs/02c_pretrain.ipynb #6769a0b9
+# %% ../nbs/02c_pretrain.ipynb #28605e19
 def pretrain(
     model,                     # from `new_model`, or a loaded model to go on with
     tokenizer,                 # its tokenizer
@@ -136,10 +139,11 @@ def pretrain(
     texts = examples["text"] if isinstance(examples, Dataset) else examples
     stream = token_stream(tokenizer, texts)
     if len(Blocks(stream, args.max_length)) < 1: raise TinyTrainerError(f"the text has {len(stream)} tokens, fewer than one block of max_length={args.max_length}. Bring more text, or lower max_length.")
-    run = Run.create(args.out, "pretrain", args, load=describe(model), data=dict(documents=len(texts), tokens=len(stream)), may_change=may_change(args))
-    (run.folder / "data").mkdir()
-    np.save(run.folder / "data" / "tokens.npy", stream)
-    with whole_folder(run.folder / "start") as folder: tokenizer.save_pretrained(folder)
+    origin = dict(documents=len(texts), tokens=len(stream), sha256=hashlib.sha256(stream).hexdigest())
+    with Run.prepare(args.out, "pretrain", args, load=describe(model), data=origin, may_change=may_change(args)) as run:
+        (run.folder / "data").mkdir()
+        np.save(run.folder / "data" / "tokens.npy", stream)
+        with whole_folder(run.folder / "start") as folder: tokenizer.save_pretrained(folder)
     return _start(run, model, tokenizer, stream, args, live)
 
 def _start(run, model, tokenizer, stream, args, live) -> Run:
@@ -159,6 +163,6 @@ def resume_run(run: Run, live: bool = False) -> Run:
     "Go on with an interrupted run."
     args, made = make_settings(PretrainArgs, run.info["settings"]), run.info["load"]
     tokenizer = AutoTokenizer.from_pretrained(run.folder / "start")
-    if made["base"].startswith("new:"): model = new_model(made["base"][4:], args.seed, made["dtype"], made["device"])
-    else: model = load_model(made["base"], "none", made["dtype"], verbose=False)[0].float()
+    if made["base"].startswith("new:"): model = new_model(made["base"][4:], made["seed"], made["dtype"], made["device"])
+    else: model = load_model("tiny" if made["base"] == "tiny" else made["path"], "none", made["dtype"], verbose=False)[0].float()
     return _start(run, model, tokenizer, np.load(run.folder / "data" / "tokens.npy"), args, live)

@@ -5,15 +5,13 @@
 # %% auto #0
 __all__ = ['SFTArgs', 'encode_rows', 'hold_out', 'SFTTrainer', 'sft', 'resume_run']
 
-# %% ../nbs/02b_sft.ipynb #8edb5b0a
+# %% ../nbs/02b_sft.ipynb #3cb9aaf4
 import random
 from dataclasses import dataclass
-from pathlib import Path
 from datasets import Dataset
 from transformers import Trainer
 from .core import DTYPES, TinyTrainerError, progress, read_json, seed_everything, write_json
 from .data import data_origin, load_examples
-from .models import load_model
 from .rollout import GenerateArgs, generate
 from .run import Run
 from .settings import make_settings, setting
@@ -76,7 +74,7 @@ def _questions(table: Dataset, count: int = 2) -> list[list[dict]]:
     rows = [r["messages"][:-1] for r in table if r.get("messages")]
     return [r for r in rows if r][:count]
 
-# %% ../nbs/02b_sft.ipynb #a8deb337
+# %% ../nbs/02b_sft.ipynb #3773c475
 def sft(
     model,                  # with an adapter: `add_lora(model)`
     tokenizer,              # its tokenizer
@@ -89,16 +87,21 @@ def sft(
     need_trainable(model); ensure_template(tokenizer)
     examples = examples if isinstance(examples, Dataset) and {"messages", "text"} & set(examples.column_names) else load_examples(examples)
     train, held = hold_out(examples, args.eval_rows if args.eval_steps else 0, args.seed)
-    run = Run.create(args.out, "sft", args, load=describe(model), data=data_origin(examples), may_change=may_change(args))
-    write_json(run.folder / "data" / "train.json", train.to_list()); write_json(run.folder / "data" / "heldout.json", held.to_list())
-    begin(run, model)
-    return _start(run, model, tokenizer, train, held, args, live)
+    rows, left_out = encode_rows(tokenizer, train, args.max_length, args.train_on_all)
+    with Run.prepare(args.out, "sft", args, load=describe(model), data=data_origin(examples), may_change=may_change(args)) as run:
+        write_json(run.folder / "data" / "train.json", train.to_list()); write_json(run.folder / "data" / "heldout.json", held.to_list())
+        begin(run, model)
+        if any(left_out.values()): _tell(run, left_out)
+    return _start(run, model, tokenizer, train, rows, held, args, live)
 
-def _start(run, model, tokenizer, train, held, args, live) -> Run:
+def _tell(run: Run, left_out: dict) -> None:
+    "Say in the journal and on the screen what was left out."
+    message = "left out: " + ", ".join(f"{n} {why.replace('_', ' ')}" for why, n in left_out.items() if n)
+    run.log("note", 0, message=message); print(message)
+
+def _start(run, model, tokenizer, train, rows, held, args, live) -> Run:
     "Build the trainer and let it go."
     seed_everything(args.seed)
-    rows, left_out = encode_rows(tokenizer, train, args.max_length, args.train_on_all)
-    if any(left_out.values()): run.log("note", 0, message="left out: " + ", ".join(f"{n} {why.replace('_', ' ')}" for why, n in left_out.items() if n))
     heldout = encode_rows(tokenizer, held, args.max_length, args.train_on_all)[0] if len(held) else None
     trainer = SFTTrainer(run, args, DTYPES[run.info["load"]["dtype"]], model=model, train_dataset=rows, eval_dataset=heldout,
                          data_collator=Collator(args.micro_batch_tokens), questions=_questions(held if len(held) else train), tokenizer=tokenizer)
@@ -110,4 +113,4 @@ def resume_run(run: Run, live: bool = False) -> Run:
     model, tokenizer = rebuild(run)
     args = make_settings(SFTArgs, run.info["settings"])
     train, held = (Dataset.from_list(read_json(run.folder / "data" / f"{name}.json")) for name in ("train", "heldout"))
-    return _start(run, model, tokenizer, train, held, args, live)
+    return _start(run, model, tokenizer, train, encode_rows(tokenizer, train, args.max_length, args.train_on_all)[0], held, args, live)

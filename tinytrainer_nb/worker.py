@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Worker', 'launch']
 
-# %% ../nbs/01d_worker.ipynb #c8ec4a53
-import contextlib, threading
+# %% ../nbs/01d_worker.ipynb #656b54f6
+import threading
 
 # %% ../nbs/01d_worker.ipynb #c5ad1c5a
 class Worker:
