@@ -22,11 +22,11 @@ def model():
     return model, tokenizer
 
 
-def gradient(model, tokenizer) -> torch.Tensor:
+def gradient(model, tokenizer, mode: bool = True) -> torch.Tensor:
     "Gradient of the loss of one conversation with respect to everything trained, as one vector"
     micro = pack_row([encode_chat(tokenizer, MESSAGES)])
     model.zero_grad()
-    model.train()
+    model.train(mode)
     model(**micro, labels=micro["shift_labels"], use_cache=False).loss.backward()
     return torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in trainable(model).values()])
 
@@ -38,11 +38,12 @@ EVALUATIONS = {
 }
 
 
+@pytest.mark.parametrize("mode", [True, False], ids=["trained in train mode", "trained in eval mode"])  # PPO updates in eval mode
 @pytest.mark.parametrize("name", EVALUATIONS)
-def test_gradient_survives(model, name):
-    before = gradient(*model)
+def test_gradient_survives(model, name, mode):
+    before = gradient(*model, mode)
     with torch.no_grad(): EVALUATIONS[name](*model)
-    after = gradient(*model)
+    after = gradient(*model, mode)
     assert before.abs().sum() > 0 and torch.cosine_similarity(before, after, dim=0) > 0.9999
 
 

@@ -11,10 +11,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = "max_steps=12, save_steps=3, sample_steps=4, warmup_steps=2, seed=3, out={out!r}"
-PROGRAM = {
-    "sft": "sft(m, t, data_file('sft.jsonl'), SFTArgs(batch_size=4, eval_steps=5, " + SETTINGS + "))",
-    "ppo": "ppo(m, t, data_file('rl.jsonl'), 'exact_answer=1,reference_overlap=0.5', PPOArgs(batch_size=4, num_generations=2, max_new_tokens=32, epochs=2, minibatches=2, " + SETTINGS + "))",
+PROGRAM = {  # few rows, so that twelve steps go through them more than once
+    "sft": "sft(m, t, load_examples(data_file('sft.jsonl')).select(range(22)), SFTArgs(batch_size=4, eval_steps=5, " + SETTINGS + "))",
+    "ppo": "ppo(m, t, load_prompts(data_file('rl.jsonl'))[:18], 'exact_answer=1,reference_overlap=0.5', PPOArgs(batch_size=4, num_generations=2, max_new_tokens=32, epochs=2, minibatches=2, " + SETTINGS + "))",
 }
+HANDED_OVER = "[p.data.normal_(std=0.02, generator=torch.Generator().manual_seed(0)) for n, p in m.named_parameters() if 'lora_B' in n]\n"  # as after an SFT: PPO's reference is a frozen copy
 
 
 def python(code: str, **kwargs) -> subprocess.Popen:
@@ -23,8 +24,8 @@ def python(code: str, **kwargs) -> subprocess.Popen:
 
 def start(recipe: str, out: Path) -> subprocess.Popen:
     "The program in a process of its own: nf4, dropout on, so that the random state matters too"
-    return python("from tinytrainer_nb.all import *\nm, t = load_model('tiny', quantization='nf4', verbose=False)\n"
-                  "m = add_lora(m, LoraArgs(r=4, dropout=0.1))\n" + PROGRAM[recipe].format(out=str(out)))
+    return python("import torch\nfrom tinytrainer_nb.all import *\nm, t = load_model('tiny', quantization='nf4', verbose=False)\n"
+                  "m = add_lora(m, LoraArgs(r=4, dropout=0.1))\n" + HANDED_OVER + PROGRAM[recipe].format(out=str(out)))
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -60,3 +61,30 @@ def test_killed_and_resumed_is_bit_equal(recipe, tmp_path):
     assert adapter(broken) == adapter(whole), f"killed after step {step}: another adapter"
     figures = [[(e["step"], e.get("loss"), e.get("reward")) for e in Run.open(r).events if e["kind"] == "metrics"] for r in (whole, broken)]
     assert figures[0] == figures[1]
+
+
+def test_death_between_the_last_step_and_the_end(tmp_path, monkeypatch):
+    "What is left to do is to save the result, not to train one step more"
+    from tinytrainer_nb.all import LoraArgs, Run, SFTArgs, add_lora, data_file, load_examples, load_model, sft
+    from tinytrainer_nb.trainer import RunTrainer
+    def train(out):
+        model, tokenizer = load_model("tiny", quantization="none", verbose=False)
+        args = SFTArgs(max_steps=4, batch_size=3, save_steps=4, eval_steps=0, sample_steps=0, schedule="constant", out=str(out))
+        return sft(add_lora(model, LoraArgs(r=4)), tokenizer, load_examples(data_file("sft.jsonl")).select(range(20)), args)
+    train(tmp_path / "whole")
+    def die(self): raise OSError("no space left")
+    with monkeypatch.context() as m:
+        m.setattr(RunTrainer, "save_result", die)
+        with pytest.raises(OSError): train(tmp_path / "broken")
+    run = Run.open(tmp_path / "broken").resume()
+    assert run.status == "finished" and run.summary["steps"] == 4
+    assert adapter(tmp_path / "broken") == adapter(tmp_path / "whole")
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path):
+    "Otherwise the corrected call would be told to resume it"
+    from tinytrainer_nb.all import LoraArgs, SFTArgs, TinyTrainerError, add_lora, data_file, load_model, sft
+    model, tokenizer = load_model("tiny", quantization="none", verbose=False)
+    model = add_lora(model, LoraArgs(r=4))
+    with pytest.raises(TinyTrainerError, match="no row is left"): sft(model, tokenizer, data_file("sft.jsonl"), SFTArgs(max_length=8, out=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
