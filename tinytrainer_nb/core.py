@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['DTYPES', 'TinyTrainerError', 'num_threads', 'free_memory', 'peak_memory', 'matmul_seconds', 'default_device',
            'probe_dtype', 'dtype_name', 'hardware', 'versions', 'seed_everything', 'mix_seed', 'sync_folder',
-           'write_whole', 'plain', 'write_json', 'read_json', 'file_hash', 'data_file', 'progress', 'quiet']
+           'patiently', 'write_whole', 'plain', 'write_json', 'read_json', 'file_hash', 'data_file', 'progress',
+           'quiet']
 
 # %% ../nbs/00a_core.ipynb #62fb441e
 import contextlib, hashlib, json, logging, math, os, platform, random, sys, time, warnings
@@ -18,11 +19,13 @@ from tqdm.std import tqdm
 class TinyTrainerError(Exception):
     "An error its reader can mend: the text names what was given, what is allowed and what to do."
 
-# %% ../nbs/00a_core.ipynb #cfd4982a
-def _cgroup(*names: str) -> str | None:
-    "First readable file of the control group among `names`, None outside Linux."
+# %% ../nbs/00a_core.ipynb #364a352b
+_CGROUP = Path("/sys/fs/cgroup")
+
+def _cgroup(*names: str, folder: Path = _CGROUP) -> str | None:
+    "Text of the first readable file among `names` in the control group's folder, None outside Linux."
     for name in names:
-        with contextlib.suppress(OSError): return (Path("/sys/fs/cgroup") / name).read_text(encoding="utf8").strip()
+        with contextlib.suppress(OSError): return (folder / name).read_text(encoding="utf8").strip()
 
 def num_threads() -> int: # threads worth starting, at least 1
     "Cores this process may really use: affinity and control-group quota looked at, not only `os.cpu_count()`."
@@ -31,17 +34,26 @@ def num_threads() -> int: # threads worth starting, at least 1
     if quota[0] != "max": cores = min(cores, max(1, int(quota[0]) // int(quota[1])))
     return max(1, cores)
 
+def _cgroup_free(folder: Path = _CGROUP) -> float: # bytes
+    "What the control group (version 2 or 1) still allows, infinite without a limit. Cached files count as used there, but the system gives them back when asked."
+    read = lambda *names: _cgroup(*names, folder=folder)
+    limit, used = read("memory.max", "memory/memory.limit_in_bytes"), read("memory.current", "memory/memory.usage_in_bytes")
+    if limit in (None, "max") or used is None: return math.inf
+    stat = dict(line.split() for line in (read("memory.stat", "memory/memory.stat") or "").splitlines())
+    return int(limit) - int(used) + int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+
 def free_memory(device: str = "cpu") -> int: # bytes
     "Memory that can still be taken on `device`: on a CPU what the machine and the control group leave, on a GPU what CUDA reports."
     if device == "cuda": return torch.cuda.mem_get_info()[0]
-    free = psutil.virtual_memory().available
-    limit, used = _cgroup("memory.max") or "max", _cgroup("memory.current")
-    return free if limit == "max" or used is None else min(free, int(limit) - int(used))
+    return min(psutil.virtual_memory().available, _cgroup_free())
 
-# %% ../nbs/00a_core.ipynb #cbb2fbb9
-def peak_memory() -> float: # GiB
+# %% ../nbs/00a_core.ipynb #213111e2
+def peak_memory(
+    device: torch.device | str | None = None, # where the model is; None: the GPU if anything was ever put there, else the CPU
+) -> float: # GiB
     "Most memory used so far: on a GPU what was allocated there, on a CPU the process's high-water mark, weights included."
-    if torch.cuda.is_available(): return torch.cuda.max_memory_allocated() / 2**30
+    device = str(device or ("cuda" if torch.cuda.is_available() and torch.cuda.max_memory_allocated() else "cpu"))
+    if device.startswith("cuda"): return torch.cuda.max_memory_allocated(device) / 2**30
     info = psutil.Process().memory_info()
     if hasattr(info, "peak_wset"): return info.peak_wset / 2**30 # Windows
     import resource
@@ -108,13 +120,20 @@ def mix_seed(*parts: int | str) -> int: # 63 bits, for torch.Generator.manual_se
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
-# %% ../nbs/00a_core.ipynb #3fdcf05d
+# %% ../nbs/00a_core.ipynb #46c8096b
 def sync_folder(folder: Path) -> None:
     "Force a folder's entries to the disk, where the system can (Windows cannot open a folder)."
     if os.name == "nt": return
     handle = os.open(folder, os.O_RDONLY)
     try: os.fsync(handle)
     finally: os.close(handle)
+
+def patiently(f, *args, **kwargs):
+    "`f(*args, **kwargs)`, tried again for about a second while it raises `PermissionError`: on Windows a file is closed to others while one holds it."
+    for wait in (0.01, 0.03, 0.06, 0.1, 0.2, 0.3, 0.3):
+        try: return f(*args, **kwargs)
+        except PermissionError: time.sleep(wait)
+    return f(*args, **kwargs)
 
 def write_whole(
     path: Path | str,     # file to write; its folder is made
@@ -125,10 +144,10 @@ def write_whole(
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with open(beside, "wb") as f:
         f.write(content.encode("utf8") if isinstance(content, str) else content); f.flush(); os.fsync(f.fileno())
-    os.replace(beside, path); sync_folder(path.parent)
+    patiently(os.replace, beside, path); sync_folder(path.parent)
     return path
 
-# %% ../nbs/00a_core.ipynb #32c13bc7
+# %% ../nbs/00a_core.ipynb #baa9de4b
 def plain(value):
     "`value` as JSON can hold it: NaN and infinity as None, paths as text, tensors and NumPy numbers as numbers."
     if isinstance(value, dict): return {str(k): plain(v) for k, v in value.items()}
@@ -143,7 +162,7 @@ def write_json(path: Path | str, value) -> Path:
 
 def read_json(path: Path | str):
     "Read a JSON file; a broken one is a `TinyTrainerError` that names it."
-    try: return json.loads(Path(path).read_text(encoding="utf8"))
+    try: return json.loads(patiently(Path(path).read_text, encoding="utf8"))
     except ValueError as e: raise TinyTrainerError(f"{path} is not readable as JSON ({e}). Restore it or remove it.") from None
 
 # %% ../nbs/00a_core.ipynb #53dbfadc

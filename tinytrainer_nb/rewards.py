@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BUILT_IN', 'final_answer', 'exact_answer', 'reference_overlap', 'Reward', 'find_reward']
 
-# %% ../nbs/01f_rewards.ipynb #7f7982d7
-import importlib.util, inspect, math, re
+# %% ../nbs/01f_rewards.ipynb #4256c723
+import importlib.util, inspect, math, re, traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -38,19 +38,33 @@ def reference_overlap(prompt: str, completion: str, reference_answer: str | None
     present = sum(w in set(said) for w in set(wanted)) / len(set(wanted))
     return 0.7 * present + 0.3 * min(len(said), len(wanted)) / max(len(said), len(wanted))
 
-# %% ../nbs/01f_rewards.ipynb #700ddfa1
+# %% ../nbs/01f_rewards.ipynb #13bb2c27
 BUILT_IN = dict(exact_answer=exact_answer, reference_overlap=reference_overlap)
+
+def _said(e: Exception) -> str:
+    "Kind and text of an exception, on one line."
+    return " ".join(f"{type(e).__name__}: {e.msg if isinstance(e, SyntaxError) else e}".split())
+
+def _line(e: Exception, path: str) -> str: # ", line 3", or nothing if it is not known
+    "Where in the file at `path` an exception came up."
+    here = lambda filename: bool(filename) and Path(filename).resolve() == Path(path).resolve()
+    frames = [f.lineno for f in traceback.extract_tb(e.__traceback__) if here(f.filename)]
+    line = e.lineno if isinstance(e, SyntaxError) and here(e.filename) else frames[-1] if frames else None
+    return f", line {line}" if line else ""
 
 def _from_file(spec: str) -> Callable:
     "The function named by `file.py:function`."
     path, _, name = spec.rpartition(":")
     if not Path(path).is_file(): raise TinyTrainerError(f"reward {spec}: there is no file {path}.")
     module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(module_spec); module_spec.loader.exec_module(module)
+    module = importlib.util.module_from_spec(module_spec)
+    try: module_spec.loader.exec_module(module)
+    except Exception as e: raise TinyTrainerError(f"reward {spec}: {path}{_line(e, path)} raised {_said(e)}. Mend the file.") from e
     if not callable(getattr(module, name, None)): raise TinyTrainerError(f"reward {spec}: {path} has no function {name}.")
     return getattr(module, name)
 
 def _named(name: str) -> Callable:
+    "The function of a built-in name or of `file.py:function`."
     if name in BUILT_IN: return BUILT_IN[name]
     if ".py:" in name: return _from_file(name)
     raise TinyTrainerError(f"reward {name!r}: no such reward. Known: {', '.join(BUILT_IN)}, or file.py:function.")
@@ -66,31 +80,56 @@ class Reward:
         return [sum(w * values[name][i] for name, (_, w) in self.parts.items()) for i in range(len(prompts))], values
 
     def _values(self, name, f, prompts, completions, rows) -> list[float]:
-        if next(iter(inspect.signature(f).parameters), "") == "prompts": # TRL's form
-            columns = {k: [r.get(k) for r in rows] for k in rows[0]} if rows else {}
-            return [_number(name, v, p, c) for v, p, c in zip(f(prompts=prompts, completions=completions, **columns), prompts, completions)]
+        "One part's values, by TRL's form if the function's first parameter is `prompts` or `completions`."
+        if next(iter(inspect.signature(f).parameters), "") in ("prompts", "completions"):
+            return [_number(name, v, p, c) for v, p, c in zip(_call_batch(name, f, prompts, completions, rows), prompts, completions)]
         return [_number(name, _call(name, f, p, c, r), p, c) for p, c, r in zip(prompts, completions, rows)]
 
-# %% ../nbs/01f_rewards.ipynb #8d0525f6
+# %% ../nbs/01f_rewards.ipynb #b1e92d4b
+def _shown(prompt: str, completion: str) -> str:
+    "The beginnings of a prompt and a completion, for an error."
+    return f"prompt {prompt[:80]!r}, completion {completion[:80]!r}"
+
 def _call(name: str, f: Callable, prompt: str, completion: str, row: dict):
+    "What `f` says of one completion; an exception is shown with it."
     try: return f(prompt, completion, **row)
     except TinyTrainerError: raise
-    except Exception as e: raise TinyTrainerError(f"reward {name} raised {type(e).__name__}: {e}; prompt {prompt[:80]!r}, completion {completion[:80]!r}.") from e
+    except Exception as e: raise TinyTrainerError(f"reward {name} raised {_said(e)}; {_shown(prompt, completion)}.") from e
+
+def _call_batch(name: str, f: Callable, prompts: list[str], completions: list[str], rows: list[dict]) -> list:
+    "What `f` says of all completions at once (TRL's form): as many values as there are completions."
+    columns = {k: [r.get(k) for r in rows] for k in dict.fromkeys(k for r in rows for k in r)}
+    first = f"{len(prompts)} completions, the first: {_shown(prompts[0], completions[0])}" if prompts else "no completions"
+    try: values = list(f(prompts=prompts, completions=completions, **columns))
+    except TinyTrainerError: raise
+    except Exception as e: raise TinyTrainerError(f"reward {name} raised {_said(e)}; given {first}.") from e
+    if len(values) != len(prompts): raise TinyTrainerError(f"reward {name} returned {len(values)} values, but it must return one a completion; given {first}.")
+    return values
 
 def _number(name: str, value, prompt: str, completion: str) -> float:
-    "A finite number, or an error that shows what it was for."
-    if isinstance(value, (int, float)) and math.isfinite(value): return float(value)
-    raise TinyTrainerError(f"reward {name} returned {value!r}, but it must be a finite number; prompt {prompt[:80]!r}, completion {completion[:80]!r}.")
+    "`value` as a float, or an error that shows what it was for: a number of any library is taken if it is finite, text is not."
+    try: number = math.nan if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError): number = math.nan # RuntimeError: a tensor of several numbers
+    if math.isfinite(number): return number
+    raise TinyTrainerError(f"reward {name} returned {value!r:.80}, but it must be a finite number; {_shown(prompt, completion)}.")
+
+def _weight(item: str, name: str, text: str) -> float:
+    "The number behind `=`, 1 if there is none."
+    try: weight = float(text or 1)
+    except ValueError: weight = math.nan
+    if math.isfinite(weight): return weight
+    raise TinyTrainerError(f"reward {item!r}: the weight must be a number, such as {name}=0.5.")
 
 def find_reward(
     spec, # a function, a `Reward`, or text: NAME[=WEIGHT],... or file.py:function
 ) -> Reward:
-    "The reward that `spec` names; raises `TinyTrainerError` for an unknown name."
+    "The reward that `spec` names; raises `TinyTrainerError` for an unknown name, a name given twice, a weight that is no number, a file that cannot be run."
     if isinstance(spec, Reward): return spec
     if callable(spec): return Reward({getattr(spec, "__name__", "reward"): (spec, 1.0)})
     parts = {}
     for item in str(spec).split(","):
         name, _, weight = item.strip().partition("=")
-        try: parts[name.rpartition(":")[2]] = (_named(name), float(weight or 1))
-        except ValueError: raise TinyTrainerError(f"reward {item!r}: the weight must be a number, such as {name}=0.5.") from None
+        part = name.rpartition(":")[2]
+        if part in parts: raise TinyTrainerError(f"reward {spec}: two are called {part}, but each is recorded under its name. Name it once, or rename a function.")
+        parts[part] = (_named(name), _weight(item, name, weight))
     return Reward(parts)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['setting', 'field_type', 'allowed', 'check_value', 'Settings', 'parse_value', 'make_settings']
 
-# %% ../nbs/00b_settings.ipynb #b11d7824
-import dataclasses, json, types, typing
-from dataclasses import MISSING, dataclass, fields
+# %% ../nbs/00b_settings.ipynb #eda1487f
+import dataclasses, types, typing
+from dataclasses import fields
 from .core import TinyTrainerError
 
 # %% ../nbs/00b_settings.ipynb #cc03ffd7
