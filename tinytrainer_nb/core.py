@@ -19,7 +19,7 @@ from tqdm.std import tqdm
 class TinyTrainerError(Exception):
     "An error its reader can mend: the text names what was given, what is allowed and what to do."
 
-# %% ../nbs/00a_core.ipynb #364a352b
+# %% ../nbs/00a_core.ipynb #f92cbd44
 _CGROUP = Path("/sys/fs/cgroup")
 
 def _cgroup(*names: str, folder: Path = _CGROUP) -> str | None:
@@ -28,7 +28,8 @@ def _cgroup(*names: str, folder: Path = _CGROUP) -> str | None:
         with contextlib.suppress(OSError): return (folder / name).read_text(encoding="utf8").strip()
 
 def num_threads() -> int: # threads worth starting, at least 1
-    "Cores this process may really use: affinity and control-group quota looked at, not only `os.cpu_count()`."
+    "Cores this process may really use: affinity and control-group quota looked at, not only `os.cpu_count()`; what OMP_NUM_THREADS says comes first."
+    if (asked := os.environ.get("OMP_NUM_THREADS", "")).isdecimal(): return max(1, int(asked))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count(logical=False) or 1
     quota = (_cgroup("cpu.max") or "max 1").split()
     if quota[0] != "max": cores = min(cores, max(1, int(quota[0]) // int(quota[1])))

@@ -7,7 +7,7 @@ __all__ = ['DEFAULT_BASE', 'SHAPES', 'find_base', 'base_hash', 'step_bytes', 'co
            'document_attention', 'packed_attention', 'keep_gradients', 'unpacked', 'compute_context', 'LoadReport',
            'tensor_bytes', 'load_model', 'with_adapter', 'Preset', 'model_preset']
 
-# %% ../nbs/01a_models.ipynb #fe1e32f1
+# %% ../nbs/01a_models.ipynb #0c88e65d
 import contextlib, re, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers import AttentionInterface
-from .core import DTYPES, TinyTrainerError, data_file, default_device, dtype_name, file_hash, free_memory, probe_dtype, quiet, read_json
+from .core import DTYPES, TinyTrainerError, data_file, default_device, dtype_name, file_hash, free_memory, num_threads, probe_dtype, quiet, read_json
 from .tokens import ensure_template
 
 # %% ../nbs/01a_models.ipynb #ca78f6d3
@@ -163,7 +163,7 @@ def _quantization_config(quantization: str, dtype: torch.dtype):
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     return BitsAndBytesConfig(load_in_8bit=True) if quantization == "int8" else None
 
-# %% ../nbs/01a_models.ipynb #989362f0
+# %% ../nbs/01a_models.ipynb #92e922e2
 def _pretrained(kind, path: str, **kwargs):
     "`kind.from_pretrained`, with its failures told in one line."
     try:
@@ -192,6 +192,7 @@ def load_model(
     device = device or default_device()
     if device == "cuda" and not torch.cuda.is_available(): raise TinyTrainerError("device='cuda' was asked for, but PyTorch sees no GPU here. Use device='cpu'.")
     if str(name) != "tiny" and (Path(name) / "run.json").exists(): return _load_run(Path(name), quantization, dtype, device, verbose)
+    torch.set_num_threads(num_threads())
     start, path = time.perf_counter(), find_base(name)
     compute, why = probe_dtype(device) if dtype == "auto" else (DTYPES[dtype], "as asked")
     config = _pretrained(AutoConfig, path)

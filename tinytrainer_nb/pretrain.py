@@ -6,7 +6,7 @@
 __all__ = ['PIECES', 'train_tokenizer', 'new_model', 'token_stream', 'Blocks', 'BlockCollator', 'PretrainArgs', 'PretrainTrainer',
            'save_base', 'pretrain', 'resume_run']
 
-# %% ../nbs/02c_pretrain.ipynb #bb75579c
+# %% ../nbs/02c_pretrain.ipynb #2d387e45
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np, torch
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Trainer
-from .core import DTYPES, TinyTrainerError, default_device, dtype_name, probe_dtype, progress, seed_everything
+from .core import DTYPES, TinyTrainerError, default_device, dtype_name, num_threads, probe_dtype, progress, seed_everything
 from .models import LoadReport, base_hash, load_model, model_preset, tensor_bytes
 from .rollout import GenerateArgs, generate
 from .run import Run, whole_folder
@@ -38,7 +38,7 @@ def train_tokenizer(
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False)
 
-# %% ../nbs/02c_pretrain.ipynb #7ee98693
+# %% ../nbs/02c_pretrain.ipynb #0267e923
 def new_model(
     shape: str,            # name of a `model_preset`
     seed: int,             # of the random weights
@@ -46,6 +46,7 @@ def new_model(
     device: str | None = None, # cpu or cuda; None: a GPU if there is one
 ):
     "An untrained model in the shape of a preset, all of its weights trainable."
+    torch.set_num_threads(num_threads())
     preset, device = model_preset(shape), device or default_device()
     compute, why = probe_dtype(device) if dtype == "auto" else (DTYPES[dtype], "as asked")
     with torch.random.fork_rng():

@@ -6,7 +6,7 @@
 __all__ = ['TrainArgs', 'may_change', 'training_arguments', 'RunTrainer', 'mean_loss', 'set_learning_rate', 'load_trained',
            'cache_setting_kept', 'save_adapter', 'summarize', 'begin', 'describe', 'rebuild', 'need_trainable']
 
-# %% ../nbs/02a_trainer.ipynb #370a03a6
+# %% ../nbs/02a_trainer.ipynb #1edcac1f
 import contextlib, shutil, time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PrinterCallback, TrainingArguments
 from .adapters import count_trainable, trainable
-from .core import TinyTrainerError, num_threads, peak_memory, progress, quiet, read_json, write_json
+from .core import TinyTrainerError, peak_memory, progress, quiet, read_json, write_json
 from .models import compute_context, keep_gradients, load_model, with_adapter
 from .run import Run, patch_to, remove_whole, whole_folder
 from .settings import Settings, check_value, setting
@@ -232,11 +232,10 @@ def load_trained(model: nn.Module, path: Path) -> None:
     with torch.no_grad():
         for name, p in now.items(): p.copy_(saved[name])
 
-# %% ../nbs/02a_trainer.ipynb #46e42365
+# %% ../nbs/02a_trainer.ipynb #13dd2bfb
 @patch_to(RunTrainer)
 def fit(self) -> None:
     "Train from the newest checkpoint, or from the start; leaves result, summary and figure in the run's folder."
-    torch.set_num_threads(num_threads())
     checkpoint, step = self.run.last_checkpoint()
     with self.run.session(step), quiet(), cache_setting_kept(self.model.config):
         self.bar = progress(total=self.settings.max_steps, desc=self.run.info["recipe"])
@@ -265,7 +264,7 @@ def save_result(self) -> None:
 @patch_to(RunTrainer)
 def finish(self, step: int, status: str) -> None:
     "Write summary and figure, then the status."
-    write_json(self.run.folder / "summary.json", summarize(self.run, status, step, count_trainable(self.model), self.seconds + self.clock()))
+    write_json(self.run.folder / "summary.json", summarize(self.run, status, step, count_trainable(self.model), self.seconds + self.clock(), self.args.device))
     self.run.save_figure()
     self.run.set_status(status, step)
 
@@ -273,14 +272,14 @@ def save_adapter(model, folder: Path) -> None:
     "The policy's adapter alone, without a frozen reference. Embeddings are never trained here, so PEFT need not ask the Hub about them."
     model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
 
-# %% ../nbs/02a_trainer.ipynb #bba83c3d
-def summarize(run: Run, status: str, step: int, trained: int, seconds: float) -> dict:
+# %% ../nbs/02a_trainer.ipynb #1d7ecc88
+def summarize(run: Run, status: str, step: int, trained: int, seconds: float, device) -> dict:
     "The figures of summary.json, from the journal: speed without the first step, first and last tenth of the loss or the reward."
     metrics = [e for e in run.events if e["kind"] == "metrics"]
     name = "reward" if metrics and "reward" in metrics[0] else "loss"
     values, tenth = [e[name] for e in metrics if e.get(name) is not None], max(1, len(metrics) // 10)
     return dict(recipe=run.info["recipe"], status=status, steps=step, tokens=metrics[-1]["tokens"] if metrics else 0,
-                seconds=round(seconds, 3), tokens_per_s=_speed(metrics), peak_memory_gb=round(peak_memory(), 3), trainable_parameters=trained,
+                seconds=round(seconds, 3), tokens_per_s=_speed(metrics), peak_memory_gb=round(peak_memory(device), 3), trainable_parameters=trained,
                 **{f"first_{name}": _mean(values[:tenth]), f"last_{name}": _mean(values[-tenth:])})
 
 def _mean(values: list[float]) -> float | None: return sum(values) / len(values) if values else None
