@@ -10,10 +10,9 @@ import contextlib
 from dataclasses import dataclass
 import torch
 from torch import nn
-from .core import TinyTrainerError, quiet
-with quiet(): import bitsandbytes # peft would import it and let it tell of an optional kernel that is not there
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from .core import TinyTrainerError, quiet
 from .settings import Settings, setting
 
 # %% ../nbs/01b_adapters.ipynb #21b59ad3

@@ -173,7 +173,7 @@ def run_notebook(
     return target, runs
 
 # %% ../nbs/03d_notebooks.ipynb #4bf4a4f2
-STAGES = {"base_chat": "base, asked as a chat", "base_corpus": "base, asked as in its corpus", "sft": "after SFT", "ppo": "after PPO"}
+STAGES = {"base_chat": "base, asked in a chat", "base_corpus": "base, asked in its own form", "sft": "after fine-tuning", "ppo": "after PPO"}
 
 def accuracy_text(summary: dict) -> str:
     "The accuracy of each stage, a bar for each."

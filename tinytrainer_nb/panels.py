@@ -12,7 +12,7 @@ from dataclasses import fields
 from statistics import mean
 import ipywidgets as widgets
 from .core import TinyTrainerError
-from .plots import figure_png, samples_html, wanted_panels
+from .plots import run_figure, samples_html, wanted_panels
 from .run import Run, patch_to
 from .settings import Settings, check_value, field_type, parse_value
 from .watch import duration, seconds_left
@@ -154,7 +154,7 @@ def refresh(self) -> bool: # whether the run goes on
 @patch_to(RunPanel)
 def _draw(self) -> None:
     "The curves and the samples, when there is something new."
-    if wanted_panels(self.run): self.curves.value = figure_png(self.run); self.curves.layout.display = None
+    if wanted_panels(self.run): self.curves.value = run_figure(self.run).png(); self.curves.layout.display = None
     self.samples.value = samples_html(self.run, 4)
 
 @patch_to(RunPanel)

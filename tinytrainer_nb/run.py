@@ -304,8 +304,7 @@ def figure(self):
 @patch_to(Run)
 def save_figure(self) -> Path:
     "Write the curves to figure.png."
-    from tinytrainer_nb.plots import figure_png
-    return write_whole(self.folder / "figure.png", figure_png(self, dpi=110))
+    return write_whole(self.folder / "figure.png", self.figure().png(dpi=110))
 
 @patch_to(Run)
 def panel(self):
