@@ -10,11 +10,11 @@ __all__ = ['PANELS', 'COLOURS', 'STYLES', 'Picture', 'wanted_panels', 'smooth', 
 import base64, html, io
 from matplotlib.figure import Figure
 
-# %% ../nbs/03a_plots.ipynb #7d907796
+# %% ../nbs/03a_plots.ipynb #409628d8
 PANELS = { # title: (figures, axis label)
     "loss": (("loss",), "loss (nats a token)"),
     "reward": (("reward",), "mean reward"),
-    "KL": (("kl",), "KL to the reference (nats a completion)"),
+    "KL": (("kl",), "KL (nats a completion)"),
     "value loss": (("value_loss",), "value loss"),
     "length": (("completion_length",), "tokens a completion"),
     "learning rate": (("learning_rate",), "learning rate"),
@@ -45,7 +45,7 @@ def smooth(values: list[float], window: int) -> list[float]:
         out.append(total / min(i + 1, window))
     return out
 
-# %% ../nbs/03a_plots.ipynb #9ec63ae3
+# %% ../nbs/03a_plots.ipynb #c8d6ab17
 def _draw(axes, run, title: str) -> None:
     "One panel: points of each step, their running mean, the evaluations, the changes."
     (name,), label = PANELS[title]
@@ -59,6 +59,7 @@ def _draw(axes, run, title: str) -> None:
         if e["kind"] == "change": axes.axvline(e["step"], color="#666666", linestyle=":", linewidth=1)
     axes.set(xlabel="step", ylabel=label)
     axes.grid(alpha=0.25)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     if held or window > 1 and title != "learning rate": axes.legend(fontsize=8, frameon=False)
 
 def run_figure(
