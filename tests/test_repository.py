@@ -135,6 +135,7 @@ def output_slips(path: Path) -> list[str]:
     slips = ["keeps widget state (metadata.widgets)"] if "widgets" in nb.metadata else []
     for i, cell in enumerate(nb.cells):
         for output in cell.get("outputs", []):
+            if output.get("data", {}).get("text/plain", "").startswith("<Figure") and "image/png" not in output.data: slips.append(f"cell {i} shows the name of a figure and no picture")
             if output.output_type == "error": slips.append(f"cell {i} shows an error, {output.ename}")
             elif found := OUTPUT_PATH.search(output_text(output)):
                 slips.append(f"cell {i} shows a path of one machine: {output_text(output)[found.start():][:60]!r}")
