@@ -76,8 +76,11 @@ def test_death_between_the_last_step_and_the_end(tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(RunTrainer, "save_result", die)
         with pytest.raises(OSError): train(tmp_path / "broken")
+    torn = [tmp_path / "broken" / ".run.json.1.partial", tmp_path / "broken" / "checkpoints" / ".step-000002.1.partial"]
+    torn[0].write_text("{"); torn[1].mkdir()  # what a kill in the middle of writing a file or a checkpoint leaves
     run = Run.open(tmp_path / "broken").resume()
     assert run.status == "finished" and run.summary["steps"] == 4
+    assert not any(path.exists() for path in torn)
     assert adapter(tmp_path / "broken") == adapter(tmp_path / "whole")
 
 

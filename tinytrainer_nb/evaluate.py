@@ -6,6 +6,7 @@
 __all__ = ['Evaluation', 'evaluate']
 
 # %% ../nbs/02e_evaluate.ipynb #e874caa5
+import sys
 from dataclasses import dataclass, field
 from .core import DTYPES, TinyTrainerError
 from .data import load_examples, load_prompts
@@ -51,7 +52,7 @@ def evaluate(
     room = prompt_room(model, max_new_tokens)
     fits = [p for p in prompts if len(prompt_ids(tokenizer, ask(p))) <= room]
     if not fits: raise TinyTrainerError(f"no prompt is left to answer: all {len(prompts)} are longer than {room} tokens, which the model's context leaves beside max_new_tokens={max_new_tokens}.")
-    if len(fits) < len(prompts): print(f"left out: {len(prompts) - len(fits)} prompts that are longer than {room} tokens")
+    if len(fits) < len(prompts): print(f"left out: {len(prompts) - len(fits)} prompts that are longer than {room} tokens", file=sys.stderr) # stdout may be JSON
     prompts, asked = fits, [ask(p) for p in fits]
     said = generate(model, tokenizer, asked, GenerateArgs(max_new_tokens=max_new_tokens, temperature=0.0), dtype=dtype).completions
     questions = [p["messages"][-1]["content"] for p in prompts]

@@ -22,7 +22,7 @@ from .rollout import GenerateArgs, generate, prompt_room
 from .run import Run, patch_to, whole_folder
 from .settings import make_settings, setting
 from .tokens import ensure_template, micro_batches, pack_row, prompt_ids
-from .trainer import RunTrainer, TrainArgs, begin, describe, may_change, need_trainable, rebuild, save_adapter
+from .trainer import RunTrainer, TrainArgs, begin, describe, may_change, need_trainable, rebuild, save_adapter, tell
 from .worker import launch
 
 # %% ../nbs/02d_ppo.ipynb #44a51113
@@ -292,7 +292,7 @@ def ppo(
     with Run.prepare(args.out, "ppo", args, load=describe(model), data=dict(rows=len(prompts), sha256=hashlib.sha256(json.dumps(prompts).encode()).hexdigest()), may_change=may_change(args), reward=_reward_name(reward, judge)) as run:
         write_json(run.folder / "data" / "prompts.json", prompts)
         begin(run, model)
-        if len(prompts) < len(found): run.log("note", 0, message=f"left out: {len(found) - len(prompts)} prompts that are too long")
+        if len(prompts) < len(found): tell(run, f"left out: {len(found) - len(prompts)} prompts that are too long")
     return _start(run, model, tokenizer, prompts, judge, args, live)
 
 def fitting(model, tokenizer, prompts: list[dict], args: PPOArgs) -> list[dict]:

@@ -214,7 +214,8 @@ def session(self, step: int): # step it starts from
 def _session(run, step):
     run.lock.take()
     try:
-        for left in [*run.folder.glob(".*.partial*"), *run.folder.glob("*/.*.partial*")]: shutil.rmtree(left) # of a process that died
+        for left in [*run.folder.glob(".*.partial*"), *run.folder.glob("checkpoints/.*.partial*")]: # of a process that died
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
         run.set_status("running", step)
         yield run
     except KeyboardInterrupt: run.set_status("interrupted", run.step); raise

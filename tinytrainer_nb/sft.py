@@ -16,7 +16,7 @@ from .rollout import GenerateArgs, generate
 from .run import Run
 from .settings import make_settings, setting
 from .tokens import Collator, encode_chat, encode_text, ensure_template
-from .trainer import RunTrainer, TrainArgs, begin, describe, may_change, need_trainable, rebuild
+from .trainer import RunTrainer, TrainArgs, begin, describe, may_change, need_trainable, rebuild, tell
 from .worker import launch
 
 # %% ../nbs/02b_sft.ipynb #24812fac
@@ -91,13 +91,8 @@ def sft(
     with Run.prepare(args.out, "sft", args, load=describe(model), data=data_origin(examples), may_change=may_change(args)) as run:
         write_json(run.folder / "data" / "train.json", train.to_list()); write_json(run.folder / "data" / "heldout.json", held.to_list())
         begin(run, model)
-        if any(left_out.values()): _tell(run, left_out)
+        if any(left_out.values()): tell(run, "left out: " + ", ".join(f"{n} {why.replace('_', ' ')}" for why, n in left_out.items() if n))
     return _start(run, model, tokenizer, train, rows, held, args, live)
-
-def _tell(run: Run, left_out: dict) -> None:
-    "Say in the journal and on the screen what was left out."
-    message = "left out: " + ", ".join(f"{n} {why.replace('_', ' ')}" for why, n in left_out.items() if n)
-    run.log("note", 0, message=message); print(message)
 
 def _start(run, model, tokenizer, train, rows, held, args, live) -> Run:
     "Build the trainer and let it go."

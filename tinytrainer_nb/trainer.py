@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TrainArgs', 'may_change', 'training_arguments', 'RunTrainer', 'mean_loss', 'set_learning_rate', 'load_trained',
-           'cache_setting_kept', 'save_adapter', 'summarize', 'begin', 'describe', 'rebuild', 'need_trainable']
+           'cache_setting_kept', 'save_adapter', 'summarize', 'begin', 'tell', 'describe', 'rebuild', 'need_trainable']
 
 # %% ../nbs/02a_trainer.ipynb #1edcac1f
-import contextlib, shutil, time
+import contextlib, shutil, sys, time
 from dataclasses import dataclass, fields
 from pathlib import Path
 import torch
@@ -293,6 +293,11 @@ def _speed(metrics: list[dict]) -> float | None:
 def begin(run: Run, model) -> None:
     "Keep the adapter as it was handed over: a resume starts from it."
     with whole_folder(run.folder / "start") as folder: save_adapter(model, folder)
+
+def tell(run: Run, message: str) -> None:
+    "A note in the journal and on the screen, before the first step."
+    run.log("note", 0, message=message)
+    print(message, file=sys.stderr)
 
 def describe(model) -> dict:
     "What run.json says of the base."
