@@ -10,10 +10,10 @@ import contextlib
 from dataclasses import dataclass
 import torch
 from torch import nn
-from peft import LoraConfig, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from .core import TinyTrainerError, quiet
 from .settings import Settings, setting
+from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 # %% ../nbs/01b_adapters.ipynb #21b59ad3
 @dataclass

@@ -9,7 +9,7 @@ __all__ = ['DTYPES', 'TinyTrainerError', 'num_threads', 'free_memory', 'peak_mem
            'quiet']
 
 # %% ../nbs/00a_core.ipynb #62fb441e
-import contextlib, hashlib, json, logging, math, os, platform, random, sys, time, warnings
+import contextlib, hashlib, json, math, os, platform, random, sys, time, warnings
 from importlib.metadata import version
 from pathlib import Path
 import numpy as np, psutil, torch
@@ -216,12 +216,11 @@ def progress(
 def quiet():
     "Keep other libraries' bars, warnings and log lines out of a notebook or a terminal."
     from transformers.utils import logging as hf
-    verbosity, bars, bnb = hf.get_verbosity(), hf.is_progress_bar_enabled(), logging.getLogger("bitsandbytes")
-    level = bnb.level
-    hf.set_verbosity_error(); hf.disable_progress_bar(); bnb.setLevel(logging.ERROR)
+    verbosity, bars = hf.get_verbosity(), hf.is_progress_bar_enabled()
+    hf.set_verbosity_error(); hf.disable_progress_bar()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try: yield
         finally:
-            hf.set_verbosity(verbosity); bnb.setLevel(level)
+            hf.set_verbosity(verbosity)
             if bars: hf.enable_progress_bar()

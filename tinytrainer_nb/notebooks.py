@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['STAGES', 'short_name', 'shipped_notebooks', 'find_notebook', 'Parameter', 'notebook_parameters', 'parameter_value',
            'check_parameters', 'read_parameters', 'anchor_paths', 'heading_above', 'WatchedClient', 'WatchedEngine',
-           'run_notebook', 'accuracy_text', 'samples_text', 'accuracy_table']
+           'run_notebook', 'quickstart_summary', 'accuracy_text', 'samples_text', 'accuracy_table']
 
-# %% ../nbs/03d_notebooks.ipynb #d760906e
+# %% ../nbs/03d_notebooks.ipynb #3f70f87c
 import ast, difflib, os, re, subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,8 @@ import nbformat, papermill, tinytrainer_nb, yaml
 from nbclient.exceptions import DeadKernelError
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import Engine, papermill_engines
-from .core import TinyTrainerError
-from .run import _free_sibling
+from .core import TinyTrainerError, peak_memory
+from .run import Run, _free_sibling
 from .watch import Watch, duration
 
 # %% ../nbs/03d_notebooks.ipynb #d3b93cf4
@@ -172,8 +172,25 @@ def run_notebook(
     except KeyboardInterrupt: raise KeyboardInterrupt(str(folder)) from None # so that whoever catches it knows where
     return target, runs
 
-# %% ../nbs/03d_notebooks.ipynb #4bf4a4f2
+# %% ../nbs/03d_notebooks.ipynb #ac98c47c
 STAGES = {"base_chat": "base, asked in a chat", "base_corpus": "base, asked in its own form", "sft": "after fine-tuning", "ppo": "after PPO"}
+
+def quickstart_summary(
+    sft_run: Run,
+    ppo_run: Run,
+    evaluations: dict, # an `Evaluation` for each name of `STAGES`, of the same questions
+    count: int = 6,                     # of them as samples
+) -> dict:
+    "What the quickstart's summary.json says: sums over both runs, the accuracy of each stage, and some answers."
+    total = lambda name: sum(run.summary[name] for run in (sft_run, ppo_run))
+    base = max(evaluations["base_chat"], evaluations["base_corpus"], key=lambda e: e.score)
+    stages = dict(base=base, sft=evaluations["sft"], ppo=evaluations["ppo"])
+    samples = [dict(prompt=base.prompts[i], reference_answer=base.references[i], **{name: e.completions[i] for name, e in stages.items()}) for i in range(min(count, base.n))]
+    return dict(recipe="quickstart", status="finished", steps=total("steps"), tokens=total("tokens"), seconds=round(total("seconds"), 1), tokens_per_s=round(total("tokens") / total("seconds"), 1),
+                peak_memory_gb=round(peak_memory(), 2), trainable_parameters=ppo_run.summary["trainable_parameters"], **_ends(sft_run, "loss"), **_ends(ppo_run, "reward"),
+                seed=ppo_run.info["seed"], n=base.n, accuracy={name: e.score for name, e in (evaluations | dict(base=base)).items()}, samples=samples)
+
+def _ends(run: Run, name: str) -> dict: return {key: run.summary[key] for key in (f"first_{name}", f"last_{name}")}
 
 def accuracy_text(summary: dict) -> str:
     "The accuracy of each stage, a bar for each."

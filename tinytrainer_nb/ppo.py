@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PPOArgs', 'gae', 'whiten', 'policy_loss', 'value_loss', 'PolicyWithValue', 'Experience', 'token_rewards',
-           'experience', 'PPOTrainer', 'ppo', 'fitting', 'resume_run']
+           'experience', 'PPOTrainer', 'ppo', 'resume_run']
 
 # %% ../nbs/02d_ppo.ipynb #a7214cfd
 import hashlib, json, time
@@ -12,18 +12,18 @@ from dataclasses import dataclass
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import Trainer
 from .adapters import freeze_reference, using_adapters
 from .core import DTYPES, TinyTrainerError, mix_seed, read_json, seed_everything, write_json
 from .data import load_prompts
 from .models import compute_context
 from .rewards import BUILT_IN, find_reward
-from .rollout import GenerateArgs, generate, prompt_room
+from .rollout import GenerateArgs, fitting, generate, prompt_room
 from .run import Run, patch_to, whole_folder
 from .settings import make_settings, setting
-from .tokens import ensure_template, micro_batches, pack_row, prompt_ids
+from .tokens import ensure_template, micro_batches, pack_row
 from .trainer import RunTrainer, TrainArgs, begin, describe, may_change, need_trainable, rebuild, save_adapter, tell
 from .worker import launch
+from transformers import Trainer
 
 # %% ../nbs/02d_ppo.ipynb #44a51113
 @dataclass
@@ -288,17 +288,17 @@ def ppo(
     args, judge = args or PPOArgs(), find_reward(reward)
     need_trainable(model); ensure_template(tokenizer)
     found = load_prompts(prompts)
-    prompts = fitting(model, tokenizer, found, args)
+    prompts = _that_fit(model, tokenizer, found, args)
     with Run.prepare(args.out, "ppo", args, load=describe(model), data=dict(rows=len(prompts), sha256=hashlib.sha256(json.dumps(prompts).encode()).hexdigest()), may_change=may_change(args), reward=_reward_name(reward, judge)) as run:
         write_json(run.folder / "data" / "prompts.json", prompts)
         begin(run, model)
         if len(prompts) < len(found): tell(run, f"left out: {len(found) - len(prompts)} prompts that are too long")
     return _start(run, model, tokenizer, prompts, judge, args, live)
 
-def fitting(model, tokenizer, prompts: list[dict], args: PPOArgs) -> list[dict]:
+def _that_fit(model, tokenizer, prompts: list[dict], args: PPOArgs) -> list[dict]:
     "The prompts that leave room for a completion; raises `TinyTrainerError` if they are fewer than a round takes."
     room = min(args.max_length, prompt_room(model, args.max_new_tokens))
-    kept = [p for p in prompts if len(prompt_ids(tokenizer, p["messages"])) <= room]
+    kept = [p for p, fits in zip(prompts, fitting(model, tokenizer, [p["messages"] for p in prompts], room)) if fits]
     held = _held_out(kept, args)
     if len(kept) - held < args.batch_size:
         raise TinyTrainerError(f"{len(kept) - held} prompts are left to train on, fewer than batch_size={args.batch_size}: {len(prompts) - len(kept)} are longer than {room} tokens, {held} are held back. Bring more prompts, or lower batch_size, max_new_tokens or eval_rows.")

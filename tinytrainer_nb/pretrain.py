@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np, torch
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Trainer
 from .core import DTYPES, TinyTrainerError, default_device, dtype_name, num_threads, probe_dtype, progress, seed_everything
 from .models import LoadReport, base_hash, load_model, model_preset, tensor_bytes
 from .rollout import GenerateArgs, generate
@@ -21,6 +20,7 @@ from .run import Run, whole_folder
 from .settings import make_settings, setting
 from .trainer import RunTrainer, TrainArgs, describe, may_change
 from .worker import launch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Trainer
 
 # %% ../nbs/02c_pretrain.ipynb #c20e1080
 PIECES = r"\d| [-+*/=] | ?[A-Za-z]+|\n+|#+ ?| ?[^\sA-Za-z\d]+|\s" # a digit, an operator with its spaces, a word, line breaks, ...

@@ -9,7 +9,6 @@ __all__ = ['SFTArgs', 'encode_rows', 'hold_out', 'SFTTrainer', 'sft', 'resume_ru
 import random
 from dataclasses import dataclass
 from datasets import Dataset
-from transformers import Trainer
 from .core import DTYPES, TinyTrainerError, progress, read_json, seed_everything, write_json
 from .data import data_origin, load_examples
 from .rollout import GenerateArgs, generate
@@ -18,6 +17,7 @@ from .settings import make_settings, setting
 from .tokens import Collator, encode_chat, encode_text, ensure_template
 from .trainer import RunTrainer, TrainArgs, begin, describe, may_change, need_trainable, rebuild, tell
 from .worker import launch
+from transformers import Trainer
 
 # %% ../nbs/02b_sft.ipynb #24812fac
 @dataclass

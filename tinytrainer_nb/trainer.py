@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PrinterCallback, TrainingArguments
 from .adapters import count_trainable, trainable
 from .core import TinyTrainerError, peak_memory, progress, quiet, read_json, write_json
 from .models import compute_context, keep_gradients, load_model, with_adapter
 from .run import Run, patch_to, remove_whole, whole_folder
 from .settings import Settings, check_value, setting
+from transformers import PrinterCallback, TrainingArguments
 
 # %% ../nbs/02a_trainer.ipynb #71294f2d
 @dataclass
