@@ -58,9 +58,11 @@ def add_settings(
 
 def read_settings(cls: type, values: dict, prefix: str = ""):
     "An instance of `cls` from flags (text) and configuration (typed), by name; other names are left alone."
+    from tinytrainer_nb.core import TinyTrainerError
     from tinytrainer_nb.settings import make_settings, parse_value
     named = {f: values[prefix + f.name] for f in fields(cls) if prefix + f.name in values}
-    return make_settings(cls, {f.name: parse_value(f, v) if isinstance(v, str) else v for f, v in named.items()})
+    try: return make_settings(cls, {f.name: parse_value(f, v) if isinstance(v, str) else v for f, v in named.items()})
+    except TinyTrainerError as e: raise TinyTrainerError(f"{prefix}{e}") from None
 
 # %% ../nbs/04b_cli.ipynb #24b05d27
 def with_config(parser: Parser, given: dict) -> dict:
@@ -127,6 +129,8 @@ def _sft(values: dict, args):
 def _ppo(values: dict, args):
     from tinytrainer_nb.data import load_prompts
     from tinytrainer_nb.ppo import ppo
+    from tinytrainer_nb.rewards import find_reward
+    find_reward(values.get("reward", "exact_answer")) # a misspelled one is told before anything is loaded
     prompts = load_prompts(values.get("data") or _own("rl.jsonl"))
     return ppo(*load_for_training(values, args), prompts, values.get("reward", "exact_answer"), args)
 
@@ -185,9 +189,14 @@ def _begun_here(out: Path) -> Path | None:
 
 def train_command(recipe: str, parser: Parser, given: dict) -> int:
     "A recipe's command."
+    from tinytrainer_nb.core import TinyTrainerError
     values = with_config(parser, given)
     args = read_settings(_settings_class(recipe), values)
+    if Path(args.out).is_file(): raise TinyTrainerError(f"{args.out}: is a file, so no run can be made there. Choose another --out.")
     try: report({"sft": _sft, "ppo": _ppo, "pretrain": _pretrain}[recipe](values, args))
+    except TinyTrainerError as e:
+        folder = _begun_here(Path(args.out))
+        raise TinyTrainerError(f"{e} The run so far is {folder}: `tinytrainer resume {folder}{' --reward ...' if recipe == 'ppo' else ''}` goes on with it.") if folder else e from None
     except KeyboardInterrupt:
         folder = _begun_here(Path(args.out))
         print(f"\ninterrupted: `tinytrainer resume {folder}` goes on." if folder else "\ninterrupted before the run began.", file=sys.stderr)
@@ -207,7 +216,7 @@ def resume_command(parser: Parser, given: dict) -> int:
     if below := [] if (folder / "run.json").exists() else [str(p.parent) for p in sorted(folder.glob("**/run.json"))[:6]]:
         raise TinyTrainerError(f"{folder}: no run is here, but there are below it: {', '.join(below)}.")
     run = Run.open(folder)
-    if run.status == "finished": print(f"{folder}: this run is finished, there is nothing to resume."); report(run); return 0
+    if run.status == "finished": print(f"{folder}: this run is finished, there is nothing to resume. `tinytrainer chat {folder}` talks to what it made."); return 0
     if "reward" in given and run.info["recipe"] != "ppo": raise TinyTrainerError(f"{folder}: a run of {run.info['recipe']} has no reward. Leave out --reward.")
     try: report(run.resume(**{k: given[k] for k in ("reward",) if k in given}))
     except KeyboardInterrupt: print(f"\ninterrupted: `tinytrainer resume {folder}` goes on.", file=sys.stderr); return 130
@@ -229,11 +238,14 @@ def _evaluate_flags(parser: Parser) -> None:
 
 def evaluate_command(parser: Parser, given: dict) -> int:
     "Score a model."
+    from tinytrainer_nb.data import load_examples
     from tinytrainer_nb.evaluate import evaluate
     from tinytrainer_nb.models import load_model
-    data = given.get("data") or _own("heldout.jsonl")
+    from tinytrainer_nb.rewards import find_reward
+    data, task = load_examples(given.get("data") or _own("heldout.jsonl")), given.get("task", "exact_answer")
+    if task != "loss": find_reward(task) # a misspelled one is told before anything is loaded
     model, tokenizer = load_model(given.get("base", "tiny"), given.get("quantization", "auto"), given.get("dtype", "auto"), verbose=not given.get("json"))
-    found = evaluate(model, tokenizer, data, given.get("task", "exact_answer"), **{k: given[k] for k in ("limit", "max_new_tokens") if k in given}).to_dict()
+    found = evaluate(model, tokenizer, data, task, **{k: given[k] for k in ("limit", "max_new_tokens") if k in given}).to_dict()
     print(json.dumps(found) if given.get("json") else f"{found['task']}: {found['score']:.4f} over {found['n']} rows")
     return 0
 
@@ -340,9 +352,20 @@ def main(
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace") # a terminal without UTF-8 shows ? and goes on
     try:
-        with quiet_libraries(): return _command(argv)
+        with quiet_libraries(), _one_speaks(): return _command(argv)
     except SystemExit as e: return e.code or 0
     except KeyboardInterrupt: print("\ninterrupted.", file=sys.stderr); return 130
+
+@contextlib.contextmanager
+def _one_speaks():
+    "Of several processes that train together, process 0 speaks; the others only name their errors."
+    if os.environ.get("RANK", "0") == "0": yield; return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere): yield
+
+def _complain(error: Exception) -> None:
+    "One line on stderr, from whichever process."
+    rank = os.environ.get("RANK", "0")
+    print(f"process {rank}: error:" if rank != "0" else "error:", " ".join(str(error).split()), file=sys.stderr if rank == "0" else sys.__stderr__)
 
 def _command(argv: list[str]) -> int:
     if not argv or argv[0].startswith("-"): _overview().parse(argv or ["--help"])
@@ -354,7 +377,7 @@ def _command(argv: list[str]) -> int:
     if argv[0] not in ("quickstart", "run"): quiet_bars()
     from tinytrainer_nb.core import TinyTrainerError
     try: return call(parser, given)
-    except TinyTrainerError as e: print("error:", " ".join(str(e).split()), file=sys.stderr); return 2
+    except TinyTrainerError as e: _complain(e); return 2
 
 # %% ../nbs/04b_cli.ipynb #b8845fb8
 if __name__ == "__main__" and "IPython" not in sys.modules: sys.exit(main())

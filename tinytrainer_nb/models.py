@@ -29,8 +29,10 @@ def find_base(base: str | Path) -> str:
     if str(base) == "tiny": return str(data_file("tiny"))
     if Path(base).is_dir():
         if (Path(base) / "config.json").exists(): return str(Path(base).resolve())
+        if (Path(base) / "adapter_config.json").exists(): raise TinyTrainerError(f"{base}: this folder holds an adapter without its base. Name the run's folder instead, {Path(base).resolve().parent.name}, which knows both.")
         raise TinyTrainerError(f"{base}: this folder has no config.json, so it holds no model. Known: 'tiny', a model's folder, a run's folder, a Hub id.")
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(base)): return str(base)
+    if Path(base).is_file(): raise TinyTrainerError(f"{base}: is a file, and a model is a folder. Known: 'tiny', a model's folder, a run's folder, a Hub id such as {DEFAULT_BASE}.")
     raise TinyTrainerError(f"{base}: no such model. Known: 'tiny', a model's folder, a run's folder, a Hub id such as {DEFAULT_BASE}.")
 
 def base_hash(path: str) -> str:
@@ -227,7 +229,9 @@ def _load_run(folder: Path, quantization: str, dtype: str, device: str, verbose:
     "A finished run's base with what was trained on it."
     made = read_json(folder / "run.json")
     if (folder / "model" / "config.json").exists(): return load_model(folder / "model", quantization, dtype, device, verbose=verbose)
-    if not (folder / "adapter").exists(): raise TinyTrainerError(f"{folder}: this run has not saved what it trained yet. `tinytrainer resume {folder}` finishes it.")
+    if not (folder / "adapter").exists():
+        again = " --reward file.py:function" if ".py:" in made.get("reward", "") else ""
+        raise TinyTrainerError(f"{folder}: this run has not saved what it trained yet. `tinytrainer resume {folder}{again}` goes on with it.")
     quantization = made["load"]["quantization"] if quantization == "auto" else quantization
     dtype = made["load"]["dtype"] if dtype == "auto" else dtype
     model, tokenizer = load_model(made["load"]["base"], quantization, dtype, device, verbose=verbose)

@@ -8,7 +8,7 @@ __all__ = ['STAGES', 'short_name', 'shipped_notebooks', 'find_notebook', 'Parame
            'run_notebook', 'quickstart_summary', 'accuracy_text', 'samples_text', 'accuracy_table']
 
 # %% ../nbs/03d_notebooks.ipynb #3f70f87c
-import ast, difflib, os, re, subprocess
+import ast, contextlib, difflib, os, re, subprocess, sys
 from dataclasses import dataclass
 from pathlib import Path
 import nbformat, papermill, tinytrainer_nb, yaml
@@ -141,16 +141,28 @@ class WatchedEngine(Engine):
 papermill_engines.register("watched", WatchedEngine)
 
 # %% ../nbs/03d_notebooks.ipynb #dbcf8a4d
+@contextlib.contextmanager
+def _links_mended(source: Path, target: Path):
+    "Afterwards the relative links of the executed notebook lead from its folder to what `source` meant."
+    try: yield
+    finally:
+        if target.exists():
+            nb, base = nbformat.read(target, as_version=4), Path(os.path.relpath(source.parent, target.parent.resolve())).as_posix()
+            for cell in nb.cells:
+                if cell.cell_type == "markdown": cell.source = re.sub(r"(?<=\]\()(?![a-z]+:|#|/)(?=[^)\s]+\))", f"{base}/", cell.source)
+            nbformat.write(nb, target)
+
 def _execute(source: Path, target: Path, values: dict, folders: list[Path], stream) -> None:
     "Run `source` into `target`; a failing cell is a `TinyTrainerError`."
-    with Watch(folders, stream) as watch:
+    with Watch(folders, stream) as watch, _links_mended(source, target):
         watch.say("starting a kernel")
         try:
             papermill.execute_notebook(source, target.resolve(), values, engine_name="watched", kernel_name="python3", language="python",
                                        cwd=target.parent.resolve(), progress_bar=False, watch=watch)
         except papermill.PapermillExecutionError as e:
+            part = heading_above(nbformat.read(target, as_version=4), e.cell_index + 1)
             what = (e.evalue.strip().splitlines() or ["no message"])[-1].rstrip(".")
-            raise TinyTrainerError(f"{what if e.ename == 'TinyTrainerError' else f'{e.ename}: {what}'}. This ended cell {e.cell_index} of {target}.") from None
+            raise TinyTrainerError(f"{what if e.ename == 'TinyTrainerError' else f'{e.ename}: {what}'}. This ended the part '{part}' of {target}.") from None
         except DeadKernelError:
             raise TinyTrainerError(f"the kernel died, most often because the memory was full. As far as it came, the notebook is {target}.") from None
 
@@ -168,6 +180,7 @@ def run_notebook(
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise TinyTrainerError(f"{folder}: cannot be made ({e.strerror}). Choose another --out.") from None
     target, runs = folder / "notebook.ipynb", folder / values.get("out", "")
+    if folder != Path(out or short_name(source)): print(f"{out or short_name(source)} is taken: everything goes to {folder}", file=stream or sys.stderr)
     try: _execute(source, target, values, [folder, runs], stream)
     except KeyboardInterrupt: raise KeyboardInterrupt(str(folder)) from None # so that whoever catches it knows where
     return target, runs

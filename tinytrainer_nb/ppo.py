@@ -6,14 +6,15 @@
 __all__ = ['PPOArgs', 'gae', 'whiten', 'policy_loss', 'value_loss', 'PolicyWithValue', 'Experience', 'token_rewards',
            'experience', 'PPOTrainer', 'ppo', 'resume_run']
 
-# %% ../nbs/02d_ppo.ipynb #a7214cfd
+# %% ../nbs/02d_ppo.ipynb #ae673fc0
 import hashlib, json, time
 from dataclasses import dataclass
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from .adapters import freeze_reference, using_adapters
-from .core import DTYPES, TinyTrainerError, mix_seed, read_json, seed_everything, write_json
+from .core import DTYPES, TinyTrainerError, gathered, mix_seed, processes, read_json, seed_everything, write_json
 from .data import load_prompts
 from .models import compute_context
 from .rewards import BUILT_IN, find_reward
@@ -21,7 +22,7 @@ from .rollout import GenerateArgs, fitting, generate, prompt_room
 from .run import Run, patch_to, whole_folder
 from .settings import make_settings, setting
 from .tokens import ensure_template, micro_batches, pack_row
-from .trainer import RunTrainer, TrainArgs, begin, describe, may_change, need_trainable, rebuild, save_adapter, tell
+from .trainer import RunTrainer, TrainArgs, begin, describe, may_change, need_heldout, need_trainable, rebuild, save_adapter, tell
 from .worker import launch
 from transformers import Trainer
 
@@ -32,11 +33,11 @@ class PPOArgs(TrainArgs):
     out: str = setting("runs/ppo", "folder of the run")
     max_steps: int = setting(40, "how long to train", "rounds", ge=1)
     batch_size: int = setting(16, "prompts a round, all processes together", "prompts", ge=1)
-    learning_rate: float = setting(3e-4, "size of the largest step", gt=0, le=1, live=True)
+    learning_rate: float = setting(5e-4, "size of the largest step", gt=0, le=1, live=True)
     warmup_steps: int = setting(2, "rounds in which the learning rate rises from 0", "rounds", ge=0)
     schedule: str = setting("constant", "how the learning rate goes on after the warm-up; all but constant fall to 0", choices=("linear", "cosine", "constant", "wsd"))
     num_generations: int = setting(4, "completions a prompt", ge=1)
-    max_new_tokens: int = setting(128, "longest completion", "tokens", ge=1)
+    max_new_tokens: int = setting(160, "longest completion", "tokens", ge=1)
     temperature: float = setting(1.0, "of the policy that is sampled and trained", gt=0)
     kl_coef: float = setting(0.01, "price of a nat of distance from the reference, a token (beta)", ge=0, live=True)
     gamma: float = setting(1.0, "discount a token", ge=0, le=1)
@@ -45,8 +46,8 @@ class PPOArgs(TrainArgs):
     value_clip: float = setting(0.2, "a value moves at most so far in a round", gt=0)
     value_coef: float = setting(0.1, "weight of the value loss", ge=0)
     entropy_coef: float = setting(0.0, "weight of the entropy bonus", ge=0, live=True)
-    epochs: int = setting(2, "passes over a round", ge=1)
-    minibatches: int = setting(2, "updates a pass", ge=1)
+    epochs: int = setting(1, "passes over a round", ge=1)
+    minibatches: int = setting(4, "updates a pass", ge=1)
     eval_rows: int = setting(32, "prompts held back for the evaluation, at most a tenth of the data", "prompts", ge=0)
     eval_steps: int = setting(0, "rounds between evaluations; 0: never", "rounds", ge=0)
     save_steps: int = setting(10, "rounds between checkpoints; 0: never", "rounds", ge=0)
@@ -152,20 +153,21 @@ def experience(rows, mask, scores, logprobs, ref_logprobs, values, args: PPOArgs
     advantages = gae(rewards, values, mask, args.gamma, args.lam)
     return Experience(rows, mask, logprobs, ref_logprobs, values, whiten(advantages, mask), advantages + values * mask)
 
-# %% ../nbs/02d_ppo.ipynb #399b39b6
+# %% ../nbs/02d_ppo.ipynb #735d2bc5
 class PPOTrainer(RunTrainer, Trainer):
     "One round a step: roll out, judge, update."
     drop_last = True # a round has `batch_size` prompts, at the end of the data too
+    shares_rows = False # several processes share the completions of a round instead
 
     def __init__(self, *args, tokenizer, reward, reference: list[str], heldout: list[dict], **kwargs):
-        self.tokenizer, self.reward, self.reference, self.heldout, self.round = tokenizer, reward, reference, heldout, []
+        self.tokenizer, self.reward, self.reference, self.heldout_prompts, self.round = tokenizer, reward, reference, heldout, []
         super().__init__(*args, eval_dataset=heldout or None, **kwargs)
 
-    def rollout(self, prompts: list[dict], step: int):
-        "Completions of a round's prompts."
+    def rollout(self, prompts: list[dict], places: list[int], step: int):
+        "Completions of some of a round's prompts, each seeded by its place in the round."
         s = self.settings
         args = GenerateArgs(num_generations=s.num_generations, max_new_tokens=s.max_new_tokens, temperature=s.temperature)
-        seeds = [mix_seed(s.seed, step, i) for i in range(len(prompts) * s.num_generations)]
+        seeds = [mix_seed(s.seed, step, place) for place in places]
         return generate(self.model.policy, self.tokenizer, [p["messages"] for p in prompts], args, seeds, self.dtype, interrupt=self.hold, quiet=True)
 
     def judge(self, prompts: list[dict], rollouts) -> tuple[list[float], dict]:
@@ -174,61 +176,79 @@ class PPOTrainer(RunTrainer, Trainer):
         return self.reward([p[-1]["content"] for p in rollouts.prompts], rollouts.completions, rows)
 
     def hold(self) -> None:
-        "Pause inside a round."
-        if time.monotonic() - getattr(self, "_looked", 0) > 0.2: self._looked = time.monotonic(); self.obey(between_steps=False)
+        "Pause inside a round; an interrupt ends it here, where nothing has been changed yet. Several processes look between rounds only."
+        if processes()[1] > 1 or time.monotonic() - getattr(self, "_looked", 0) < 0.2: return
+        self._looked = time.monotonic()
+        self.obey(between_steps=False)
+        if self.interrupts.asked:
+            if self.state.global_step: self._save_checkpoint(self.model, None)
+            raise KeyboardInterrupt
 
-# %% ../nbs/02d_ppo.ipynb #c08a0793
+# %% ../nbs/02d_ppo.ipynb #58e07db8
 @patch_to(PPOTrainer)
-def scored(self, rows: list[dict]) -> tuple[Tensor, Tensor, Tensor]:
-    "Log-probabilities of policy and reference, and values, of every completion token, each (B, T); without gradient."
-    width = max(sum(t != -100 for t in r["labels"]) for r in rows)
-    out = [torch.zeros(len(rows), width, device=self.args.device) for _ in range(3)]
-    done = 0
+def scored(self, rows: list[dict]) -> list[tuple[Tensor, Tensor, Tensor]]: # of each completion, (T,) each
+    "Log-probabilities of policy and reference, and values, of every completion token; without gradient."
+    found = []
     for group in micro_batches(rows, self.settings.micro_batch_tokens):
         packed = self._prepare_inputs(pack_row(group))
         counts = [sum(t != -100 for t in r["labels"]) for r in group]
         with torch.no_grad(), compute_context(self.model, self.dtype): logp, values, _ = self.model(**packed, temperature=self.settings.temperature)
         with torch.no_grad(), compute_context(self.model, self.dtype), using_adapters(self.model, self.reference): ref, _, _ = self.model(**packed, temperature=self.settings.temperature)
-        for target, flat in zip(out, (logp, ref, values)):
-            for i, part in enumerate(flat.split(counts)): target[done + i, :len(part)] = part
-        done += len(group)
+        found += zip(*(flat.split(counts) for flat in (logp, ref, values)))
         self.hold()
-    return tuple(out)
+    return found
+
+@patch_to(PPOTrainer)
+def collect(self, prompts: list[dict], step: int) -> list[dict]: # one a completion; `place` is its place in the round
+    "This process's share of a round, rolled out, judged and scored."
+    rank, count = processes()
+    n, chosen = self.settings.num_generations, range(rank, len(prompts), count)
+    mine, places = [prompts[i] for i in chosen], [i * n + j for i in chosen for j in range(n)]
+    out = self.rollout(mine, places, step)
+    rewards, parts = self.judge(mine, out)
+    rows = [dict(input_ids=p + c, labels=[-100] * len(p) + c) for p, c in zip(out.prompt_ids, out.completion_ids)]
+    return [dict(place=place, row=row, prompt=prompt[-1]["content"], completion=text, reward=reward, parts={k: v[i] for k, v in parts.items()}, tokens=tokens)
+            for i, (place, row, prompt, text, reward, tokens) in enumerate(zip(places, rows, out.prompts, out.completions, rewards, self.scored(rows)))]
 
 @patch_to(PPOTrainer)
 def gather(self, prompts: list[dict], step: int) -> tuple[Experience, dict]:
-    "Roll out and judge; the round's experience and its figures."
-    rollouts = self.rollout(prompts, step)
-    scores, parts = self.judge(prompts, rollouts)
-    rows = [dict(input_ids=p + c, labels=[-100] * len(p) + c) for p, c in zip(rollouts.prompt_ids, rollouts.completion_ids)]
-    logprobs, ref, values = self.scored(rows)
-    lengths = torch.tensor([len(c) for c in rollouts.completion_ids], device=logprobs.device)
+    "The experience of a whole round, from all processes, and its figures."
+    found = sorted(gathered(self.collect(prompts, step)), key=lambda c: c["place"])
+    logprobs, ref, values = (pad_sequence([c["tokens"][k] for c in found], batch_first=True).to(self.args.device) for k in range(3))
+    lengths, scores = torch.tensor([len(c["tokens"][0]) for c in found], device=logprobs.device), [c["reward"] for c in found]
     mask = (torch.arange(logprobs.shape[1], device=logprobs.device) < lengths[:, None]).float()
-    batch = experience(rows, mask, torch.tensor(scores, device=logprobs.device), logprobs, ref, values, self.settings)
-    self.round = [dict(prompt=p[-1]["content"], completion=c, reward=s) for p, c, s in zip(rollouts.prompts, rollouts.completions, scores)]
+    batch = experience([c["row"] for c in found], mask, torch.tensor(scores, device=logprobs.device), logprobs, ref, values, self.settings)
+    self.round = [{k: c[k] for k in ("prompt", "completion", "reward")} for c in found]
     residual, total = (batch.returns - values)[mask.bool()], batch.returns[mask.bool()]
-    figures = dict(reward=_mean(scores), **{f"reward/{k}": _mean(v) for k, v in parts.items()}, kl=((logprobs - ref) * mask).sum(1).mean().item(),
+    figures = dict(reward=_mean(scores), **{f"reward/{k}": _mean([c["parts"][k] for c in found]) for k in found[0]["parts"]}, kl=((logprobs - ref) * mask).sum(1).mean().item(),
                    completion_length=lengths.float().mean().item(), explained_variance=(1 - residual.var() / total.var().clamp_min(1e-8)).item())
     return batch, figures
 
 def _mean(values: list[float]) -> float: return sum(values) / len(values)
 
-# %% ../nbs/02d_ppo.ipynb #6f78f0be
+# %% ../nbs/02d_ppo.ipynb #af629f34
 @patch_to(PPOTrainer)
 def update(self, model, batch: Experience, picked: list[int]) -> dict:
-    "Gradient of one minibatch, the mean over its tokens; returns its figures."
-    tokens, figures = batch.mask[picked].sum(), {}
-    for group in micro_batches([batch.rows[i] | dict(index=i) for i in picked], self.settings.micro_batch_tokens):
-        flat = lambda x: torch.cat([x[row["index"], :int(batch.mask[row["index"]].sum())] for row in group])
-        with compute_context(self.model, self.dtype):
-            logp, values, entropy = model(**self._prepare_inputs(pack_row(group)), temperature=self.settings.temperature)
-        policy, clipped = policy_loss(logp, flat(batch.logprobs), flat(batch.advantages), self.settings.clip)
-        value = value_loss(values, flat(batch.values), flat(batch.returns), self.settings.value_clip)
-        loss = (policy + self.settings.value_coef * value - self.settings.entropy_coef * entropy).sum() / tokens
-        self.accelerator.backward(loss)
-        for k, v in dict(loss=loss * tokens, policy_loss=policy.sum(), value_loss=value.sum(), entropy=entropy.sum(), clip_fraction=clipped.sum()).items():
-            figures[k] = figures.get(k, 0) + v.item() / tokens.item()
-    return figures
+    "Gradient of one minibatch, the mean over its tokens, of which every process computes a part; returns its figures."
+    (rank, count), tokens, figures = processes(), batch.mask[picked].sum(), {}
+    mine = picked[rank::count]
+    groups = micro_batches([batch.rows[i] | dict(index=i) for i in mine or picked[:1]], self.settings.micro_batch_tokens)
+    for group in groups:
+        loss_of = lambda: self.minibatch_loss(model, batch, group, figures) * (count * bool(mine)) / tokens # the processes' gradients are averaged
+        self.backward(model, loss_of, last=group is groups[-1])
+    summed = self.accelerator.reduce(torch.tensor(list(figures.values()), device=self.args.device) * bool(mine), "sum") / tokens
+    return dict(zip(figures, summed.tolist()))
+
+@patch_to(PPOTrainer)
+def minibatch_loss(self, model, batch: Experience, group: list[dict], figures: dict) -> Tensor:
+    "The loss of some completions, summed over their tokens; adds to the sums in `figures`."
+    flat = lambda x: torch.cat([x[row["index"], :int(batch.mask[row["index"]].sum())] for row in group])
+    logp, values, entropy = model(**self._prepare_inputs(pack_row(group)), temperature=self.settings.temperature)
+    policy, clipped = policy_loss(logp, flat(batch.logprobs), flat(batch.advantages), self.settings.clip)
+    value = value_loss(values, flat(batch.values), flat(batch.returns), self.settings.value_clip)
+    loss = (policy + self.settings.value_coef * value - self.settings.entropy_coef * entropy).sum()
+    for k, v in dict(loss=loss, policy_loss=policy.sum(), value_loss=value.sum(), entropy=entropy.sum(), clip_fraction=clipped.sum()).items(): figures[k] = figures.get(k, 0.0) + v.item()
+    return loss
 
 @patch_to(PPOTrainer)
 def training_step(self, model, inputs, num_items_in_batch=None):
@@ -248,7 +268,7 @@ def training_step(self, model, inputs, num_items_in_batch=None):
     self.figures |= figures | {k: _mean([s[k] for s in seen]) for k in seen[0] if k != "loss"}
     return torch.tensor(_mean([s["loss"] for s in seen]), device=self.args.device)
 
-# %% ../nbs/02d_ppo.ipynb #12632902
+# %% ../nbs/02d_ppo.ipynb #725e18bc
 @patch_to(PPOTrainer)
 def sample(self) -> None:
     "The last round's first completions, with their rewards."
@@ -258,15 +278,13 @@ def sample(self) -> None:
 def headline(self, logs: dict) -> str: return f"reward {self.figures['reward']:.2f}, KL {self.figures['kl']:.2f}"
 
 @patch_to(PPOTrainer)
-def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-    "Mean reward of greedy answers to held-out prompts, as an event."
+def heldout(self) -> tuple[dict, float]:
+    "Mean reward of greedy answers to held-out prompts."
     args = GenerateArgs(max_new_tokens=self.settings.max_new_tokens, temperature=0.0)
-    rollouts = generate(self.model.policy, self.tokenizer, [p["messages"] for p in self.heldout], args, dtype=self.dtype, quiet=True)
-    rows = [{k: v for k, v in p.items() if k not in ("messages", "prompt", "completion")} for p in self.heldout]
+    rollouts = generate(self.model.policy, self.tokenizer, [p["messages"] for p in self.heldout_prompts], args, dtype=self.dtype, quiet=True)
+    rows = [{k: v for k, v in p.items() if k not in ("messages", "prompt", "completion")} for p in self.heldout_prompts]
     reward = _mean(self.reward([p[-1]["content"] for p in rollouts.prompts], rollouts.completions, rows)[0])
-    self.run.log("evaluation", self.state.global_step, reward=reward)
-    self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, {"eval_reward": reward})
-    return {"eval_reward": reward}
+    return dict(reward=reward), reward
 
 @patch_to(PPOTrainer)
 def save_result(self) -> None:
@@ -275,7 +293,7 @@ def save_result(self) -> None:
         save_adapter(self.model.policy, folder)
         save_file({k: v.detach().cpu().contiguous() for k, v in self.model.value_head.state_dict().items()}, folder / "value_head.safetensors")
 
-# %% ../nbs/02d_ppo.ipynb #9b131d05
+# %% ../nbs/02d_ppo.ipynb #a63160e9
 def ppo(
     model,                 # with an adapter, fresh or fine-tuned: as handed over it is the reference
     tokenizer,             # its tokenizer
@@ -289,6 +307,7 @@ def ppo(
     need_trainable(model); ensure_template(tokenizer)
     found = load_prompts(prompts)
     prompts = _that_fit(model, tokenizer, found, args)
+    need_heldout(args, _held_out(prompts, args))
     with Run.prepare(args.out, "ppo", args, load=describe(model), data=dict(rows=len(prompts), sha256=hashlib.sha256(json.dumps(prompts).encode()).hexdigest()), may_change=may_change(args), reward=_reward_name(reward, judge)) as run:
         write_json(run.folder / "data" / "prompts.json", prompts)
         begin(run, model)
@@ -301,7 +320,7 @@ def _that_fit(model, tokenizer, prompts: list[dict], args: PPOArgs) -> list[dict
     kept = [p for p, fits in zip(prompts, fitting(model, tokenizer, [p["messages"] for p in prompts], room)) if fits]
     held = _held_out(kept, args)
     if len(kept) - held < args.batch_size:
-        raise TinyTrainerError(f"{len(kept) - held} prompts are left to train on, fewer than batch_size={args.batch_size}: {len(prompts) - len(kept)} are longer than {room} tokens, {held} are held back. Bring more prompts, or lower batch_size, max_new_tokens or eval_rows.")
+        raise TinyTrainerError(f"{len(kept) - held} prompts are left to train on, fewer than batch_size={args.batch_size}: {len(prompts) - len(kept)} are longer than {room} tokens, {held} are held back. Bring more prompts, or lower batch_size{' or max_new_tokens' if len(kept) < len(prompts) else ''}{' or eval_rows' if held else ''}.")
     return kept
 
 def _held_out(prompts: list[dict], args: PPOArgs) -> int: return min(args.eval_rows, len(prompts) // 10) if args.eval_steps else 0

@@ -18,7 +18,7 @@ from .models import LoadReport, base_hash, load_model, model_preset, tensor_byte
 from .rollout import GenerateArgs, generate
 from .run import Run, whole_folder
 from .settings import make_settings, setting
-from .trainer import RunTrainer, TrainArgs, describe, may_change
+from .trainer import RunTrainer, TrainArgs, describe, may_change, need_heldout
 from .worker import launch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Trainer
 
@@ -139,6 +139,7 @@ def pretrain(
     args = args or PretrainArgs()
     texts = examples["text"] if isinstance(examples, Dataset) else examples
     stream = token_stream(tokenizer, texts)
+    need_heldout(args, _held_out(Blocks(stream, args.max_length), args))
     if len(Blocks(stream, args.max_length)) < 1: raise TinyTrainerError(f"the text has {len(stream)} tokens, fewer than one block of max_length={args.max_length}. Bring more text, or lower max_length.")
     origin = dict(documents=len(texts), tokens=len(stream), sha256=hashlib.sha256(stream).hexdigest())
     with Run.prepare(args.out, "pretrain", args, load=describe(model), data=origin, may_change=may_change(args)) as run:
@@ -147,11 +148,13 @@ def pretrain(
         with whole_folder(run.folder / "start") as folder: tokenizer.save_pretrained(folder)
     return _start(run, model, tokenizer, stream, args, live)
 
+def _held_out(blocks: Blocks, args: PretrainArgs) -> int: return min(args.eval_blocks if args.eval_steps else 0, len(blocks) // 10)
+
 def _start(run, model, tokenizer, stream, args, live) -> Run:
     "Build the trainer and let it go."
     seed_everything(args.seed)
     blocks = Blocks(stream, args.max_length)
-    held = min(args.eval_blocks if args.eval_steps else 0, len(blocks) // 10)
+    held = _held_out(blocks, args)
     train = torch.utils.data.Subset(blocks, range(len(blocks) - held))
     model.requires_grad_(True)
     trainer = PretrainTrainer(run, args, DTYPES[run.info["load"]["dtype"]], model=model, train_dataset=train,

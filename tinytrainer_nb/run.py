@@ -6,10 +6,11 @@
 __all__ = ['STATES', 'Journal', 'Lock', 'Run', 'patch_to', 'whole_folder', 'remove_whole']
 
 # %% ../nbs/01c_run.ipynb #52eb2682
-import builtins, contextlib, json, os, re, shutil, threading, time
+import builtins, contextlib, json, os, re, shutil, sys, tempfile, threading, time
 from pathlib import Path
 import psutil
-from .core import TinyTrainerError, hardware, plain, read_json, sync_folder, versions, write_json, write_whole
+from filelock import FileLock
+from .core import TinyTrainerError, hardware, plain, processes, read_json, share, sync_folder, versions, write_json, write_whole
 
 # %% ../nbs/01c_run.ipynb #9f4122cd
 class Journal:
@@ -63,8 +64,8 @@ def _me() -> dict:
     return dict(pid=os.getpid(), started=psutil.Process().create_time())
 
 def _alive(who: dict) -> bool:
-    "Whether the process that `_me` once described still runs."
-    try: return abs(psutil.Process(who["pid"]).create_time() - who["started"]) < 1
+    "Whether the process that `_me` once described still runs; one that ended and was not cleared away yet (a zombie, common in containers) does not."
+    try: process = psutil.Process(who["pid"]); return abs(process.create_time() - who["started"]) < 1 and process.status() != psutil.STATUS_ZOMBIE
     except (psutil.Error, KeyError, TypeError): return False
 
 class Lock:
@@ -79,11 +80,9 @@ class Lock:
 
     def take(self) -> None:
         "Take the lock; raises `TinyTrainerError` if a living process holds it."
-        if who := self.holder(): raise TinyTrainerError(f"{self.path.parent}: process {who['pid']} is training into this folder. Stop it first, or use another --out.")
-        with contextlib.suppress(FileNotFoundError): self.path.unlink()
-        try: handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileExistsError: raise TinyTrainerError(f"{self.path.parent}: another process has just started to train into this folder. Use another --out.") from None
-        with os.fdopen(handle, "w", encoding="utf8") as f: json.dump(_me(), f)
+        with FileLock(self.path.with_name(".taking")): # of two that find a dead process's lock, one comes first
+            if who := self.holder(): raise TinyTrainerError(f"{self.path.parent}: process {who['pid']} is training into this folder. Stop it first, or use another --out.")
+            write_json(self.path, _me())
 
     def release(self) -> None:
         with contextlib.suppress(FileNotFoundError): self.path.unlink()
@@ -110,17 +109,22 @@ class Run:
         self.folder = Path(folder)
         self.journal, self.lock = Journal(self.folder / "events.jsonl"), Lock(self.folder / "lock")
         self.model = self.tokenizer = self.worker = self.settings = None # set where the run is made
+        self.leads = processes()[0] == 0 # of several processes that train together, one writes
 
     @classmethod
     @contextlib.contextmanager
     def prepare(cls, out: Path | str, recipe: str, settings, **info):
         "A context that makes a run: what it writes into the folder is there before run.json is; if it fails, the folder goes again. Raises `TinyTrainerError` if `out` holds an unfinished run with the same settings."
+        if processes()[0]:
+            with cls._shadow(settings) as run: yield run
+            return
         folder = Path(out)
         if (folder / "run.json").exists():
             old = cls(folder)
             if old.status != "finished" and _same(old.info, plain(dict(recipe=recipe, settings=settings.to_dict(), **info))):
                 raise TinyTrainerError(f"{folder}: an unfinished run with these settings is here. `tinytrainer resume {folder}` goes on with it; another --out starts anew.")
         run = cls(_free_sibling(folder, allowed=("notebook.ipynb",))) # which made this run
+        if run.folder != folder and folder.name not in ("", ".."): print(f"{out} is taken: this run is in {run.folder}", file=sys.stderr)
         try: (run.folder / "checkpoints").mkdir(parents=True)
         except OSError as e: raise TinyTrainerError(f"{out}: cannot be made ({e.strerror}). Choose another --out.") from None
         run.settings = settings
@@ -128,6 +132,18 @@ class Run:
         except BaseException: run._discard(); raise
         write_json(run.folder / "run.json", dict(recipe=recipe, status="running", settings=settings.to_dict(), seed=settings.seed, **info,
                                                  versions=versions(), hardware=hardware(), created=round(time.time(), 3), process=_me()))
+        share(str(run.folder))
+
+    @classmethod
+    @contextlib.contextmanager
+    def _shadow(cls, settings):
+        "The run that process 0 prepares, as the others see it: what they prepare themselves goes to a folder that is thrown away."
+        with tempfile.TemporaryDirectory() as scratch:
+            run = cls(scratch)
+            run.settings = settings
+            yield run
+        run.folder = Path(share(None))
+        run.journal, run.lock = Journal(run.folder / "events.jsonl"), Lock(run.folder / "lock")
 
     @classmethod
     def create(cls, out: Path | str, recipe: str, settings, **info) -> "Run":
@@ -191,19 +207,20 @@ def patch_to(cls):
 @patch_to(Run)
 def log(self, kind: str, step: int, **values) -> dict:
     "Append one event."
-    return self.journal.append(kind, step, **values)
+    return self.journal.append(kind, step, **values) if self.leads else {}
 
 @patch_to(Run)
 def set_status(self, value: str, step: int) -> None:
     "Write the status to run.json and to the journal."
     assert value in STATES, value
+    if not self.leads: return
     write_json(self.folder / "run.json", self.info | dict(status=value, process=_me()))
     self.log("status", step, value=value)
 
 @patch_to(Run)
 def update_info(self, **values) -> None:
     "Add to run.json."
-    write_json(self.folder / "run.json", self.info | values)
+    if self.leads: write_json(self.folder / "run.json", self.info | values)
 
 @patch_to(Run)
 def session(self, step: int): # step it starts from
@@ -212,6 +229,7 @@ def session(self, step: int): # step it starts from
 
 @contextlib.contextmanager
 def _session(run, step):
+    if not run.leads: yield run; return
     run.lock.take()
     try:
         for left in [*run.folder.glob(".*.partial*"), *run.folder.glob("checkpoints/.*.partial*")]: # of a process that died
@@ -287,7 +305,8 @@ def wait(self, timeout: float | None = None) -> "Run": # seconds; None: as long 
 def resume(self, live: bool = False, **kwargs) -> "Run": # `reward` for PPO
     "Go on exactly where the run was interrupted or stopped; a finished run is returned as it is."
     from importlib import import_module
-    if self.status == "finished": return self
+    if share(self.status) == "finished": return self
+    if not self.leads: return import_module(f"tinytrainer_nb.{self.info['recipe']}").resume_run(self, live=live, **kwargs)
     if who := self.lock.holder(): raise TinyTrainerError(f"{self.folder}: process {who['pid']} is training into this folder, so there is nothing to resume.")
     before, _ = self.info, self.take_requests() # requests left over from before
     write_json(self.folder / "run.json", before | dict(status="running", process=_me())) # so that it can be watched and asked at once

@@ -15,7 +15,7 @@ from .rollout import GenerateArgs, generate
 from .run import Run
 from .settings import make_settings, setting
 from .tokens import Collator, encode_chat, encode_text, ensure_template
-from .trainer import RunTrainer, TrainArgs, begin, describe, may_change, need_trainable, rebuild, tell
+from .trainer import RunTrainer, TrainArgs, begin, describe, may_change, need_heldout, need_trainable, rebuild, tell
 from .worker import launch
 from transformers import Trainer
 
@@ -44,7 +44,7 @@ def encode_rows(
         if len(encoded["input_ids"]) > max_length: left_out["too_long"] += 1
         elif all(t == -100 for t in encoded["labels"][1:]): left_out["nothing_to_learn"] += 1
         else: rows.append(encoded)
-    if not rows: raise TinyTrainerError(f"no row is left to train on: {left_out['too_long']} are longer than max_length={max_length}, {left_out['nothing_to_learn']} hold no answer to learn.")
+    if not rows: raise TinyTrainerError(f"no row is left to train on: {left_out['too_long']} are longer than max_length={max_length}, {left_out['nothing_to_learn']} hold no answer to learn. Raise max_length, or bring rows with answers.")
     return rows, left_out
 
 def hold_out(
@@ -87,10 +87,12 @@ def sft(
     need_trainable(model); ensure_template(tokenizer)
     examples = examples if isinstance(examples, Dataset) and {"messages", "text"} & set(examples.column_names) else load_examples(examples)
     train, held = hold_out(examples, args.eval_rows if args.eval_steps else 0, args.seed)
+    need_heldout(args, len(held))
     rows, left_out = encode_rows(tokenizer, train, args.max_length, args.train_on_all)
     with Run.prepare(args.out, "sft", args, load=describe(model), data=data_origin(examples), may_change=may_change(args)) as run:
         write_json(run.folder / "data" / "train.json", train.to_list()); write_json(run.folder / "data" / "heldout.json", held.to_list())
         begin(run, model)
+        if args.eval_steps and not len(held): tell(run, f"no row is held back for an evaluation: that takes ten rows, and there are {len(train)}")
         if any(left_out.values()): tell(run, "left out: " + ", ".join(f"{n} {why.replace('_', ' ')}" for why, n in left_out.items() if n))
     return _start(run, model, tokenizer, train, rows, held, args, live)
 

@@ -51,8 +51,8 @@ def summary_line(run: Run) -> str:
     s = run.summary
     name = "reward" if "first_reward" in s else "loss"
     change = "" if s.get(f"last_{name}") is None else f"{name} {s[f'first_{name}']:.3g} -> {s[f'last_{name}']:.3g}, "
-    cost = f"{duration(s['seconds'])}, {s['tokens_per_s'] or 0:,.0f} tokens/s, {s['peak_memory_gb']:.2f} GiB"
-    return f"{s['recipe']} {s['status']}: {s['steps']} steps, {change}{cost}"
+    speed = f"{s['tokens_per_s']:,.0f} tokens/s, " if s["tokens_per_s"] else ""
+    return f"{s['recipe']} {s['status']}: {s['steps']} step{'s' * (s['steps'] != 1)}, {change}{duration(s['seconds'])}, {speed}{s['peak_memory_gb']:.2f} GiB"
 
 def news(run: Run, since: float) -> list[str]:
     "Lines to keep about what happened after the time `since`: evaluations, one sample a step, the end."
