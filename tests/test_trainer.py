@@ -130,3 +130,17 @@ def test_a_process_that_nobody_buried_is_dead():
     while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE: time.sleep(0.01)
     assert not _alive(who) and _alive(_me())
     child.wait()
+
+
+def test_tensorboard_gets_the_journal(tmp_path):
+    "Off by default; asked for, the tracker has every step's figures and the evaluations, as the journal has them"
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
+    run = small_sft(tmp_path, *policy(), n=30, max_steps=3, eval_steps=3, report_to="tensorboard")
+    files = list(run.folder.rglob("events.out.tfevents*"))
+    assert len(files) == 1
+    told = accumulator(str(files[0].parent)); told.Reload()
+    for name, tag in dict(loss="train/loss", learning_rate="train/learning_rate", tokens="train/tokens").items():
+        assert [e.value for e in told.Scalars(tag)] == pytest.approx(run.history(name)[1]), tag
+    assert [e.value for e in told.Scalars("eval/loss")] == pytest.approx(run.history("loss", "evaluation")[1])
+    small_sft(tmp_path / "quiet", *policy(), max_steps=1)
+    assert not list((tmp_path / "quiet").rglob("*tfevents*"))

@@ -8,13 +8,14 @@ __all__ = ['LoraArgs', 'add_lora', 'count_trainable', 'Chat', 'TinyTrainerError'
            'evaluate', 'score_table', 'load_model', 'model_preset', 'has_front_end', 'launch_panel', 'run_panel',
            'settings_form', 'run_figure', 'story_figure', 'PPOArgs', 'ppo', 'PretrainArgs', 'new_model', 'pretrain',
            'train_tokenizer', 'exact_answer', 'find_reward', 'reference_overlap', 'GenerateArgs', 'Rollouts',
-           'generate', 'Run', 'SFTArgs', 'encode_rows', 'sft', 'CORPUS_PROMPT']
+           'generate', 'Run', 'save_merged', 'SFTArgs', 'encode_rows', 'sft', 'CORPUS_PROMPT']
 
 # %% ../nbs/99_all.ipynb #4df4f314
 from .adapters import LoraArgs, add_lora, count_trainable
 from .chat import Chat
 from .core import TinyTrainerError, data_file, hardware, peak_memory, read_json, seed_everything, write_json
 from .data import load_examples, load_prompts
+from .export import save_merged
 from .evaluate import Evaluation, answer_table, evaluate, score_table
 from .models import load_model, model_preset
 from .panels import has_front_end, launch_panel, run_panel, settings_form
@@ -30,5 +31,5 @@ from .tinyworld import CORPUS_PROMPT
 _all_ = ["LoraArgs", "add_lora", "count_trainable", "Chat", "TinyTrainerError", "data_file", "hardware", "peak_memory", "read_json",
          "seed_everything", "write_json", "load_examples", "load_prompts", "Evaluation", "answer_table", "evaluate", "score_table", "load_model", "model_preset",
          "has_front_end", "launch_panel", "run_panel", "settings_form", "run_figure", "story_figure", "PPOArgs", "ppo", "PretrainArgs", "new_model", "pretrain", "train_tokenizer",
-         "exact_answer", "find_reward", "reference_overlap", "GenerateArgs", "Rollouts", "generate", "Run", "SFTArgs", "encode_rows",
+         "exact_answer", "find_reward", "reference_overlap", "GenerateArgs", "Rollouts", "generate", "Run", "save_merged", "SFTArgs", "encode_rows",
          "sft", "CORPUS_PROMPT"] # what the star brings

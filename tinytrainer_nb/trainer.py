@@ -402,7 +402,7 @@ def describe(model) -> dict:
     report = getattr(model, "load_report", None)
     if report is None: raise TinyTrainerError("this model was not loaded by load_model(), so the run could not be resumed. Load it with load_model(folder).")
     config = getattr(model, "peft_config", {}).get("default")
-    adapter = config and dict(r=config.r, alpha=config.lora_alpha, dropout=config.lora_dropout, target_modules=sorted(config.target_modules))
+    adapter = config and dict(r=config.r, alpha=config.lora_alpha, dropout=config.lora_dropout, target_modules=sorted(config.target_modules), layers=config.layers_to_transform, rslora=config.use_rslora, dora=config.use_dora)
     return report.__dict__ | dict(adapter=adapter)
 
 def rebuild(run: Run):
