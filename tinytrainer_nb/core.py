@@ -6,7 +6,7 @@
 __all__ = ['DTYPES', 'TinyTrainerError', 'num_threads', 'processes', 'share', 'gathered', 'free_memory', 'peak_memory',
            'matmul_seconds', 'default_device', 'probe_dtype', 'dtype_name', 'hardware', 'versions', 'seed_everything',
            'mix_seed', 'sync_folder', 'patiently', 'write_whole', 'plain', 'write_json', 'read_json', 'file_hash',
-           'data_file', 'progress', 'quiet']
+           'shipped', 'data_file', 'progress', 'quiet']
 
 # %% ../nbs/00a_core.ipynb #62fb441e
 import contextlib, hashlib, json, math, os, platform, random, sys, time, warnings
@@ -190,10 +190,15 @@ def file_hash(path: Path | str) -> str:
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 # %% ../nbs/00a_core.ipynb #33dbff19
+def shipped(name: str) -> Path: # `data` or `nbs`
+    "A folder of the project: inside the installed package, or beside it in a clone."
+    package = Path(__file__).resolve().parent
+    return package / f"_{name}" if (package / f"_{name}").exists() else package.parent / name
+
 def data_file(name: str) -> Path:
-    "Path of a file or folder of the project's own `data/`, such as `sft.jsonl` or `tiny`."
-    path = Path(__file__).resolve().parent.parent / "data" / name
-    if not path.exists(): raise TinyTrainerError(f"data/{name} is not there. Run from a clone installed with `pip install -e .`; `data/README.md` says how each file is made.")
+    "Path of a file or folder of the project's own `data/`, such as `sft.jsonl` or `tiny`; raises `TinyTrainerError` if it is not there."
+    path = shipped("data") / name
+    if not path.exists(): raise TinyTrainerError(f"data/{name} is not there. Run from a clone installed with `pip install -e .`, or from an installed wheel; `data/README.md` says how each file is made.")
     return path
 
 # %% ../nbs/00a_core.ipynb #4f484e80

@@ -15,7 +15,7 @@ import nbformat, papermill, tinytrainer_nb, yaml
 from nbclient.exceptions import DeadKernelError
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import Engine, papermill_engines
-from .core import TinyTrainerError, peak_memory
+from .core import TinyTrainerError, peak_memory, shipped
 from .run import Run, _free_sibling
 from .watch import Watch, duration
 
@@ -25,9 +25,8 @@ def short_name(path: Path | str) -> str:
     return re.sub(r"^\d+[a-z]?_", "", Path(path).stem)
 
 def shipped_notebooks() -> dict[str, Path]: # short name: path
-    "The tutorials and benchmarks beside the package."
-    folder = Path(tinytrainer_nb.__file__).resolve().parent.parent / "nbs"
-    return {short_name(p): p for kind in ("tutorials", "benchmarks") for p in sorted((folder / kind).glob("*.ipynb"))}
+    "The tutorials and benchmarks of the project."
+    return {short_name(p): p for kind in ("tutorials", "benchmarks") for p in sorted((shipped("nbs") / kind).glob("*.ipynb"))}
 
 def find_notebook(name: str | Path) -> Path:
     "The notebook with this path or short name; raises `TinyTrainerError` with those that there are."
@@ -36,7 +35,7 @@ def find_notebook(name: str | Path) -> Path:
     if short_name(name) in shipped: return shipped[short_name(name)]
     near = difflib.get_close_matches(short_name(name), shipped, n=1)
     raise TinyTrainerError(f"{name}: no such notebook.{f' Did you mean {near[0]}?' if near else ''} "
-                           f"Known: {', '.join(shipped) or 'none (the package is not used from a clone)'}, or the path of an .ipynb file.")
+                           f"Known: {', '.join(shipped) or 'none'}, or the path of an .ipynb file.")
 
 # %% ../nbs/03d_notebooks.ipynb #c5e426e5
 @dataclass
