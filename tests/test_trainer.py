@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tinytrainer_nb.all import LoraArgs, PPOArgs, Run, SFTArgs, TinyTrainerError, add_lora, data_file, load_examples, load_model, load_prompts, ppo, sft
-from tinytrainer_nb import trainer
+from tinytrainer_nb import core, trainer
 from tinytrainer_nb.adapters import trainable
 from tinytrainer_nb.run import _alive, _me
 from tinytrainer_nb.sft import SFTTrainer
@@ -144,3 +144,15 @@ def test_tensorboard_gets_the_journal(tmp_path):
     assert [e.value for e in told.Scalars("eval/loss")] == pytest.approx(run.history("loss", "evaluation")[1])
     small_sft(tmp_path / "quiet", *policy(), max_steps=1)
     assert not list((tmp_path / "quiet").rglob("*tfevents*"))
+
+
+def test_a_gpu_that_is_not_used_is_told(monkeypatch, capsys):
+    "An NVIDIA GPU beside a CPU build of torch: the cure is named; so is it where CUDA is asked for"
+    monkeypatch.setattr(core.shutil, "which", lambda name: "/usr/bin/nvidia-smi" if name == "nvidia-smi" else None)
+    monkeypatch.setattr(torch.version, "cuda", None); monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    load_model("tiny", "none", "fp32")
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1 and "is a CPU build: `pip install" in err and "whl/cu" in err and "is a CPU build" not in out
+    with pytest.raises(TinyTrainerError, match="PyTorch sees no GPU here .*is a CPU build"): load_model("tiny", device="cuda")
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    assert core.unused_gpu() == ""

@@ -8,7 +8,7 @@ __all__ = ['DEFAULT_BASE', 'SHAPES', 'find_base', 'base_hash', 'step_bytes', 'co
            'tensor_bytes', 'load_model', 'with_adapter', 'Preset', 'model_preset']
 
 # %% ../nbs/01a_models.ipynb #0c88e65d
-import contextlib, re, time
+import contextlib, re, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers import AttentionInterface
-from .core import DTYPES, TinyTrainerError, data_file, default_device, dtype_name, file_hash, free_memory, num_threads, probe_dtype, quiet, read_json
+from .core import DTYPES, TinyTrainerError, data_file, default_device, dtype_name, file_hash, free_memory, num_threads, probe_dtype, quiet, read_json, unused_gpu
 from .tokens import ensure_template
 
 # %% ../nbs/01a_models.ipynb #ca78f6d3
@@ -192,7 +192,7 @@ def load_model(
     if quantization not in ("auto", "nf4", "int8", "none"): raise TinyTrainerError(f"quantization={quantization!r} is not allowed: it must be one of auto, nf4, int8, none.")
     if dtype not in ("auto", *DTYPES): raise TinyTrainerError(f"dtype={dtype!r} is not allowed: it must be one of auto, {', '.join(DTYPES)}.")
     device = device or default_device()
-    if device == "cuda" and not torch.cuda.is_available(): raise TinyTrainerError("device='cuda' was asked for, but PyTorch sees no GPU here. Use device='cpu'.")
+    if device == "cuda" and not torch.cuda.is_available(): raise TinyTrainerError(f"device='cuda' was asked for, but PyTorch sees no GPU here{f' ({unused_gpu()})' if unused_gpu() else ''}. Use device='cpu'.")
     if str(name) != "tiny" and (Path(name) / "run.json").exists(): return _load_run(Path(name), quantization, dtype, device, verbose)
     torch.set_num_threads(num_threads())
     start, path = time.perf_counter(), find_base(name)
@@ -207,6 +207,7 @@ def load_model(
     model.load_report = LoadReport(str(name), path, base_hash(path), parameters, _stored_bytes(path, parameters), tensor_bytes(model), quantization,
                                    dtype_name(compute), why, device, round(time.perf_counter() - start, 2))
     if verbose: print(model.load_report)
+    if verbose and device == "cpu" and unused_gpu(): print(unused_gpu(), file=sys.stderr)
     return model, tokenizer
 
 # %% ../nbs/01a_models.ipynb #90d1eae1
