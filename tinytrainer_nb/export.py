@@ -6,7 +6,6 @@
 __all__ = ['save_merged']
 
 # %% ../nbs/03f_export.ipynb #97adf8d5
-import torch
 from pathlib import Path
 from .adapters import merged
 from .core import DTYPES, TinyTrainerError, quiet
