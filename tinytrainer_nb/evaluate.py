@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['Evaluation', 'evaluate', 'Table', 'score_table', 'answer_table']
 
-# %% ../nbs/02e_evaluate.ipynb #88f59f76
+# %% ../nbs/02e_evaluate.ipynb #c7af46c4
 import sys
 from dataclasses import dataclass, field
 from .core import DTYPES, TinyTrainerError
-from .data import load_examples, load_prompts
+from .data import as_examples, load_prompts
 from .rewards import find_reward
 from .rollout import GenerateArgs, fitting, generate, prompt_room
 from .sft import encode_rows
 from .tokens import Collator, ensure_template
 from .trainer import mean_loss
 
-# %% ../nbs/02e_evaluate.ipynb #ccc88b5a
+# %% ../nbs/02e_evaluate.ipynb #cca2e344
 @dataclass
 class Evaluation:
     "A score, and what it was computed from."
@@ -49,7 +49,7 @@ def evaluate(
     ensure_template(tokenizer)
     dtype = DTYPES[model.load_report.dtype] if hasattr(model, "load_report") else next(model.parameters()).dtype
     if task == "loss":
-        table = load_examples(data)
+        table = as_examples(data)
         rows, _ = encode_rows(tokenizer, table.select(range(min(limit or len(table), len(table)))), max_length)
         return Evaluation(task, mean_loss(model, _to_device(Collator(4096)(rows), model), dtype), len(rows))
     reward = find_reward(task)

@@ -7,7 +7,7 @@ __all__ = ['STAGES', 'short_name', 'shipped_notebooks', 'find_notebook', 'Parame
            'check_parameters', 'read_parameters', 'anchor_paths', 'heading_above', 'WatchedClient', 'WatchedEngine',
            'run_notebook', 'quickstart_summary', 'accuracy_text', 'samples_text', 'accuracy_table']
 
-# %% ../nbs/03d_notebooks.ipynb #3f70f87c
+# %% ../nbs/03d_notebooks.ipynb #bfebab79
 import ast, contextlib, difflib, os, re, subprocess, sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,7 +184,7 @@ def run_notebook(
     except KeyboardInterrupt: raise KeyboardInterrupt(str(folder)) from None # so that whoever catches it knows where
     return target, runs
 
-# %% ../nbs/03d_notebooks.ipynb #ac98c47c
+# %% ../nbs/03d_notebooks.ipynb #9dd4e387
 STAGES = {"base_chat": "base, asked in a chat", "base_corpus": "base, asked in its own form", "sft": "after fine-tuning", "ppo": "after PPO"}
 
 def quickstart_summary(
