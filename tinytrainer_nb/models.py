@@ -201,8 +201,10 @@ def load_model(
     if quantization == "auto":
         quantization, reason = choose_quantization(config, compute, device, step_tokens)
         why += "; " + reason
-    model = _load_weights(path, quantization, compute, device)
     tokenizer = ensure_template(_pretrained(AutoTokenizer, path))
+    if len(tokenizer) > config.vocab_size: raise TinyTrainerError(f"{name}: its tokenizer has {len(tokenizer):,} tokens and the model knows {config.vocab_size:,}, so they do not belong together. Put the model's own tokenizer beside it.")
+    _no_pickle(path)
+    model = _load_weights(path, quantization, compute, device)
     parameters = count_parameters(config)
     model.load_report = LoadReport(str(name), path, base_hash(path), parameters, _stored_bytes(path, parameters), tensor_bytes(model), quantization,
                                    dtype_name(compute), why, device, round(time.perf_counter() - start, 2))
@@ -211,6 +213,12 @@ def load_model(
     return model, tokenizer
 
 # %% ../nbs/01a_models.ipynb #90d1eae1
+def _no_pickle(path: str) -> None:
+    "Raise `TinyTrainerError` for a folder whose weights are pickled alone: such a file may run anything when it is opened, so it never is."
+    pickled = [f.name for kind in ("*.bin", "*.pt", "*.pth") for f in sorted(Path(path).glob(kind))] if Path(path).is_dir() else []
+    if pickled and not list(Path(path).glob("*.safetensors")):
+        raise TinyTrainerError(f"{path}: its weights are in {', '.join(pickled[:3])}, a pickle, which may run code when it is opened and is not read. Convert them to safetensors, or take another model.")
+
 def _load_weights(path: str, quantization: str, dtype: torch.dtype, device: str):
     "The model itself, frozen, in evaluation mode, with packed attention."
     model = _pretrained(AutoModelForCausalLM, path, dtype=dtype, quantization_config=_quantization_config(quantization, dtype),

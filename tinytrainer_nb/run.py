@@ -6,7 +6,7 @@
 __all__ = ['STATES', 'Journal', 'Lock', 'Run', 'patch_to', 'whole_folder', 'remove_whole']
 
 # %% ../nbs/01c_run.ipynb #52eb2682
-import builtins, contextlib, json, os, re, shutil, sys, tempfile, threading, time
+import builtins, contextlib, errno, json, os, re, shutil, sys, tempfile, threading, time
 from pathlib import Path
 import psutil
 from filelock import FileLock
@@ -129,7 +129,7 @@ class Run:
         except OSError as e: raise TinyTrainerError(f"{out}: cannot be made ({e.strerror}). Choose another --out.") from None
         run.settings = settings
         try: yield run
-        except BaseException: run._discard(); raise
+        except BaseException as e: run._discard(); raise _full(folder, e, "start again") or e
         write_json(run.folder / "run.json", dict(recipe=recipe, status="running", settings=settings.to_dict(), seed=settings.seed, **info,
                                                  versions=versions(), hardware=hardware(), created=round(time.time(), 3), process=_me()))
         share(str(run.folder))
@@ -238,9 +238,20 @@ def _session(run, step):
         yield run
     except KeyboardInterrupt: run.set_status("interrupted", run.step); raise
     except BaseException as e:
-        run.log("error", run.step, message=str(e) or type(e).__name__, type=type(e).__name__)
-        run.set_status("failed", run.step); raise
+        full = _full(run.folder, e)
+        with contextlib.suppress(OSError) if full else contextlib.nullcontext(): # then there may be no room to say so either
+            run.log("error", run.step, message=str(e) or type(e).__name__, type=type(e).__name__)
+            run.set_status("failed", run.step)
+        raise full or e
     finally: run.lock.release()
+
+def _full(folder: Path, error: BaseException, then: str = "") -> TinyTrainerError | None:
+    "What to say instead of `error` if it came from a full disk, however a library has worded it."
+    try: there = next(p for p in (folder, *folder.resolve().parents) if p.exists()); free = shutil.disk_usage(there).free
+    except OSError: return None
+    said = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    if not said and (free > 2**20 or isinstance(error, TinyTrainerError)): return None
+    return TinyTrainerError(f"{folder}: the disk is full ({free / 1e6:,.1f} MB free). Make room, then {then or f'`tinytrainer resume {folder}` goes on from the last whole checkpoint'}.")
 
 # %% ../nbs/01c_run.ipynb #677f2bb1
 @patch_to(Run)

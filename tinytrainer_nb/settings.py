@@ -6,7 +6,7 @@
 __all__ = ['setting', 'field_type', 'allowed', 'check_value', 'Settings', 'parse_value', 'make_settings']
 
 # %% ../nbs/00b_settings.ipynb #eda1487f
-import dataclasses, types, typing
+import dataclasses, math, types, typing
 from dataclasses import fields
 from .core import TinyTrainerError
 
@@ -48,6 +48,7 @@ def check_value(field: dataclasses.Field, value):
     if value is None and isinstance(field.type, types.UnionType): return None
     if kind is float and type(value) is int: value = float(value)
     if type(value) is not kind and not (kind not in (int, float, bool, str) and isinstance(value, kind)): raise complaint
+    if kind is float and not math.isfinite(value): raise complaint
     if field.metadata.get("choices") and value not in field.metadata["choices"]: raise complaint
     if any(not holds(value, field.metadata[k]) for k, (_, holds) in _SIGNS.items() if k in field.metadata): raise complaint
     return value

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from .adapters import count_trainable, trainable
-from .core import TinyTrainerError, peak_memory, processes, progress, quiet, read_json, share, write_json
+from .core import TinyTrainerError, file_hash, peak_memory, processes, progress, quiet, read_json, share, write_json
 from .models import compute_context, keep_gradients, load_model, with_adapter
 from .run import Run, patch_to, remove_whole, whole_folder
 from .settings import Settings, check_value, setting
@@ -280,10 +280,11 @@ def _save_checkpoint(self, model, trial) -> None:
 
 @patch_to(RunTrainer)
 def _complete(self, staging: Path) -> None:
-    "Move what `transformers` wrote to its place, and add our own progress."
+    "Move what `transformers` wrote to its place, and add our own progress, with the hashes of all files."
     for path in (self._staging / f"checkpoint-{self.state.global_step}").iterdir(): shutil.move(path, staging / path.name)
     shutil.rmtree(self._staging)
-    write_json(staging / "progress.json", dict(tokens=self.tokens, seconds=self.seconds + self.clock(), settings=self.settings.to_dict(), best=self.best))
+    hashes = {path.name: file_hash(path) for path in sorted(staging.iterdir())}
+    write_json(staging / "progress.json", dict(tokens=self.tokens, seconds=self.seconds + self.clock(), settings=self.settings.to_dict(), best=self.best, sha256=hashes))
 
 @patch_to(RunTrainer)
 def _get_output_dir(self, trial=None) -> str: return str(getattr(self, "_staging", self.args.output_dir))
@@ -297,8 +298,11 @@ def _save(self, output_dir=None, state_dict=None) -> None:
 def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
     "Copy the trained tensors into place; raises `TinyTrainerError` if they are not those of this model."
     path = Path(resume_from_checkpoint)
-    load_trained(self.model, path / "trained.safetensors")
     done = read_json(path / "progress.json")
+    for name, known in done["sha256"].items():
+        if not (path / name).exists() or file_hash(path / name) != known:
+            raise TinyTrainerError(f"{path}: {name} is not as it was written, so this checkpoint is damaged. Remove the folder {path}: a resume then starts from the checkpoint before it.")
+    load_trained(self.model, path / "trained.safetensors")
     self.tokens, self.seconds, self.best = done["tokens"], done["seconds"], done["best"]
     for name in may_change(self.settings): setattr(self.settings, name, done["settings"][name])
 
