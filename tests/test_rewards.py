@@ -90,3 +90,14 @@ def test_a_weight_must_be_a_number(weight):
 
 def test_a_name_counts_once():
     assert "two are called exact_answer" in refused(find_reward, "exact_answer=1,exact_answer=2")
+
+
+def test_a_reward_gets_the_columns_that_it_names():
+    "A function of prompt and completion alone is enough; one that names a column gets that one; TRL's form likewise"
+    rows = [dict(reference_answer="4", level=2)]
+    two = lambda prompt, completion: len(completion)
+    named = lambda prompt, completion, level, other=5: level + other
+    batch = lambda completions, level: [float(x) for x in level]
+    for f, value in ((two, 3), (named, 7), (batch, 2)): assert find_reward(f)(["a"], ["abc"], rows)[0] == [value]
+    def wants(prompt, completion, difficulty): return 0.0
+    with pytest.raises(TinyTrainerError, match="reward wants asks for difficulty, which the data has not. It has: reference_answer, level"): find_reward(wants)(["a"], ["b"], rows)

@@ -227,7 +227,9 @@ def _load_run(folder: Path, quantization: str, dtype: str, device: str, verbose:
     "A finished run's base with what was trained on it."
     made = read_json(folder / "run.json")
     if (folder / "model" / "config.json").exists(): return load_model(folder / "model", quantization, dtype, device, verbose=verbose)
-    if not (folder / "adapter").exists(): raise TinyTrainerError(f"{folder}: this run has not saved what it trained yet. `tinytrainer resume {folder}` finishes it.")
+    if not (folder / "adapter").exists():
+        again = " --reward file.py:function" if ".py:" in made.get("reward", "") else ""
+        raise TinyTrainerError(f"{folder}: this run has not saved what it trained yet. `tinytrainer resume {folder}{again}` goes on with it.")
     quantization = made["load"]["quantization"] if quantization == "auto" else quantization
     dtype = made["load"]["dtype"] if dtype == "auto" else dtype
     model, tokenizer = load_model(made["load"]["base"], quantization, dtype, device, verbose=verbose)

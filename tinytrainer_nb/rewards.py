@@ -90,9 +90,18 @@ def _shown(prompt: str, completion: str) -> str:
     "The beginnings of a prompt and a completion, for an error."
     return f"prompt {prompt[:80]!r}, completion {completion[:80]!r}"
 
+def _wanted(name: str, f: Callable, columns: dict, given: int) -> dict: # `given` arguments come first
+    "The columns that `f` takes: all with `**row`, else those that it names; one that it names and that is not there is an error."
+    named = list(inspect.signature(f).parameters.values())
+    if any(p.kind == p.VAR_KEYWORD for p in named): return columns
+    extra = [p for p in named[given:] if p.kind != p.VAR_POSITIONAL]
+    if missing := [p.name for p in extra if p.default is p.empty and p.name not in columns]:
+        raise TinyTrainerError(f"reward {name} asks for {', '.join(missing)}, which the data has not. It has: {', '.join(columns) or 'no other columns'}.")
+    return {p.name: columns[p.name] for p in extra if p.name in columns}
+
 def _call(name: str, f: Callable, prompt: str, completion: str, row: dict):
     "What `f` says of one completion; an exception is shown with it."
-    try: return f(prompt, completion, **row)
+    try: return f(prompt, completion, **_wanted(name, f, row, 2))
     except TinyTrainerError: raise
     except Exception as e: raise TinyTrainerError(f"reward {name} raised {_said(e)}; {_shown(prompt, completion)}.") from e
 
@@ -100,7 +109,7 @@ def _call_batch(name: str, f: Callable, prompts: list[str], completions: list[st
     "What `f` says of all completions at once (TRL's form): as many values as there are completions."
     columns = {k: [r.get(k) for r in rows] for k in dict.fromkeys(k for r in rows for k in r)}
     first = f"{len(prompts)} completions, the first: {_shown(prompts[0], completions[0])}" if prompts else "no completions"
-    try: values = list(f(prompts=prompts, completions=completions, **columns))
+    try: values = list(f(**_wanted(name, f, dict(prompts=prompts, completions=completions) | columns, 0)))
     except TinyTrainerError: raise
     except Exception as e: raise TinyTrainerError(f"reward {name} raised {_said(e)}; given {first}.") from e
     if len(values) != len(prompts): raise TinyTrainerError(f"reward {name} returned {len(values)} values, but it must return one a completion; given {first}.")

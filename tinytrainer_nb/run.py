@@ -6,7 +6,7 @@
 __all__ = ['STATES', 'Journal', 'Lock', 'Run', 'patch_to', 'whole_folder', 'remove_whole']
 
 # %% ../nbs/01c_run.ipynb #52eb2682
-import builtins, contextlib, json, os, re, shutil, threading, time
+import builtins, contextlib, json, os, re, shutil, sys, threading, time
 from pathlib import Path
 import psutil
 from .core import TinyTrainerError, hardware, plain, read_json, sync_folder, versions, write_json, write_whole
@@ -63,8 +63,8 @@ def _me() -> dict:
     return dict(pid=os.getpid(), started=psutil.Process().create_time())
 
 def _alive(who: dict) -> bool:
-    "Whether the process that `_me` once described still runs."
-    try: return abs(psutil.Process(who["pid"]).create_time() - who["started"]) < 1
+    "Whether the process that `_me` once described still runs; one that ended and was not cleared away yet (a zombie, common in containers) does not."
+    try: process = psutil.Process(who["pid"]); return abs(process.create_time() - who["started"]) < 1 and process.status() != psutil.STATUS_ZOMBIE
     except (psutil.Error, KeyError, TypeError): return False
 
 class Lock:
@@ -121,6 +121,7 @@ class Run:
             if old.status != "finished" and _same(old.info, plain(dict(recipe=recipe, settings=settings.to_dict(), **info))):
                 raise TinyTrainerError(f"{folder}: an unfinished run with these settings is here. `tinytrainer resume {folder}` goes on with it; another --out starts anew.")
         run = cls(_free_sibling(folder, allowed=("notebook.ipynb",))) # which made this run
+        if run.folder != folder and folder.name not in ("", ".."): print(f"{out} is taken: this run is in {run.folder}", file=sys.stderr)
         try: (run.folder / "checkpoints").mkdir(parents=True)
         except OSError as e: raise TinyTrainerError(f"{out}: cannot be made ({e.strerror}). Choose another --out.") from None
         run.settings = settings
