@@ -7,7 +7,10 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+
+from tinytrainer_nb.run import _alive, _me
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = "max_steps=12, save_steps=3, sample_steps=4, warmup_steps=2, seed=3, out={out!r}"
@@ -91,3 +94,12 @@ def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path):
     model = add_lora(model, LoraArgs(r=4))
     with pytest.raises(TinyTrainerError, match="no row is left"): sft(model, tokenizer, data_file("sft.jsonl"), SFTArgs(max_length=8, out=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no zombies")
+def test_a_process_that_nobody_buried_is_dead():
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    who = _me() | dict(pid=child.pid, started=psutil.Process(child.pid).create_time())
+    while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE: time.sleep(0.01)
+    assert not _alive(who) and _alive(_me())
+    child.wait()
