@@ -146,6 +146,7 @@ FAULTS = [  # file, its bytes, what the error says
     ("large.jsonl", b'{"text": "a", "n": 1' + b"0" * 30 + b"}", "line 1, field 'n': found 1000"),
     ("ragged.csv", b'prompt,completion\n"a\nb",c\nd,e,f\n', "line 4: 3 cells under 2 column names (prompt, completion)"),
     ("semicolon.csv", b"prompt;completion\na;b", "columns prompt;completion are no known kind of data. Known:"),
+    ("names.csv", b'"a\nb",c\n1,2', "columns a b, c are no known kind of data"),
     ("quote.csv", b'text\n"a" b', "line 2: not readable as CSV"),
     ("role.jsonl", b'{"messages": [{"role": "narrator", "content": "a"}]}', "line 1, field 'messages': unknown role 'narrator'; known: human, user, gpt"),
     ("role.json", b'[{"conversations": [{"from": ["human"], "value": "a"}]}]', "unknown role ['human']; known: human"),

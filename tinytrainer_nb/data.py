@@ -77,7 +77,7 @@ def _read_json(path: Path) -> tuple[list[dict], Source]:
     if wrong: raise TinyTrainerError(f"{path}, {wrong}, but a JSON file holds a list of objects, alone or as the only field of one object. One object a line is a .jsonl file.")
     return rows, Source(str(path), [path])
 
-# %% ../nbs/00e_data.ipynb #740aa346
+# %% ../nbs/00e_data.ipynb #3b4be038
 def _read_csv(path: Path) -> tuple[list[dict], Source]:
     "Rows of a CSV file, every cell as text; a line that does not fit the header is named."
     csv.field_size_limit(2**31 - 1) # the module stops at 131,072 characters a cell, shorter than a book's chapter
@@ -101,6 +101,7 @@ def _read_parquet(path: Path) -> tuple[list[dict], Source]:
         return table.to_pylist(), Source(str(path), [path])
     except Exception as e: raise TinyTrainerError(f"{path}: not readable as Parquet ({' '.join(str(e).split()):.160}). Write it again from its source.") from None
 
+# %% ../nbs/00e_data.ipynb #eb12c688
 TEXT_SUFFIXES = (".txt", ".md")
 READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
 
@@ -151,7 +152,7 @@ def _chat(question: str, answer: str | None = None) -> list[dict]:
     "A conversation of one question and, if there is one, its answer."
     return [dict(role="user", content=question)] + ([] if answer is None else [dict(role="assistant", content=answer)])
 
-# %% ../nbs/00e_data.ipynb #4991b62b
+# %% ../nbs/00e_data.ipynb #2ed1b889
 def _asked(row: dict, column: str) -> list[dict]:
     "The turns of a conversation; a prompt may also be a text, which a user says."
     return _chat(_field(row, column)) if column == "prompt" and not isinstance(row.get(column), list) else _turns(row, column)
@@ -166,6 +167,7 @@ def _answer(row: dict, column: str, asked: list[dict]) -> str:
     if [t["role"] in SAID for t in turns] != [True]: raise ValueError(f"field '{column}': expected one assistant's turn, with nothing or the very conversation before it, found roles {[t['role'] for t in turns]}")
     return turns[0]["content"]
 
+# %% ../nbs/00e_data.ipynb #923cc721
 def _text(row: dict) -> dict:
     "A `text` row; `### Instruction: ... ### Input: ... ### Response: ...` becomes a conversation, the input may be missing."
     found = re.fullmatch(r"\s*### Instruction:\s*(.*?)\s*(?:### Input:\s*(.*?)\s*)?### Response:\s*(.*?)\s*", _field(row, "text"), re.S)
@@ -185,6 +187,7 @@ def _preference(row: dict, column: str) -> dict:
     if asked and asked[-1]["role"] in SAID: raise ValueError(f"field '{column}': ends with an assistant's turn, but 'chosen' and 'rejected' are to answer it")
     return dict(messages=asked, chosen=_answer(row, "chosen", asked), rejected=_answer(row, "rejected", asked))
 
+# %% ../nbs/00e_data.ipynb #673a1b39
 def _instruction(row: dict) -> dict:
     "An instruction, its input on the next line if there is one, and the output."
     given = [_field(row, "input")] if row.get("input") else []
@@ -211,7 +214,7 @@ def find_kind(
     if not fitting: raise TinyTrainerError(f"{where}: columns {_listed(columns)} are no known kind of data. Known: " + "; ".join(" + ".join(k[1]) for k in KINDS) + ". Map yours with columns={'prompt': 'your_column', ...}.")
     return next((k for k in fitting if set(named) & KNOWN_COLUMNS <= {*k[1], *k[2]}), fitting[0])
 
-# %% ../nbs/00e_data.ipynb #bf802413
+# %% ../nbs/00e_data.ipynb #8c447661
 @dataclass
 class Mapping:
     "How rows of a public data set become `prompt`, `completion` and, where one answer is right, `reference_answer`."
@@ -228,6 +231,7 @@ def _choices(question: str, labels: list[str], texts: list[str]) -> str:
     "A question with its choices, one a line."
     return "\n".join([question, *(f"{label}) {text}" for label, text in zip(labels, texts, strict=True))])
 
+# %% ../nbs/00e_data.ipynb #7804b68a
 def _gsm8k(r: dict) -> dict: return dict(prompt=r["question"], completion=r["answer"], reference_answer=r["answer"][r["answer"].rindex("####") + 4:].strip())
 
 def _svamp(r: dict) -> dict:
@@ -243,6 +247,7 @@ def _aqua_rat(r: dict) -> dict: return _worked("\n".join([r["question"], *r["opt
 def _mathqa(r: dict) -> dict: return _worked(f"{r['Problem']}\n{r['options']}", r["Rationale"], r["correct"])
 def _with_context(question: str, context: str | None, answer: str) -> dict: return dict(prompt="\n".join(filter(None, [question, context])), completion=answer)
 
+# %% ../nbs/00e_data.ipynb #c6b4c4a6
 MAPPINGS = {
     "alpaca": Mapping("tatsu-lab/alpaca", None, ("instruction", "input", "output"), lambda r: _with_context(r["instruction"], r["input"], r["output"])),
     "dolly": Mapping("databricks/databricks-dolly-15k", None, ("instruction", "context", "response"), lambda r: _with_context(r["instruction"], r["context"], r["response"])),
@@ -337,7 +342,7 @@ def _say_left_out(source: Source, numbers: list[int], total: int, why: str) -> N
     more = ", ..." if len(numbers) > 5 else ""
     if numbers: print(f"{source.name}: {len(numbers)} of {total} rows left out: {why} ({source.at(numbers[:5])}{more})", file=sys.stderr)
 
-# %% ../nbs/00e_data.ipynb #3e92dd59
+# %% ../nbs/00e_data.ipynb #36540cb3
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 def _hub_id(data: str) -> tuple[str, str | None, str | None] | None: # (id, config, mapping), None if it is no Hub id
@@ -371,6 +376,7 @@ def _open(data, split: str) -> tuple[list[dict], Source, str | None]: # rows, wh
     if not (hub := _hub_id(str(data))): raise TinyTrainerError(f"{data}: no such file or folder.")
     return *_from_hub(*hub[:2], split), hub[2]
 
+# %% ../nbs/00e_data.ipynb #43445408
 def load_examples(
     data,                              # a file, a folder of texts, a Hub id, a list of dicts, or a datasets.Dataset
     columns: dict | str | None = None, # new name: name in the data, such as {"prompt": "question"}; or a mapping's name, such as "arc"
