@@ -19,7 +19,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import get_session
 from .core import TinyTrainerError, file_hash
 
-# %% ../nbs/00e_data.ipynb #96eb390a
+# %% ../nbs/00e_data.ipynb #1c40195b
 @dataclass
 class Source:
     "Where rows came from, so that an error can name the place."
@@ -32,6 +32,10 @@ class Source:
         "The places of rows (from 1), such as `line 3, 7`."
         return f"{self.unit} {', '.join(str(self.places[r - 1] if self.places else r) for r in rows)}"
 
+def _listed(names) -> str:
+    "Names on one line, however they look; shortened if they are many."
+    return " ".join(", ".join(names).split())[:160] or "(none)"
+
 def _read_text(path: Path) -> str:
     "A UTF-8 file's text, line ends as they are; other bytes are named with their place."
     try: data = path.read_bytes()
@@ -43,11 +47,11 @@ def _read_text(path: Path) -> str:
     if at >= 0: raise TinyTrainerError(f"{path}, line {line}: byte {at} {found}.")
     return text.removeprefix("\ufeff") # the mark that Windows puts in front
 
-# %% ../nbs/00e_data.ipynb #8b619116
+# %% ../nbs/00e_data.ipynb #a53fbb49
 def _once(pairs: list[tuple]) -> dict:
     "A JSON object whose fields stand once."
     row = dict(pairs)
-    if len(row) < len(pairs): raise ValueError(f"a field stands twice, among {', '.join(name for name, _ in pairs)}"[:160])
+    if len(row) < len(pairs): raise ValueError(f"a field stands twice, among {_listed(name for name, _ in pairs)}")
     return row
 
 def _parse(text: str, path: Path, line: int | None = None):
@@ -73,7 +77,7 @@ def _read_json(path: Path) -> tuple[list[dict], Source]:
     if wrong: raise TinyTrainerError(f"{path}, {wrong}, but a JSON file holds a list of objects, alone or as the only field of one object. One object a line is a .jsonl file.")
     return rows, Source(str(path), [path])
 
-# %% ../nbs/00e_data.ipynb #70354296
+# %% ../nbs/00e_data.ipynb #3b4be038
 def _read_csv(path: Path) -> tuple[list[dict], Source]:
     "Rows of a CSV file, every cell as text; a line that does not fit the header is named."
     csv.field_size_limit(2**31 - 1) # the module stops at 131,072 characters a cell, shorter than a book's chapter
@@ -84,19 +88,20 @@ def _read_csv(path: Path) -> tuple[list[dict], Source]:
             start = reader.line_num + 1
     except csv.Error as e: raise TinyTrainerError(f"{path}, line {start}: not readable as CSV ({e}). Put quotes around cells with commas, quotes or newlines, and double the quotes inside.") from None
     (_, header), *body = lines.items() or [(1, [])]
-    if len(set(header)) < len(header): raise TinyTrainerError(f"{path}: a column name stands twice, among {', '.join(header)}. Each needs its own.")
+    if len(set(header)) < len(header): raise TinyTrainerError(f"{path}: a column name stands twice, among {_listed(header)}. Each needs its own.")
     for n, cells in body:
-        if len(cells) != len(header): raise TinyTrainerError(f"{path}, line {n}: {len(cells)} cells under {len(header)} column names ({', '.join(header):.80}). Separate by commas, and put quotes around cells with commas in them.")
+        if len(cells) != len(header): raise TinyTrainerError(f"{path}, line {n}: {len(cells)} cells under {len(header)} column names ({_listed(header)}). Separate by commas, and put quotes around cells with commas in them.")
     return [dict(zip(header, cells)) for _, cells in body], Source(str(path), [path], "line", [n for n, _ in body])
 
 def _read_parquet(path: Path) -> tuple[list[dict], Source]:
     "Rows of a Parquet file."
     try:
         table = pyarrow.parquet.ParquetFile(path).read()
-        if len(set(table.column_names)) < table.num_columns: raise ValueError(f"a column name stands twice, among {', '.join(table.column_names)}")
+        if len(set(table.column_names)) < table.num_columns: raise ValueError(f"a column name stands twice, among {_listed(table.column_names)}")
         return table.to_pylist(), Source(str(path), [path])
     except Exception as e: raise TinyTrainerError(f"{path}: not readable as Parquet ({' '.join(str(e).split()):.160}). Write it again from its source.") from None
 
+# %% ../nbs/00e_data.ipynb #eb12c688
 TEXT_SUFFIXES = (".txt", ".md")
 READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
 
@@ -147,7 +152,7 @@ def _chat(question: str, answer: str | None = None) -> list[dict]:
     "A conversation of one question and, if there is one, its answer."
     return [dict(role="user", content=question)] + ([] if answer is None else [dict(role="assistant", content=answer)])
 
-# %% ../nbs/00e_data.ipynb #30d28586
+# %% ../nbs/00e_data.ipynb #2ed1b889
 def _asked(row: dict, column: str) -> list[dict]:
     "The turns of a conversation; a prompt may also be a text, which a user says."
     return _chat(_field(row, column)) if column == "prompt" and not isinstance(row.get(column), list) else _turns(row, column)
@@ -162,6 +167,7 @@ def _answer(row: dict, column: str, asked: list[dict]) -> str:
     if [t["role"] in SAID for t in turns] != [True]: raise ValueError(f"field '{column}': expected one assistant's turn, with nothing or the very conversation before it, found roles {[t['role'] for t in turns]}")
     return turns[0]["content"]
 
+# %% ../nbs/00e_data.ipynb #923cc721
 def _text(row: dict) -> dict:
     "A `text` row; `### Instruction: ... ### Input: ... ### Response: ...` becomes a conversation, the input may be missing."
     found = re.fullmatch(r"\s*### Instruction:\s*(.*?)\s*(?:### Input:\s*(.*?)\s*)?### Response:\s*(.*?)\s*", _field(row, "text"), re.S)
@@ -181,6 +187,7 @@ def _preference(row: dict, column: str) -> dict:
     if asked and asked[-1]["role"] in SAID: raise ValueError(f"field '{column}': ends with an assistant's turn, but 'chosen' and 'rejected' are to answer it")
     return dict(messages=asked, chosen=_answer(row, "chosen", asked), rejected=_answer(row, "rejected", asked))
 
+# %% ../nbs/00e_data.ipynb #673a1b39
 def _instruction(row: dict) -> dict:
     "An instruction, its input on the next line if there is one, and the output."
     given = [_field(row, "input")] if row.get("input") else []
@@ -204,10 +211,10 @@ def find_kind(
 ) -> tuple:
     "The first of `KINDS` whose columns are all there; raises `TinyTrainerError` with the known ones if there is none."
     fitting = [k for k in KINDS if set(k[1]) <= set(columns)]
-    if not fitting: raise TinyTrainerError(f"{where}: columns {', '.join(columns)[:160] or '(none)'} are no known kind of data. Known: " + "; ".join(" + ".join(k[1]) for k in KINDS) + ". Map yours with columns={'prompt': 'your_column', ...}.")
+    if not fitting: raise TinyTrainerError(f"{where}: columns {_listed(columns)} are no known kind of data. Known: " + "; ".join(" + ".join(k[1]) for k in KINDS) + ". Map yours with columns={'prompt': 'your_column', ...}.")
     return next((k for k in fitting if set(named) & KNOWN_COLUMNS <= {*k[1], *k[2]}), fitting[0])
 
-# %% ../nbs/00e_data.ipynb #86cb6e6a
+# %% ../nbs/00e_data.ipynb #8c447661
 @dataclass
 class Mapping:
     "How rows of a public data set become `prompt`, `completion` and, where one answer is right, `reference_answer`."
@@ -224,11 +231,12 @@ def _choices(question: str, labels: list[str], texts: list[str]) -> str:
     "A question with its choices, one a line."
     return "\n".join([question, *(f"{label}) {text}" for label, text in zip(labels, texts, strict=True))])
 
+# %% ../nbs/00e_data.ipynb #7804b68a
 def _gsm8k(r: dict) -> dict: return dict(prompt=r["question"], completion=r["answer"], reference_answer=r["answer"][r["answer"].rindex("####") + 4:].strip())
 
 def _svamp(r: dict) -> dict:
     answer = str(r["Answer"]).removesuffix(".0")
-    return _worked(f"{r['Body']} {r['Question']}", f"{r['Equation']} = {answer}", answer)
+    return _worked(r["Body"] + " " + r["Question"], f"{r['Equation']} = {answer}", answer)
 
 def _arc(r: dict) -> dict:
     labels, texts, key = r["choices"]["label"], r["choices"]["text"], r["answerKey"]
@@ -239,6 +247,7 @@ def _aqua_rat(r: dict) -> dict: return _worked("\n".join([r["question"], *r["opt
 def _mathqa(r: dict) -> dict: return _worked(f"{r['Problem']}\n{r['options']}", r["Rationale"], r["correct"])
 def _with_context(question: str, context: str | None, answer: str) -> dict: return dict(prompt="\n".join(filter(None, [question, context])), completion=answer)
 
+# %% ../nbs/00e_data.ipynb #c6b4c4a6
 MAPPINGS = {
     "alpaca": Mapping("tatsu-lab/alpaca", None, ("instruction", "input", "output"), lambda r: _with_context(r["instruction"], r["input"], r["output"])),
     "dolly": Mapping("databricks/databricks-dolly-15k", None, ("instruction", "context", "response"), lambda r: _with_context(r["instruction"], r["context"], r["response"])),
@@ -251,11 +260,11 @@ MAPPINGS = {
     "mathinstruct": Mapping("TIGER-Lab/MathInstruct", None, ("instruction", "output"), lambda r: _with_context(r["instruction"], None, r["output"])),
 }
 
-# %% ../nbs/00e_data.ipynb #82b3e2da
+# %% ../nbs/00e_data.ipynb #ab0350be
 def _need_columns(wanted: list[str], rows: list[dict], source: Source, whose: str) -> None:
     "Raise `TinyTrainerError` for a column that no row has."
     columns = list(dict.fromkeys(k for r in rows for k in r))
-    if missing := [c for c in wanted if c not in columns]: raise TinyTrainerError(f"{source.name}: no column {', '.join(missing)}, which {whose} names. It has {', '.join(columns)[:160]}.")
+    if missing := [c for c in wanted if c not in columns]: raise TinyTrainerError(f"{source.name}: no column {_listed(missing)}, which {whose} names. It has {_listed(columns)}.")
 
 def _rename(rows: list[dict], columns: dict, source: Source) -> list[dict]:
     "Rows with `columns` (new name: name in the data), the others untouched."
@@ -273,7 +282,7 @@ def _map(rows: list[dict], name: str, source: Source) -> list[dict]:
         except (TypeError, ValueError, KeyError, AttributeError): raise TinyTrainerError(f"{source.name}, {source.at([i])}: not a row of {name}, found {row!r:.120}. Its columns are {', '.join(mapping.columns)}.") from None
     return made
 
-# %% ../nbs/00e_data.ipynb #9b2618e9
+# %% ../nbs/00e_data.ipynb #30f5dfef
 TURNS = List(dict(role=Value("string"), content=Value("string")))
 UNFIT = (ValueError, TypeError, OverflowError, NotImplementedError, RecursionError) # what `datasets` and `pyarrow` raise for values that make no column
 
@@ -289,7 +298,7 @@ def _convert(rows: list[dict], source: Source, named: tuple) -> tuple[dict[int, 
     for i, row in enumerate(rows, 1):
         try: new = convert(row)
         except ValueError as e:
-            other = f"; the data are read as {kind} ({' + '.join(needed)}), but this row has {', '.join(k for k, v in row.items() if v is not None) or 'nothing'}" if any(row.get(c) is None for c in needed) else ""
+            other = f"; the data are read as {kind} ({' + '.join(needed)}), but this row has {_listed(k for k, v in row.items() if v is not None)}" if any(row.get(c) is None for c in needed) else ""
             raise TinyTrainerError(f"{source.name}, {source.at([i])}, {e}{other}.") from None
         if _empty(new): empty.append(i); continue
         kept[i] = new | {k: v for k, v in row.items() if k not in (*needed, *optional, *new)}
@@ -333,7 +342,7 @@ def _say_left_out(source: Source, numbers: list[int], total: int, why: str) -> N
     more = ", ..." if len(numbers) > 5 else ""
     if numbers: print(f"{source.name}: {len(numbers)} of {total} rows left out: {why} ({source.at(numbers[:5])}{more})", file=sys.stderr)
 
-# %% ../nbs/00e_data.ipynb #3e92dd59
+# %% ../nbs/00e_data.ipynb #36540cb3
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 def _hub_id(data: str) -> tuple[str, str | None, str | None] | None: # (id, config, mapping), None if it is no Hub id
@@ -367,6 +376,7 @@ def _open(data, split: str) -> tuple[list[dict], Source, str | None]: # rows, wh
     if not (hub := _hub_id(str(data))): raise TinyTrainerError(f"{data}: no such file or folder.")
     return *_from_hub(*hub[:2], split), hub[2]
 
+# %% ../nbs/00e_data.ipynb #43445408
 def load_examples(
     data,                              # a file, a folder of texts, a Hub id, a list of dicts, or a datasets.Dataset
     columns: dict | str | None = None, # new name: name in the data, such as {"prompt": "question"}; or a mapping's name, such as "arc"

@@ -24,7 +24,7 @@ def ensure_template(tokenizer):
     if tokenizer.chat_template is None: tokenizer.chat_template = DEFAULT_TEMPLATE
     return tokenizer
 
-# %% ../nbs/00c_tokens.ipynb #33aebe15
+# %% ../nbs/00c_tokens.ipynb #c8d5abae
 def _apply(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
     "What the chat template makes of `messages`."
     try: return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
@@ -56,8 +56,8 @@ def shown(
 def _rendered(tokenizer, turns: list[dict], add_generation_prompt: bool = False) -> str:
     "The text of `turns`, all of them; raises `TinyTrainerError` for one that the template passes over."
     text, probe = _apply(tokenizer, turns, add_generation_prompt), [m | dict(content=f"<{i}>") for i, m in enumerate(turns)]
-    lost = _missing(text, turns)
-    if lost is None: lost = _missing(_apply(tokenizer, probe), probe) # "a" stands in many a heading, "<3>" in none
+    lost = _missing(_apply(tokenizer, probe), probe) # "a" stands in many a heading, "<3>" in none
+    if lost is None: lost = _missing(text, turns)
     if lost is None: return text
     raise TinyTrainerError(f"the chat template leaves out turn {lost + 1} of {len(turns)}, of the role {turns[lost]['role']}: {turns[lost]['content']!r:.60}. Use another template, or take such turns out of the data.")
 
@@ -78,7 +78,7 @@ def prompt_ids(
     if isinstance(prompt, str): return tokenizer(prompt).input_ids
     return tokenizer(render(tokenizer, prompt, add_generation_prompt=True), add_special_tokens=False).input_ids
 
-# %% ../nbs/00c_tokens.ipynb #213b6ff4
+# %% ../nbs/00c_tokens.ipynb #457a898c
 def _answer_spans(tokenizer, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
     "The conversation's text, and (start, end) in characters of every answer with its end token."
     turns = shown(tokenizer, messages)
@@ -106,7 +106,7 @@ def encode_chat(
     "A conversation as token ids and labels."
     text, spans = _answer_spans(tokenizer, messages)
     rows = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    inside = [train_on_all or any(s <= a and b <= e for s, e in spans) for a, b in rows.offset_mapping]
+    inside = [train_on_all or any((s <= a or s < b and text[a:s].isspace()) and b <= e for s, e in spans) for a, b in rows.offset_mapping]
     return dict(input_ids=rows.input_ids, labels=[t if learn else -100 for t, learn in zip(rows.input_ids, inside)])
 
 # %% ../nbs/00c_tokens.ipynb #b3cf05a9
