@@ -39,7 +39,7 @@ def base(folder: Path, *, cut: int = 0, bytes_of: str = "", remove: str = "", ad
 DATA = {  # content of the file, more words of the command, what the line says
     "missing.jsonl": (None, [], ["missing.jsonl", "no such file"]),
     "empty.jsonl": ("", [], ["empty.jsonl", "empty"]),
-    "blank.csv": ("", [], ["blank.csv", "empty"]),
+    "blank.csv": ("", [], ["blank.csv", "no row in it"]),
     "header.csv": ("prompt,completion\n", [], ["header.csv"]),
     "nothing.json": ("[]", [], ["nothing.json"]),
     "cut.json": ('[{"prompt": "a", "comp', [], ["cut.json", "JSON"]),
