@@ -6,7 +6,7 @@
 __all__ = ['STATES', 'Journal', 'Lock', 'Run', 'patch_to', 'whole_folder', 'remove_whole']
 
 # %% ../nbs/01c_run.ipynb #52eb2682
-import builtins, contextlib, errno, json, os, re, shutil, sys, tempfile, threading, time
+import builtins, contextlib, errno, glob, json, os, re, shutil, sys, tempfile, threading, time
 from pathlib import Path
 import psutil
 from filelock import FileLock
@@ -93,9 +93,16 @@ STATES = ("running", "paused", "stopped", "finished", "failed", "interrupted")
 def _free_sibling(folder: Path, allowed: tuple[str, ...] = ()) -> Path:
     "`folder` if it is empty but for `allowed`, else the first of NAME-2, NAME-3, ... that does not exist."
     if folder.exists() and not folder.is_dir(): raise TinyTrainerError(f"{folder}: is a file, so no run can be made there. Choose another --out.")
-    if folder.name in ("", ".."): folder = folder.resolve()
     if not folder.exists() or all(p.name in allowed for p in folder.iterdir()): return folder
     return next(p for n in range(2, 10_000) if not (p := folder.with_name(f"{folder.name}-{n}")).exists())
+
+def _beside(target: Path) -> Path:
+    "A hidden folder of this process in which the run of `target` is prepared; those of dead processes go."
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
+        if not psutil.pid_exists(int(left.suffixes[-2][1:])): shutil.rmtree(left)
+    folder = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    (folder / "checkpoints").mkdir(parents=True)
+    return folder
 
 def _same(a: dict, b: dict) -> bool:
     "Whether two run.json tell of the same training: recipe, settings but for the folder, data, reward, base and adapter."
@@ -106,32 +113,35 @@ def _same(a: dict, b: dict) -> bool:
 class Run:
     "A training run on disk: read its journal, leave requests, resume it."
     def __init__(self, folder: Path | str):
-        self.folder = Path(folder)
-        self.journal, self.lock = Journal(self.folder / "events.jsonl"), Lock(self.folder / "lock")
+        self._at(Path(folder))
         self.model = self.tokenizer = self.worker = self.settings = None # set where the run is made
         self.leads = processes()[0] == 0 # of several processes that train together, one writes
+
+    def _at(self, folder: Path) -> None: self.folder, self.journal, self.lock = folder, Journal(folder / "events.jsonl"), Lock(folder / "lock")
 
     @classmethod
     @contextlib.contextmanager
     def prepare(cls, out: Path | str, recipe: str, settings, **info):
-        "A context that makes a run: what it writes into the folder is there before run.json is; if it fails, the folder goes again. Raises `TinyTrainerError` if `out` holds an unfinished run with the same settings."
+        "A context that makes a run: the folder appears under its name when all is in it that the context writes, and not at all if it fails or dies. Raises `TinyTrainerError` if `out` holds an unfinished run with the same settings."
         if processes()[0]:
             with cls._shadow(settings) as run: yield run
             return
-        folder = Path(out)
+        folder = Path(out) if Path(out).name not in ("", "..") else Path(out).resolve()
         if (folder / "run.json").exists():
             old = cls(folder)
             if old.status != "finished" and _same(old.info, plain(dict(recipe=recipe, settings=settings.to_dict(), **info))):
                 raise TinyTrainerError(f"{folder}: an unfinished run with these settings is here. `tinytrainer resume {folder}` goes on with it; another --out starts anew.")
-        run = cls(_free_sibling(folder, allowed=("notebook.ipynb",))) # which made this run
-        if run.folder != folder and folder.name not in ("", ".."): print(f"{out} is taken: this run is in {run.folder}", file=sys.stderr)
-        try: (run.folder / "checkpoints").mkdir(parents=True)
+        free = lambda: _free_sibling(folder, allowed=("notebook.ipynb",)) # which made this run
+        try: run = cls(_beside(free()))
         except OSError as e: raise TinyTrainerError(f"{out}: cannot be made ({e.strerror}). Choose another --out.") from None
         run.settings = settings
-        try: yield run
-        except BaseException as e: run._discard(); raise _full(folder, e, "start again") or e
-        write_json(run.folder / "run.json", dict(recipe=recipe, status="running", settings=settings.to_dict(), seed=settings.seed, **info,
-                                                 versions=versions(), hardware=hardware(), created=round(time.time(), 3), process=_me()))
+        try:
+            yield run
+            write_json(run.folder / "run.json", dict(recipe=recipe, status="running", settings=settings.to_dict(), seed=settings.seed, **info,
+                                                     versions=versions(), hardware=hardware(), created=round(time.time(), 3), process=_me()))
+            run._move(free()) # looked up again: another process may have come first
+            if run.folder != folder: print(f"{out} is taken: this run is in {run.folder}", file=sys.stderr)
+        except BaseException as e: shutil.rmtree(run.folder, ignore_errors=True); raise _full(folder, e, "start again") or e
         share(str(run.folder))
 
     @classmethod
@@ -142,8 +152,7 @@ class Run:
             run = cls(scratch)
             run.settings = settings
             yield run
-        run.folder = Path(share(None))
-        run.journal, run.lock = Journal(run.folder / "events.jsonl"), Lock(run.folder / "lock")
+        run._at(Path(share(None)))
 
     @classmethod
     def create(cls, out: Path | str, recipe: str, settings, **info) -> "Run":
@@ -151,12 +160,14 @@ class Run:
         with cls.prepare(out, recipe, settings, **info) as run: pass
         return run
 
-    def _discard(self) -> None:
-        "Take away what a failed preparation has written."
-        for path in self.folder.iterdir():
-            if path.name == "notebook.ipynb": continue
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        with contextlib.suppress(OSError): self.folder.rmdir() # a notebook may be in it
+    def _move(self, target: Path) -> None:
+        "Take what was prepared to its place; run.json comes last where a folder is there already."
+        if target.exists():
+            for path in sorted(self.folder.iterdir(), key=lambda p: p.name == "run.json"): os.replace(path, target / path.name)
+            self.folder.rmdir()
+        else: os.replace(self.folder, target)
+        sync_folder(target.parent)
+        self._at(target)
 
     @classmethod
     def open(cls, folder: Path | str) -> "Run":
