@@ -103,3 +103,39 @@ def test_a_process_that_nobody_buried_is_dead():
     while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE: time.sleep(0.01)
     assert not _alive(who) and _alive(_me())
     child.wait()
+
+
+def test_data_in_memory_and_a_reward_function(tmp_path):
+    "The data are kept in the run; the function is not, and has to be given again"
+    from tinytrainer_nb.all import LoraArgs, PPOArgs, Run, SFTArgs, TinyTrainerError, add_lora, load_model, ppo, sft
+    def length(prompt, completion, **row): return len(completion) / row["wanted"]
+    rows = [dict(prompt=f"How much is {i} + 1?", completion=str(i + 1), wanted=50) for i in range(12)]
+    def policy():
+        model, tokenizer = load_model("tiny", quantization="none", verbose=False)
+        return add_lora(model, LoraArgs(r=4)), tokenizer
+    def train(recipe, out, live=False):
+        common = dict(batch_size=3, save_steps=0, eval_steps=0, sample_steps=0, out=str(tmp_path / out))
+        if recipe == "sft": return sft(*policy(), rows, SFTArgs(max_steps=30, **common), live=live)
+        return ppo(*policy(), rows, length, PPOArgs(max_steps=6, num_generations=2, max_new_tokens=8, minibatches=2, **common), live=live)
+    for recipe in ("sft", "ppo"):
+        train(recipe, recipe)
+        run = train(recipe, f"{recipe}-stopped", live=True)
+        while not run.step: time.sleep(0.01)
+        run.stop(); run.wait()
+        assert run.status == "stopped"
+        again = Run.open(run.folder)
+        if recipe == "ppo":
+            with pytest.raises(TinyTrainerError, match="its reward was function length, which is not kept"): again.resume()
+        again.resume(**dict(reward=length) if recipe == "ppo" else {})
+        assert again.status == "finished" and adapter(again.folder) == adapter(tmp_path / recipe)
+
+
+def test_two_that_begin_at_once_get_a_folder_each(tmp_path, capsys):
+    from tinytrainer_nb.all import Run, SFTArgs
+    with Run.prepare(tmp_path / "run", "none", SFTArgs(), may_change=[]) as first:
+        (first.folder / "mine").write_text("1")
+        hidden = tmp_path / ".run.999999999-1.partial"; hidden.mkdir()  # of a process that died
+        with Run.prepare(tmp_path / "run", "none", SFTArgs(), may_change=[], other=2) as second: pass
+    assert (first.folder / "mine").read_text() == "1" and {first.folder.name, second.folder.name} == {"run", "run-2"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run-2"]
+    assert "run is taken: this run is in" in capsys.readouterr().err

@@ -1,12 +1,10 @@
-"""fp16, the best evaluation, an early end, interrupts, trackers, dead processes: what a run is promised besides its loss."""
+"""fp16, the best evaluation, an early end, interrupts and trackers: what a run is promised besides its loss."""
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,7 +12,6 @@ from safetensors.torch import load_file
 from tinytrainer_nb.all import LoraArgs, PPOArgs, Run, SFTArgs, TinyTrainerError, add_lora, data_file, load_examples, load_model, load_prompts, ppo, sft
 from tinytrainer_nb import core, trainer
 from tinytrainer_nb.adapters import trainable
-from tinytrainer_nb.run import _alive, _me
 from tinytrainer_nb.sft import SFTTrainer
 
 SMALL = dict(batch_size=2, max_length=128, warmup_steps=0, eval_steps=0, sample_steps=0, save_steps=0)
@@ -121,15 +118,6 @@ def test_interrupt_keeps_model_and_run(tmp_path):
     run.resume()
     ended = load_file(run.folder / "adapter/adapter_model.safetensors"), load_file(tmp_path / "whole/run/adapter/adapter_model.safetensors")
     assert all(torch.equal(x, ended[1][n]) for n, x in ended[0].items())
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no zombies")
-def test_a_process_that_nobody_buried_is_dead():
-    child = subprocess.Popen([sys.executable, "-c", ""])
-    who = _me() | dict(pid=child.pid, started=psutil.Process(child.pid).create_time())
-    while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE: time.sleep(0.01)
-    assert not _alive(who) and _alive(_me())
-    child.wait()
 
 
 def test_tensorboard_gets_the_journal(tmp_path):

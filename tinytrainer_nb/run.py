@@ -99,8 +99,8 @@ def _free_sibling(folder: Path, allowed: tuple[str, ...] = ()) -> Path:
 def _beside(target: Path) -> Path:
     "A hidden folder of this process in which the run of `target` is prepared; those of dead processes go."
     for left in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
-        if not psutil.pid_exists(int(left.suffixes[-2][1:])): shutil.rmtree(left)
-    folder = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        if not psutil.pid_exists(int(left.suffixes[-2][1:].partition("-")[0])): shutil.rmtree(left)
+    folder = target.with_name(f".{target.name}.{os.getpid()}-{time.time_ns()}.partial")
     (folder / "checkpoints").mkdir(parents=True)
     return folder
 
