@@ -62,9 +62,10 @@ def figure(self, width: float = 7.0) -> Picture: # inches
     "The rows by their length in tokens, and where `max_length` cuts."
     figure = Picture(figsize=(width, 3.0), layout="constrained")
     axes = figure.subplots()
-    parts = [[n for n in self.lengths if n <= self.max_length], [n for n in self.lengths if n > self.max_length]]
-    fates = [f"{len(self.left_out.get('too long', ())):,} left out", f"{len(self.windows):,} cut into windows"]
-    axes.hist(parts, bins=_edges(self.lengths), stacked=True, color=COLOURS[:2], label=["fit", "longer: " + ", ".join(f for f in fates if f[0] != "0")])
+    fates = {"left out": len(self.left_out.get("too long", ())), "cut into windows": len(self.windows)}
+    parts = {"fit": [n for n in self.lengths if n <= self.max_length], "longer: " + ", ".join(f"{n:,} {fate}" for fate, n in fates.items() if n): [n for n in self.lengths if n > self.max_length]}
+    parts = {label: lengths for label, lengths in parts.items() if lengths}
+    axes.hist(list(parts.values()), bins=sorted({*_edges(self.lengths), self.max_length + 0.5}) if len(parts) > 1 else _edges(self.lengths), stacked=True, color=[COLOURS[label != "fit"] for label in parts], label=list(parts))
     axes.axvline(self.max_length + 0.5, color="#666666", linestyle="--", linewidth=1, label=f"max_length {self.max_length:,}")
     axes.set_xscale("log"); axes.set(xlabel="tokens a row", ylabel="rows")
     axes.set_title(f"{self.name}: {self.rows:,} rows, {self.tokens:,} tokens", fontsize=10)
