@@ -124,11 +124,11 @@ FAULTS = [  # file, its bytes, what the error says
     ("cut.json", b'[{"text": "a"},\n{"te', "line 2: not readable as JSON"),
     ("cut.csv", b'prompt,completion\na,b\nc,"d', "line 3: not readable as CSV (unexpected end of data)"),
     ("cut.parquet", parquet(text=["a"])[:-5], "not readable as Parquet"),
-    ("nul.txt", b"one\ntw\0o", "line 2: byte 6 is NUL"),
-    ("nul.jsonl", b'{"text": "a\0"}', "line 1: byte 11 is NUL"),
-    ("nul.csv", b"text\na\0", "line 2: byte 6 is NUL"),
-    ("latin.md", b"\n\ncaf\xe9", "line 3: byte 5 is not UTF-8. Save the file as UTF-8"),
-    ("utf16.csv", "text\na".encode("utf-16"), "line 1: byte 0 is not UTF-8"),
+    ("nul.txt", b"one\ntw\0o", "line 2: its byte 3 is NUL"),
+    ("nul.jsonl", b'{"text": "a\0"}', "line 1: its byte 12 is NUL"),
+    ("nul.csv", b"text\na\0", "line 2: its byte 2 is NUL"),
+    ("latin.md", b"\n\ncaf\xe9", "line 3: its byte 4 (0xe9) is not UTF-8. Save the file as UTF-8"),
+    ("utf16.csv", "text\na".encode("utf-16"), "line 1: its byte 1 (0xff) is not UTF-8"),
     ("latin.parquet", parquet(text=pyarrow.array([b"caf\xe9"]).view(pyarrow.string())), "not readable as Parquet"),
     ("number.json", b'[{"prompt": "a", "completion": 3}]', "row 1, field 'completion': expected text, found 3"),
     ("null.jsonl", b'{"text": null}', "line 1, field 'text': expected text, found None"),
@@ -145,13 +145,15 @@ FAULTS = [  # file, its bytes, what the error says
     ("surrogate.jsonl", b'{"text": "\\ud83d"}', "line 1, field 'text': found '\\ud83d', which does not go into a column"),
     ("large.jsonl", b'{"text": "a", "n": 1' + b"0" * 30 + b"}", "line 1, field 'n': found 1000"),
     ("ragged.csv", b'prompt,completion\n"a\nb",c\nd,e,f\n', "line 4: 3 cells under 2 column names (prompt, completion)"),
-    ("semicolon.csv", b"prompt;completion\na;b", "columns prompt;completion are no known kind of data. Known:"),
+    ("semicolon.csv", b"prompt;completion\na;b", "line 1: its cells are separated by ';', but they must be by commas"),
     ("names.csv", b'"a\nb",c\n1,2', "columns a b, c are no known kind of data"),
     ("quote.csv", b'text\n"a" b', "line 2: not readable as CSV"),
     ("role.jsonl", b'{"messages": [{"role": "narrator", "content": "a"}]}', "line 1, field 'messages': unknown role 'narrator'; known: human, user, gpt"),
     ("role.json", b'[{"conversations": [{"from": ["human"], "value": "a"}]}]', "unknown role ['human']; known: human"),
     ("turn.jsonl", b'{"messages": [{"role": "user"}]}', "a turn needs a role and a text, as 'role' and 'content' or 'from' and 'value'"),
-    ("calls.jsonl", b'{"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}', "write each call as a turn of the role function_call"),
+    ("null_calls.jsonl", b'{"messages": [{"role": "assistant", "content": null, "tool_calls": [{}]}]}', "write each call as a turn of its own, such as"),
+    ("case.csv", b"Question,Answer\na,b", "columns={'question': 'Question', 'answer': 'Answer'}, in a terminal --columns question=Question,answer=Answer"),
+    ("calls.jsonl", b'{"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}', "write each call as a turn of its own, such as"),
     ("cells.csv", b"messages\nhello", "line 2, field 'messages': expected a list of turns, found 'hello'"),
     ("unknown.jsonl", b'{"frage": "a", "antwort": "b"}', "columns frage, antwort are no known kind of data. Known: messages + chosen + rejected"),
     ("mixed.jsonl", PAIR + b'\n{"question": "a", "answer": "b"}', "line 2, field 'prompt': expected text, found None; the data are read as prompt/completion (prompt + completion), but this row has question, answer"),
@@ -198,7 +200,7 @@ def test_folders(tmp_path, capsys):
     err = capsys.readouterr().err
     assert "1 of 4 files left out: not .txt or .md (rows.jsonl)" in err and "1 of 3 rows left out: empty text (file c.txt)" in err
     (tmp_path / "deep" / "a.md").write_bytes(b"\xff")
-    with pytest.raises(TinyTrainerError, match="a.md, line 1: byte 0 is not UTF-8"): load_examples(tmp_path)
+    with pytest.raises(TinyTrainerError, match=r"a.md, line 1: its byte 1 \(0xff\) is not UTF-8"): load_examples(tmp_path)
 
 
 # Read exactly
@@ -288,7 +290,7 @@ def test_real_preferences(shared):
     table = load_examples(path)
     assert table.to_list() == wanted
     tokenizer = ensure_template(AutoTokenizer.from_pretrained(data_file("tiny")))
-    with pytest.raises(TinyTrainerError, match=r"300 nothing to learn.*columns=\{'completion': 'chosen'\}"): encode_rows(tokenizer, table, 512)
+    with pytest.raises(TinyTrainerError, match=r"300 nothing to learn.*columns=\{'completion': 'chosen'\}, in a terminal --columns completion=chosen"): encode_rows(tokenizer, table, 512)
     rows, _ = encode_rows(tokenizer, load_examples(path, columns={"completion": "chosen"}).select(range(5)), 4096)
     assert len(rows) == 5
 
@@ -368,7 +370,7 @@ def test_columns_are_renamed_and_decide_the_kind(tmp_path):
     assert load_examples(rows, columns={"prompt": "body", "completion": "answer"}).to_list() == [dict(messages=[dict(role="user", content="text"), dict(role="assistant", content="a")], question="q", level=1)]
     assert load_examples(rows, columns={"text": "body"})["text"][:] == ["text"]
     assert load_prompts(rows, columns={"prompt": "body", "reference_answer": "answer"}) == [dict(messages=[dict(role="user", content="text")], reference_answer="a", question="q", level=1)]
-    for columns, said in [({"prompt": "frage"}, "no column frage, which columns= names. It has question, answer, body, level"), ("gsm", "no such mapping. Known: alpaca, dolly, gsm8k"),
+    for columns, said in [({"prompt": "frage"}, "no column frage, which columns names. It has question, answer, body, level"), ("gsm", "no such mapping. Known: alpaca, dolly, gsm8k"),
                           ({"prompt": 3}, "expected names"), ("svamp", "no column Body, Question, Equation, Answer, which the mapping svamp names")]:
         with pytest.raises(TinyTrainerError) as e: load_examples(rows, columns=columns)
         assert said in str(e.value)
@@ -415,9 +417,10 @@ def test_the_hub_is_asked_once_whether_it_is_there(monkeypatch):
 
 def test_columns_on_the_command_line(tmp_path, capsys):
     path = jsonl(tmp_path, dict(frage="Is it far?", antwort="No."))
-    assert data_options(dict(columns={"prompt": "frage"})) == dict(columns={"prompt": "frage"})
-    assert main(["evaluate", "--data", str(path), "--columns", "prompt=frage,completion=antwort", "--task", "loss", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["n"] == 1
+    assert data_options(dict(columns={"prompt": "frage"}, out="x")) == dict(columns={"prompt": "frage"})
+    for written in ("prompt=frage,completion=antwort", "prompt=frage, completion = antwort"):
+        assert main(["evaluate", "--data", str(path), "--columns", written, "--task", "loss", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["n"] == 1
     for flags, said in [(["--columns", "prompt=frage,antwort"], "expected NEW=OLD"), (["--columns", "unknown"], "no such mapping"), (["--split", "test"], "is for data sets of the Hub")]:
         assert main(["sft", "--data", str(path), *flags]) == 2
         assert said in capsys.readouterr().err

@@ -3,7 +3,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -83,11 +82,14 @@ FAULTS = {  # files, command, what the line says
     "reward function missing": (reward("return 1"), ["ppo", *PPO, "--reward", "r.py:g"], ["r.py", "g"]),
     "reward file broken": ({"r.py": "def f(:\n"}, ["ppo", *PPO, "--reward", "r.py:f"], ["r.py", "line 1", "SyntaxError"]),
     "reward without reference": ({"p.jsonl": [dict(prompt="a")] * 4}, ["ppo", *PPO, "--data", "p.jsonl", "--reward", "exact_answer"], ["reference_answer"]),
-    "reward raises": (reward("return 1 / 0"), ["ppo", *PPO, "--reward", "r.py:f"], ["reward f raised", "ZeroDivisionError", "prompt", "completion", "resume"]),
+    "reward asks for a column": ({"r.py": "def f(prompt, completion, total): return 1.0\n"}, ["ppo", *PPO, "--reward", "r.py:f"], ["reward f asks for total", "It has: reference_answer"]),
+    "reward raises": (reward("return 1 / 0"), ["ppo", *PPO, "--reward", "r.py:f"], ["reward f (r.py, line 2) raised ZeroDivisionError", "prompt", "completion", "`tinytrainer resume out --reward r.py:f`"]),
     "reward NaN": (reward("return float('nan')"), ["ppo", *PPO, "--reward", "r.py:f"], ["reward f returned nan", "finite number"]),
     "reward text": (reward("return 'good'"), ["ppo", *PPO, "--reward", "r.py:f"], ["reward f returned 'good'", "finite number"]),
     "reward of wrong length": ({"r.py": "def f(prompts, completions, **row): return [1.0]\n"}, ["ppo", *PPO, "--reward", "r.py:f"], ["returned 1 values"]),
     "negative learning rate": ({}, ["sft", *FAST, "--learning_rate", "-1"], ["learning_rate", "larger than 0"]),
+    "learning rate by another name": ({}, ["sft", *FAST, "--lr", "1e-3"], ["unknown flag --lr", "Did you mean --learning_rate?"]),
+    "epochs": ({}, ["sft", *FAST, "--num_train_epochs", "3"], ["unknown flag --num_train_epochs", "Did you mean --max_steps?"]),
     "absurd learning rate": ({}, ["sft", *FAST, "--learning_rate", "1000"], ["learning_rate", "at most 1"]),
     "learning rate NaN": ({}, ["sft", *FAST, "--learning_rate", "nan"], ["learning_rate"]),
     "infinite weight decay": ({}, ["sft", *FAST, "--weight_decay", "inf"], ["weight_decay", "number"]),
@@ -124,6 +126,8 @@ FAULTS = {  # files, command, what the line says
     "out below a file": ({"f": "mine"}, ["sft", *FAST, "--out", "f/run"], ["f/run", "--out"]),
     "resume nothing": ({}, ["resume", "nowhere"], ["nowhere", "run.json"]),
     "resume broken": ({"r/run.json": "{"}, ["resume", "r"], ["run.json", "JSON"]),
+    "chat with a folder of runs": ({"q/sft/run.json": "{}"}, ["chat", "q"], ["q: no model is here, but runs are below it: q/sft"]),
+    "resume a folder of runs": ({"q/sft/run.json": "{}"}, ["resume", "q"], ["q: no run is here, but there are below it: q/sft"]),
     "chat with a file": ({"d.jsonl": [ROW]}, ["chat", "d.jsonl"], ["d.jsonl", "folder"]),
     "evaluate unknown task": ({}, ["evaluate", "--task", "rouge"], ["rouge", "exact_answer"]),
     "evaluate missing data": ({}, ["evaluate", "--data", "no.jsonl"], ["no.jsonl", "no such file"]),
@@ -131,7 +135,7 @@ FAULTS = {  # files, command, what the line says
     "unknown parameter": ({}, ["run", "quickstart", "-p", "steps", "3"], ["steps", "sft_steps (80)"]),
     "parameter of another kind": ({}, ["run", "quickstart", "-p", "seed", "first"], ["seed", "first", "whole number"]),
 }
-BEGUN = {"reward raises", "reward NaN", "reward text", "reward of wrong length", "reward without reference"}  # found out in the first round only
+BEGUN = {"reward raises", "reward NaN", "reward text", "reward of wrong length"}  # found out in the first round only
 
 
 def contents(folder: Path) -> dict: return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and "__pycache__" not in p.parts}

@@ -21,7 +21,7 @@ assert len(KILLS) == 60 and set(ALWAYS) < set(KILLS)
 
 def watched(journal: list, now, began) -> None:
     "Have the library tell what it is doing: the phase in `now`, how often it was entered in `began`, and how long each lasted in `journal`"
-    from tinytrainer_nb import models, ppo, run, sft, trainer
+    from tinytrainer_nb import models, ppo, sft, trainer
     def tell(owner, name: str, phase: str):
         plain = getattr(owner, name)
         def telling(*args, **kwargs):

@@ -5,8 +5,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from tinytrainer_nb.adapters import LoraArgs, add_lora, merged, trainable
-from tinytrainer_nb.all import Run, SFTArgs, TinyTrainerError, data_file, load_examples, load_model, ppo, PPOArgs, save_merged, sft
-from tinytrainer_nb.models import compute_context
+from tinytrainer_nb.all import SFTArgs, TinyTrainerError, data_file, load_examples, load_model, ppo, PPOArgs, save_merged, sft
 
 KINDS = dict(lora={}, rslora=dict(rslora=True), dora=dict(dora=True), some_layers=dict(layers="1,3-5", target_modules="q_proj,down_proj"))
 IDS = torch.arange(3, 67).reshape(2, 32)

@@ -6,7 +6,7 @@ from tinytrainer_nb.adapters import LoraArgs, add_lora, trainable
 from tinytrainer_nb.core import data_file
 from tinytrainer_nb.data import load_prompts
 from tinytrainer_nb.models import load_model
-from tinytrainer_nb.ppo import Experience, PPOArgs, PPOTrainer, _rows, experience, gae, policy_loss, ppo, token_rewards, value_loss, whiten
+from tinytrainer_nb.ppo import Experience, PPOArgs, PPOTrainer, experience, gae, policy_loss, ppo, token_rewards, value_loss, whiten
 from tinytrainer_nb.sft import SFTArgs, sft
 
 

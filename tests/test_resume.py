@@ -86,4 +86,4 @@ def test_two_that_begin_at_once_get_a_folder_each(tmp_path, capsys):
         with Run.prepare(tmp_path / "run", "none", SFTArgs(), may_change=[], other=2) as second: pass
     assert (first.folder / "mine").read_text() == "1" and {first.folder.name, second.folder.name} == {"run", "run-2"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run-2"]
-    assert "run is taken: this run is in" in capsys.readouterr().err
+    assert "run is taken (an unfinished run: `tinytrainer resume" in capsys.readouterr().err

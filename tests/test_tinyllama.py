@@ -1,6 +1,5 @@
 """TinyLlama's own tokenizer and chat template, whose padding token is its end token: the usual cause of a model that never stops."""
 import pytest
-import torch
 from transformers import AutoTokenizer
 
 from tinytrainer_nb.adapters import LoraArgs, add_lora

@@ -1,7 +1,6 @@
 """fp16, the best evaluation, an early end, interrupts and trackers: what a run is promised besides its loss."""
 import os
 import signal
-import sys
 import threading
 import time
 

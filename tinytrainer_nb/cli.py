@@ -30,13 +30,17 @@ class Parser(argparse.ArgumentParser):
         print(f"error: {message}{end} `{self.prog} --help` shows what there is.", file=sys.stderr)
         raise SystemExit(2)
 
+    def _unknown(self, flag: str):
+        from tinytrainer_nb.settings import suggestion
+        self.error(f"unknown flag {flag}.{suggestion(flag.replace('-', '_').replace('__', '--', 1), self._option_string_actions)}")
+
     def parse(self, argv: list[str]) -> dict: # the values given, by name
         "The flags as a dict; an unknown one is an error that names its neighbours."
         given, unknown = self.parse_known_args(argv)
         if unknown:
             flag = unknown[0].partition("=")[0]
             if not flag.startswith("--"): self.error(f"{flag!r} is one word too many.")
-            self.error(f"unknown flag {flag}.{_near(flag.replace('-', '_').replace('__', '--', 1), self._option_string_actions)}")
+            self._unknown(flag)
         return vars(given)
 
 # %% ../nbs/04b_cli.ipynb #0fada507
@@ -59,21 +63,22 @@ def add_settings(
 def read_settings(cls: type, values: dict, prefix: str = ""):
     "An instance of `cls` from flags (text) and configuration (typed), by name; other names are left alone."
     from tinytrainer_nb.core import TinyTrainerError
-    from tinytrainer_nb.settings import make_settings, parse_value
+    from tinytrainer_nb.settings import parse_value
     named = {f: values[prefix + f.name] for f in fields(cls) if prefix + f.name in values}
-    try: return make_settings(cls, {f.name: parse_value(f, v) if isinstance(v, str) else v for f, v in named.items()})
+    try: return cls(**{f.name: parse_value(f, v) if isinstance(v, str) else v for f, v in named.items()})
     except TinyTrainerError as e: raise TinyTrainerError(f"{prefix}{e}") from None
 
 # %% ../nbs/04b_cli.ipynb #24b05d27
 def with_config(parser: Parser, given: dict) -> dict:
     "The values of `--config`, overwritten by the flags; an unknown name in the file is an error."
     from tinytrainer_nb.core import TinyTrainerError, read_json
+    from tinytrainer_nb.settings import suggestion
     if "config" not in given: return given
     if not Path(given["config"]).is_file(): raise TinyTrainerError(f"{given['config']}: no such file. --config takes a JSON file of values by flag name.")
     values, known = read_json(given["config"]), {a.dest for a in parser._actions} - {"help", "config"}
     if not isinstance(values, dict): raise TinyTrainerError(f"{given['config']}: expected a JSON object, such as {{\"max_steps\": 50}}.")
     for name in values:
-        if name not in known: raise TinyTrainerError(f"{given['config']}: unknown setting {name}.{_near(name, known)} Known: {', '.join(sorted(known))}.")
+        if name not in known: raise TinyTrainerError(f"{given['config']}: unknown setting {name}.{suggestion(name, known)} Known: {', '.join(sorted(known))}.")
     return values | given
 
 # %% ../nbs/04b_cli.ipynb #564760a0
@@ -111,13 +116,8 @@ def _own(name: str) -> str:
     return str(data_file(name))
 
 def data_options(values: dict) -> dict:
-    "`columns` and `split` for `load_examples`, as far as they were given; columns may be text, or an object in the configuration."
-    from tinytrainer_nb.core import TinyTrainerError
-    options = {k: values[k] for k in ("columns", "split") if k in values}
-    if "=" not in str(options.get("columns")) or not isinstance(options["columns"], str): return options
-    pairs = [pair.split("=") for pair in options["columns"].split(",")]
-    if any(len(p) != 2 or not all(p) for p in pairs): raise TinyTrainerError(f"--columns {options['columns']}: expected NEW=OLD,..., such as prompt=question,completion=answer, or a mapping's name, such as arc.")
-    return options | dict(columns=dict(pairs))
+    "`columns` and `split` for `load_examples`, as far as they were given."
+    return {k: values[k] for k in ("columns", "split") if k in values}
 
 # %% ../nbs/04b_cli.ipynb #0d407cab
 def load_for_training(values: dict, args) -> tuple: # (model, tokenizer)
@@ -190,14 +190,14 @@ def report(run) -> None:
             "summary.json": "the figures", "events.jsonl": "the journal"}
     for name, words in made.items():
         if (run.folder / name).exists(): print(f"  {str(run.folder / name):40} {words}")
-    print(f"next: tinytrainer {'resume' if run.status == 'stopped' else 'chat'} {run.folder}")
+    print(f"next: {run.how_to_resume().strip('`')}" if run.status == "stopped" else f"next: tinytrainer chat {run.folder}")
 
-def _begun_here(out: Path) -> Path | None:
-    "The run at `out`, or beside it, that this process began."
-    from tinytrainer_nb.core import read_json
-    runs = [p for p in (out, *out.parent.glob(f"{out.name}-*")) if (p / "run.json").exists()]
-    found = [p for p in runs if read_json(p / "run.json")["process"]["pid"] == os.getpid()]
-    return max(found, key=lambda p: (p / "run.json").stat().st_mtime, default=None)
+def _begun_here(out: Path):
+    "The run at `out`, or beside it, that this process began; None if there is none."
+    from tinytrainer_nb.run import Run
+    runs = [Run(p) for p in (out, *out.parent.glob(f"{out.name}-*")) if (p / "run.json").exists()]
+    found = [run for run in runs if run.info["process"]["pid"] == os.getpid()]
+    return max(found, key=lambda run: run.info["created"], default=None)
 
 def train_command(recipe: str, parser: Parser, given: dict) -> int:
     "A recipe's command."
@@ -207,11 +207,11 @@ def train_command(recipe: str, parser: Parser, given: dict) -> int:
     if Path(args.out).is_file(): raise TinyTrainerError(f"{args.out}: is a file, so no run can be made there. Choose another --out.")
     try: report({"sft": _sft, "ppo": _ppo, "pretrain": _pretrain}[recipe](values, args))
     except TinyTrainerError as e:
-        folder = _begun_here(Path(args.out))
-        raise TinyTrainerError(f"{e} The run so far is {folder}: `tinytrainer resume {folder}{' --reward ...' if recipe == 'ppo' else ''}` goes on with it.") if folder else e from None
+        run = _begun_here(Path(args.out))
+        raise TinyTrainerError(f"{e} The run so far is {run.folder}: {run.how_to_resume()} goes on with it.") if run else e from None
     except KeyboardInterrupt:
-        folder = _begun_here(Path(args.out))
-        print(f"\ninterrupted: `tinytrainer resume {folder}` goes on." if folder else "\ninterrupted before the run began.", file=sys.stderr)
+        run = _begun_here(Path(args.out))
+        print(f"\ninterrupted: {run.how_to_resume()} goes on." if run else "\ninterrupted before the run began.", file=sys.stderr)
         return 130
     return 0
 
@@ -225,13 +225,11 @@ def resume_command(parser: Parser, given: dict) -> int:
     from tinytrainer_nb.core import TinyTrainerError
     from tinytrainer_nb.run import Run
     folder = Path(given["folder"])
-    if below := [] if (folder / "run.json").exists() else [str(p.parent) for p in sorted(folder.glob("**/run.json"))[:6]]:
-        raise TinyTrainerError(f"{folder}: no run is here, but there are below it: {', '.join(below)}.")
     run = Run.open(folder)
     if run.status == "finished": print(f"{folder}: this run is finished, there is nothing to resume. `tinytrainer chat {folder}` talks to what it made."); return 0
     if "reward" in given and run.info["recipe"] != "ppo": raise TinyTrainerError(f"{folder}: a run of {run.info['recipe']} has no reward. Leave out --reward.")
     try: report(run.resume(**{k: given[k] for k in ("reward",) if k in given}))
-    except KeyboardInterrupt: print(f"\ninterrupted: `tinytrainer resume {folder}` goes on.", file=sys.stderr); return 130
+    except KeyboardInterrupt: print(f"\ninterrupted: {run.how_to_resume()} goes on.", file=sys.stderr); return 130
     return 0
 
 # %% ../nbs/04b_cli.ipynb #4f3cccea
@@ -290,8 +288,8 @@ def _run_flags(parser: Parser) -> None:
 def _interrupted_notebook(folder: Path) -> int:
     "Say what is left of a notebook that was interrupted."
     from tinytrainer_nb.run import Run
-    left = [str(p.parent) for p in folder.glob("**/run.json") if Run(p.parent).status != "finished"]
-    hints = "".join(f" `tinytrainer resume {run}` goes on with its training." for run in left)
+    left = [Run(p.parent) for p in folder.glob("**/run.json") if Run(p.parent).status != "finished"]
+    hints = "".join(f" {run.how_to_resume()} goes on with its training." for run in left)
     print(f"\ninterrupted: the notebook as far as it came is in {folder}.{hints}", file=sys.stderr)
     return 130
 
@@ -309,7 +307,7 @@ def notebook_command(parser: Parser, given: dict) -> int:
     found = sorted((Run(p.parent) for p in runs.glob("**/run.json")), key=lambda run: run.info["created"])
     summary = read_json(runs / "summary.json") if (runs / "summary.json").exists() else {}
     if "accuracy" in summary: print("\nshare of held-out problems answered right\n" + accuracy_text(summary))
-    if summary.get("samples"): print("\nbefore and after\n" + samples_text(summary))
+    if summary.get("samples"): print("\nbefore and after (the base in the better of its two forms)\n" + samples_text(summary))
     print("\nsaved")
     print(f"  {str(target):40} the executed notebook")
     for run in found: print(f"  {str(run.folder):40} {summary_line(run) if run.summary else run.status}")

@@ -42,9 +42,9 @@ def _read_text(path: Path) -> str:
     except OSError as e: raise TinyTrainerError(f"{path}: cannot be read ({e.strerror}).") from None
     at, found = data.find(b"\0"), "is NUL, so this is no text file. Bring text in UTF-8"
     try: text = data.decode("utf-8")
-    except UnicodeDecodeError as e: at, found = e.start, "is not UTF-8. Save the file as UTF-8"
-    line = data.count(b"\n", 0, max(at, 0)) + 1
-    if at >= 0: raise TinyTrainerError(f"{path}, line {line}: byte {at} {found}.")
+    except UnicodeDecodeError as e: at, found = e.start, f"({data[e.start]:#04x}) is not UTF-8. Save the file as UTF-8; a spreadsheet calls it CSV UTF-8"
+    line, column = data.count(b"\n", 0, max(at, 0)) + 1, at - data.rfind(b"\n", 0, max(at, 0))
+    if at >= 0: raise TinyTrainerError(f"{path}, line {line}: its byte {column} {found}.")
     return text.removeprefix("\ufeff") # the mark that Windows puts in front
 
 # %% ../nbs/00e_data.ipynb #a53fbb49
@@ -88,6 +88,7 @@ def _read_csv(path: Path) -> tuple[list[dict], Source]:
             start = reader.line_num + 1
     except csv.Error as e: raise TinyTrainerError(f"{path}, line {start}: not readable as CSV ({e}). Put quotes around cells with commas, quotes or newlines, and double the quotes inside.") from None
     (_, header), *body = lines.items() or [(1, [])]
+    if len(header) == 1 and (other := next((c for c in ";\t" if c in header[0]), "")): raise TinyTrainerError(f"{path}, line 1: its cells are separated by {other!r}, but they must be by commas. Save it with commas, or as JSONL.")
     if len(set(header)) < len(header): raise TinyTrainerError(f"{path}: a column name stands twice, among {_listed(header)}. Each needs its own.")
     for n, cells in body:
         if len(cells) != len(header): raise TinyTrainerError(f"{path}, line {n}: {len(cells)} cells under {len(header)} column names ({_listed(header)}). Separate by commas, and put quotes around cells with commas in them.")
@@ -132,10 +133,10 @@ STYLES = (("role", "content"), ("from", "value"))
 
 def _turn(turn, column: str) -> dict:
     "One turn as `role` and `content`, in whichever style it came; other fields of a turn, such as a date, are left behind."
+    if isinstance(turn, dict) and turn.get("tool_calls"): raise ValueError(f"field '{column}': a turn's 'tool_calls' are not read; write each call as a turn of its own, such as {{\"role\": \"function_call\", \"content\": \"multiply(17, 23)\"}}")
     role, content = next(((turn[r], turn[c]) for r, c in STYLES if turn.get(r) is not None and turn.get(c) is not None), (None, None)) if isinstance(turn, dict) else (None, None)
     if not isinstance(content, str): raise ValueError(f"field '{column}': a turn needs a role and a text, as 'role' and 'content' or 'from' and 'value', found {turn!r:.60}")
     if role not in list(ROLES): raise ValueError(f"field '{column}': unknown role {role!r:.60}; known: {', '.join(ROLES)}")
-    if turn.get("tool_calls"): raise ValueError(f"field '{column}': a turn's 'tool_calls' are not read; write each call as a turn of the role function_call")
     return dict(role=ROLES[role], content=content)
 
 def _turns(row: dict, column: str) -> list[dict]:
@@ -204,6 +205,13 @@ KINDS = [ # name, required columns, optional ones, row -> {"messages": ...} or {
 ]
 KNOWN_COLUMNS = {c for _, needed, optional, _ in KINDS for c in needed + optional}
 
+def _which(columns: list[str]) -> str:
+    "How to say which columns are meant; those that differ from ours by case alone are found."
+    found = {c.lower(): c for c in columns}
+    fits = next((k[1] for k in KINDS if set(k[1]) <= found.keys()), None)
+    pairs = {c: found[c] for c in fits} if fits else {"prompt": "your_column"}
+    return f"{'Yours differ by case' if fits else 'Say which are yours'}: columns={pairs}, in a terminal --columns {','.join(f'{new}={old}' for new, old in pairs.items())}"
+
 def find_kind(
     columns: list[str],      # of a table
     named: tuple = (),       # those that the user named: a kind that uses them goes before the others
@@ -211,7 +219,7 @@ def find_kind(
 ) -> tuple:
     "The first of `KINDS` whose columns are all there; raises `TinyTrainerError` with the known ones if there is none."
     fitting = [k for k in KINDS if set(k[1]) <= set(columns)]
-    if not fitting: raise TinyTrainerError(f"{where}: columns {_listed(columns)} are no known kind of data. Known: " + "; ".join(" + ".join(k[1]) for k in KINDS) + ". Map yours with columns={'prompt': 'your_column', ...}.")
+    if not fitting: raise TinyTrainerError(f"{where}: columns {_listed(columns)} are no known kind of data. Known: " + "; ".join(" + ".join(k[1]) for k in KINDS) + f". {_which(columns)}.")
     return next((k for k in fitting if set(named) & KNOWN_COLUMNS <= {*k[1], *k[2]}), fitting[0])
 
 # %% ../nbs/00e_data.ipynb #8c447661
@@ -266,15 +274,22 @@ def _need_columns(wanted: list[str], rows: list[dict], source: Source, whose: st
     columns = list(dict.fromkeys(k for r in rows for k in r))
     if missing := [c for c in wanted if c not in columns]: raise TinyTrainerError(f"{source.name}: no column {_listed(missing)}, which {whose} names. It has {_listed(columns)}.")
 
+def _pairs(columns) -> dict | str | None:
+    "`columns` with `prompt=question,completion=answer` as a dict; a mapping's name stays what it is."
+    if not isinstance(columns, str) or "=" not in columns: return columns or None
+    pairs = [[name.strip() for name in pair.split("=")] for pair in columns.split(",")]
+    if any(len(p) != 2 or not all(p) for p in pairs): raise TinyTrainerError(f"columns {columns}: expected NEW=OLD,..., such as prompt=question,completion=answer, or a mapping's name, such as arc.")
+    return dict(pairs)
+
 def _rename(rows: list[dict], columns: dict, source: Source) -> list[dict]:
     "Rows with `columns` (new name: name in the data), the others untouched."
     if not all(isinstance(name, str) for pair in columns.items() for name in pair): raise TinyTrainerError(f"columns={columns!r:.80}: expected names, such as {{'prompt': 'question'}}.")
-    _need_columns(list(columns.values()), rows, source, "columns=")
+    _need_columns(list(columns.values()), rows, source, "columns")
     return [{**{k: v for k, v in r.items() if k not in columns.values()}, **{new: r.get(old) for new, old in columns.items()}} for r in rows]
 
 def _map(rows: list[dict], name: str, source: Source) -> list[dict]:
     "Rows by one of `MAPPINGS`; columns that it does not use are kept."
-    if name not in MAPPINGS: raise TinyTrainerError(f"columns={name!r}: no such mapping. Known: {', '.join(MAPPINGS)}; or give a dict, such as {{'prompt': 'question'}}.")
+    if name not in MAPPINGS: raise TinyTrainerError(f"columns={name!r}: no such mapping. Known: {', '.join(MAPPINGS)}; or give names, such as prompt=question.")
     mapping, made = MAPPINGS[name], []
     _need_columns(mapping.columns, rows, source, f"the mapping {name}")
     for i, row in enumerate(rows, 1):
@@ -379,11 +394,11 @@ def _open(data, split: str) -> tuple[list[dict], Source, str | None]: # rows, wh
 # %% ../nbs/00e_data.ipynb #43445408
 def load_examples(
     data,                              # a file, a folder of texts, a Hub id, a list of dicts, or a datasets.Dataset
-    columns: dict | str | None = None, # new name: name in the data, such as {"prompt": "question"}; or a mapping's name, such as "arc"
+    columns: dict | str | None = None, # new name: name in the data, such as {"prompt": "question"} or "prompt=question"; or a mapping's name, such as "arc"
     split: str = "train",              # of a Hub data set, in the words of `datasets`: "test", "train[:1000]"
 ) -> Dataset:                          # rows of `messages` or `text`, with `chosen` and `rejected` if they are preferences; other columns untouched
     "Read training or evaluation data; raises `TinyTrainerError` with file, row and field for what cannot be read."
-    rows, source, mapping = _open(data, split)
+    columns, (rows, source, mapping) = _pairs(columns), _open(data, split)
     if split != "train" and (source.files or source.name == "the data"): raise TinyTrainerError(f"{source.name}: split={split!r} is for data sets of the Hub. A file and a table are read whole.")
     if not rows: raise TinyTrainerError(f"{source.name}: no row in it. Fill it, or name another file.")
     if isinstance(columns, dict): rows = _rename(rows, columns, source)
@@ -422,7 +437,7 @@ def load_prompts(
     split: str = "train",              # of a Hub data set
 ) -> list[dict]:                       # {"messages": [...], "reference_answer": str | None, other columns}
     "Conversations that end with a question; an answer at the end becomes `reference_answer`, unless the row has one. Raises `TinyTrainerError` if there is none."
-    table = as_examples(data) if columns is None and split == "train" else load_examples(data, columns, split)
+    table = as_examples(data) if not columns and split == "train" else load_examples(data, columns, split)
     if "messages" not in table.column_names: raise TinyTrainerError("plain text holds no prompts. Reinforcement learning needs prompts, questions or conversations.")
     rows = [_prompt(row) for row in table.to_list()]
     silent = [i for i, row in enumerate(rows, 1) if not row["messages"]]

@@ -6,7 +6,7 @@
 __all__ = ['Evaluation', 'evaluate', 'Table', 'score_table', 'answer_table']
 
 # %% ../nbs/02e_evaluate.ipynb #c7af46c4
-import sys
+import re, sys
 from dataclasses import dataclass, field
 from .core import DTYPES, TinyTrainerError
 from .data import as_examples, load_prompts
@@ -62,7 +62,10 @@ def evaluate(
     said = generate(model, tokenizer, [ask(p) for p in prompts], GenerateArgs(max_new_tokens=max_new_tokens, temperature=0.0), dtype=dtype).completions
     questions = [p["messages"][-1]["content"] for p in prompts]
     rewards, _ = reward(questions, said, [{k: v for k, v in p.items() if k not in ("messages", "prompt", "completion")} for p in prompts])
-    return Evaluation(task, sum(rewards) / len(rewards), len(rewards), questions, said, rewards, [p.get("reference_answer") for p in prompts])
+    references = [p.get("reference_answer") for p in prompts]
+    if task == "exact_answer" and not any(rewards) and not any(re.search(r"####|\d", str(r)) for r in references):
+        print("exact_answer compares final answers, and no reference here has one (a number, or what stands behind ####): reference_overlap or loss says more of such data", file=sys.stderr)
+    return Evaluation(task, sum(rewards) / len(rewards), len(rewards), questions, said, rewards, references)
 
 def _to_device(batch: dict, model) -> dict:
     "A collated batch where the model is."

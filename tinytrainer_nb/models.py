@@ -30,6 +30,7 @@ def find_base(base: str | Path) -> str:
     if Path(base).is_dir():
         if (Path(base) / "config.json").exists(): return str(Path(base).resolve())
         if (Path(base) / "adapter_config.json").exists(): raise TinyTrainerError(f"{base}: this folder holds an adapter without its base. Name the run's folder instead, {Path(base).resolve().parent.name}, which knows both.")
+        if below := [str(p.parent) for p in sorted(Path(base).glob("*/run.json"))]: raise TinyTrainerError(f"{base}: no model is here, but runs are below it: {', '.join(below)}. Name one of them.")
         raise TinyTrainerError(f"{base}: this folder has no config.json, so it holds no model. Known: 'tiny', a model's folder, a run's folder, a Hub id.")
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(base)): return str(base)
     if Path(base).is_file(): raise TinyTrainerError(f"{base}: is a file, and a model is a folder. Known: 'tiny', a model's folder, a run's folder, a Hub id such as {DEFAULT_BASE}.")
@@ -59,7 +60,7 @@ def choose_quantization(config, dtype: torch.dtype, device: str, tokens: int = 1
     "What `auto` means here: 16 bits if weights and one step of `tokens` tokens fit in half of the free memory, else nf4."
     need = count_parameters(config) * dtype.itemsize + step_bytes(config, tokens)
     free = free_memory(device)
-    words = f"weights and a step of {tokens:,} tokens need {need / 2**30:.2f} GiB, half of the free memory is {free / 2**31:.1f} GiB"
+    words = f"weights and a step of at most {tokens:,} tokens need {need / 2**30:.2f} GiB, half of the free memory is {free / 2**31:.1f} GiB"
     return ("none", words) if need <= free / 2 else ("nf4", words)
 
 # %% ../nbs/01a_models.ipynb #ffacd3ad
@@ -239,11 +240,12 @@ def _load_run(folder: Path, quantization: str, dtype: str, device: str, verbose:
     made = read_json(folder / "run.json")
     if (folder / "model" / "config.json").exists(): return load_model(folder / "model", quantization, dtype, device, verbose=verbose)
     if not (folder / "adapter").exists():
-        again = " --reward file.py:function" if ".py:" in made.get("reward", "") else ""
+        again = f" --reward {made['reward']}" if ".py:" in made.get("reward", "") else ""
         raise TinyTrainerError(f"{folder}: this run has not saved what it trained yet. `tinytrainer resume {folder}{again}` goes on with it.")
     quantization = made["load"]["quantization"] if quantization == "auto" else quantization
-    dtype = made["load"]["dtype"] if dtype == "auto" else dtype
-    model, tokenizer = load_model(made["load"]["base"], quantization, dtype, device, verbose=verbose)
+    model, tokenizer = load_model(made["load"]["base"], quantization, made["load"]["dtype"] if dtype == "auto" else dtype, device, verbose=False)
+    if dtype == "auto": model.load_report.why = "as in the run"
+    if verbose: print(model.load_report)
     return with_adapter(model, folder / "adapter"), tokenizer
 
 # %% ../nbs/01a_models.ipynb #94a5371d

@@ -101,7 +101,8 @@ def read_parameters(path: Path | str) -> dict:
 # %% ../nbs/03d_notebooks.ipynb #cd881347
 def anchor_paths(values: dict) -> dict:
     "`values` with paths that hold from anywhere."
-    is_path = lambda name, v: isinstance(v, str) and (name == "out" or ("/" in v or os.sep in v or Path(v).suffix) and Path(v).exists())
+    looks_so = lambda name, v: name in ("base", "data") and v not in ("", "tiny") or "/" in v or os.sep in v or Path(v).suffix
+    is_path = lambda name, v: isinstance(v, str) and (name == "out" or looks_so(name, v) and Path(v).exists())
     return {name: str(Path(v).resolve()) if is_path(name, v) else v for name, v in values.items()}
 
 # %% ../nbs/03d_notebooks.ipynb #f3d0614c
@@ -218,8 +219,8 @@ def samples_text(summary: dict, count: int = 6) -> str:
     "The same questions, answered by each stage."
     blocks = []
     for s in summary.get("samples", [])[:count]:
-        answers = [f"    {stage:5} {_said(s[stage])}" for stage in ("base", "sft", "ppo") if s.get(stage) is not None]
-        blocks.append("\n".join([f"  {s['prompt']}", *answers, f"    right {s['reference_answer']}"]))
+        answers = [f"    {words:12} {_said(s[stage])}" for stage, words in dict(base="base", sft="fine-tuned", ppo="after PPO").items() if s.get(stage) is not None]
+        blocks.append("\n".join([f"  {s['prompt']}", *answers, f"    {'right':12} {s['reference_answer']}"]))
     return "\n\n".join(blocks)
 
 # %% ../nbs/03d_notebooks.ipynb #ac1f4af1

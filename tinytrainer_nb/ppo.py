@@ -20,7 +20,7 @@ from .models import compute_context
 from .rewards import BUILT_IN, find_reward
 from .rollout import GenerateArgs, fitting, generate, prompt_room
 from .run import Run, patch_to, whole_folder
-from .settings import make_settings, setting
+from .settings import setting
 from .tokens import ensure_template, micro_batches, pack_row
 from .trainer import RunTrainer, TrainArgs, begin, describe, may_change, need_heldout, need_trainable, rebuild, save_adapter, tell
 from .worker import launch
@@ -308,6 +308,7 @@ def ppo(
     found = load_prompts(prompts)
     prompts = _that_fit(model, tokenizer, found, args)
     need_heldout(args, _held_out(prompts, args))
+    judge.check(prompts)
     with Run.prepare(args.out, "ppo", args, load=describe(model), data=dict(rows=len(prompts), sha256=hashlib.sha256(json.dumps(prompts).encode()).hexdigest()), may_change=may_change(args), reward=_reward_name(reward, judge)) as run:
         write_json(run.folder / "data" / "prompts.json", prompts)
         begin(run, model)
@@ -352,6 +353,6 @@ def resume_run(run: Run, live: bool = False, reward=None) -> Run:
     "Go on with an interrupted run; a reward that was a function or a file must be given again."
     named = run.info["reward"]
     if reward is None and (named.startswith("function ") or ".py:" in named):
-        raise TinyTrainerError(f"{run.folder}: its reward was {named}, which is not kept in the folder. Give it again: resume(reward=...), or --reward on the command line.")
+        raise TinyTrainerError(f"{run.folder}: its reward was {named}, which is not kept in the folder. Give it again: {run.how_to_resume()}.")
     model, tokenizer = rebuild(run)
-    return _start(run, model, tokenizer, read_json(run.folder / "data" / "prompts.json"), find_reward(reward or named), make_settings(PPOArgs, run.info["settings"]), live)
+    return _start(run, model, tokenizer, read_json(run.folder / "data" / "prompts.json"), find_reward(reward or named), PPOArgs(**run.info["settings"]), live)

@@ -17,7 +17,7 @@ from .core import DTYPES, TinyTrainerError, default_device, dtype_name, num_thre
 from .models import LoadReport, base_hash, load_model, model_preset, tensor_bytes
 from .rollout import GenerateArgs, generate
 from .run import Run, whole_folder
-from .settings import make_settings, setting
+from .settings import setting
 from .trainer import RunTrainer, TrainArgs, describe, may_change, need_heldout
 from .worker import launch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Trainer
@@ -165,7 +165,7 @@ def _start(run, model, tokenizer, stream, args, live) -> Run:
 
 def resume_run(run: Run, live: bool = False) -> Run:
     "Go on with an interrupted run."
-    args, made = make_settings(PretrainArgs, run.info["settings"]), run.info["load"]
+    args, made = PretrainArgs(**run.info["settings"]), run.info["load"]
     tokenizer = AutoTokenizer.from_pretrained(run.folder / "start")
     if made["base"].startswith("new:"): model = new_model(made["base"][4:], made["seed"], made["dtype"], made["device"])
     else: model = load_model("tiny" if made["base"] == "tiny" else made["path"], "none", made["dtype"], verbose=False)[0].float()

@@ -20,7 +20,7 @@ def _named(rows, most: int = 10) -> str:
     "The first row numbers."
     return ", ".join(map(str, list(rows)[:most])) + (", ..." if len(rows) > most else "")
 
-@dataclass
+@dataclass(repr=False)
 class DataReport(Reading):
     "What training would see of a data set; shows itself as a table, `figure()` draws the lengths."
     name: str = "the data"
@@ -36,6 +36,7 @@ class DataReport(Reading):
         return found | {"duplicates": f"{len(copies):,} (row {_named(copies)})" if copies else "none"}
 
     def __str__(self) -> str: return "\n".join([self.name, *(f"  {what}: {words}" for what, words in self.details().items())])
+    __repr__ = __str__
 
     def _repr_markdown_(self) -> str:
         cell = lambda text: text.replace("|", "\\|")

@@ -69,6 +69,10 @@ def _named(name: str) -> Callable:
     if ".py:" in name: return _from_file(name)
     raise TinyTrainerError(f"reward {name!r}: no such reward. Known: {', '.join(BUILT_IN)}, or file.py:function.")
 
+def _in_batches(f: Callable) -> bool:
+    "Whether `f` is of TRL's form, which takes all completions at once."
+    return next(iter(inspect.signature(f).parameters), "") in ("prompts", "completions")
+
 @dataclass
 class Reward:
     "One or more reward functions with their weights."
@@ -79,9 +83,17 @@ class Reward:
         values = {name: self._values(name, f, prompts, completions, rows) for name, (f, _) in self.parts.items()}
         return [sum(w * values[name][i] for name, (_, w) in self.parts.items()) for i in range(len(prompts))], values
 
+    def check(self, rows: list[dict]) -> None:
+        "Raise `TinyTrainerError` for what can be known before a completion is there: a column that a part asks for, a reference answer that a built-in one needs."
+        for name, (f, _) in self.parts.items():
+            given = 0 if _in_batches(f) else 2
+            for row in rows:
+                columns = {k: v for k, v in row.items() if k not in ("messages", "prompt", "completion")} | (dict(prompts=[], completions=[]) if not given else {})
+                f("", "", **columns) if f in BUILT_IN.values() else _wanted(name, f, columns, given)
+
     def _values(self, name, f, prompts, completions, rows) -> list[float]:
         "One part's values, by TRL's form if the function's first parameter is `prompts` or `completions`."
-        if next(iter(inspect.signature(f).parameters), "") in ("prompts", "completions"):
+        if _in_batches(f):
             return [_number(name, v, p, c) for v, p, c in zip(_call_batch(name, f, prompts, completions, rows), prompts, completions)]
         return [_number(name, _call(name, f, p, c, r), p, c) for p, c, r in zip(prompts, completions, rows)]
 
@@ -99,11 +111,16 @@ def _wanted(name: str, f: Callable, columns: dict, given: int) -> dict: # `given
         raise TinyTrainerError(f"reward {name} asks for {', '.join(missing)}, which the data has not. It has: {', '.join(columns) or 'no other columns'}.")
     return {p.name: columns[p.name] for p in extra if p.name in columns}
 
+def _place(e: Exception, f: Callable) -> str:
+    "File and line of a reward's own code at which an exception came up, as far as there is a file."
+    path = getattr(getattr(f, "__code__", None), "co_filename", "")
+    return f" ({Path(path).name}{_line(e, path)})" if Path(path).is_file() else ""
+
 def _call(name: str, f: Callable, prompt: str, completion: str, row: dict):
     "What `f` says of one completion; an exception is shown with it."
     try: return f(prompt, completion, **_wanted(name, f, row, 2))
     except TinyTrainerError: raise
-    except Exception as e: raise TinyTrainerError(f"reward {name} raised {_said(e)}; {_shown(prompt, completion)}.") from e
+    except Exception as e: raise TinyTrainerError(f"reward {name}{_place(e, f)} raised {_said(e)}; {_shown(prompt, completion)}.") from e
 
 def _call_batch(name: str, f: Callable, prompts: list[str], completions: list[str], rows: list[dict]) -> list:
     "What `f` says of all completions at once (TRL's form): as many values as there are completions."
@@ -111,7 +128,7 @@ def _call_batch(name: str, f: Callable, prompts: list[str], completions: list[st
     first = f"{len(prompts)} completions, the first: {_shown(prompts[0], completions[0])}" if prompts else "no completions"
     try: values = list(f(**_wanted(name, f, dict(prompts=prompts, completions=completions) | columns, 0)))
     except TinyTrainerError: raise
-    except Exception as e: raise TinyTrainerError(f"reward {name} raised {_said(e)}; given {first}.") from e
+    except Exception as e: raise TinyTrainerError(f"reward {name}{_place(e, f)} raised {_said(e)}; given {first}.") from e
     if len(values) != len(prompts): raise TinyTrainerError(f"reward {name} returned {len(values)} values, but it must return one a completion; given {first}.")
     return values
 

@@ -130,7 +130,7 @@ class Run:
         if (folder / "run.json").exists():
             old = cls(folder)
             if old.status != "finished" and _same(old.info, plain(dict(recipe=recipe, settings=settings.to_dict(), **info))):
-                raise TinyTrainerError(f"{folder}: an unfinished run with these settings is here. `tinytrainer resume {folder}` goes on with it; another --out starts anew.")
+                raise TinyTrainerError(f"{folder}: an unfinished run with these settings is here. {old.how_to_resume()} goes on with it; another --out starts anew.")
         free = lambda: _free_sibling(folder, allowed=("notebook.ipynb",)) # which made this run
         try: run = cls(_beside(free()))
         except OSError as e: raise TinyTrainerError(f"{out}: cannot be made ({e.strerror}). Choose another --out.") from None
@@ -140,7 +140,7 @@ class Run:
             write_json(run.folder / "run.json", dict(recipe=recipe, status="running", settings=settings.to_dict(), seed=settings.seed, **info,
                                                      versions=versions(), hardware=hardware(), created=round(time.time(), 3), process=_me()))
             run._move(free()) # looked up again: another process may have come first
-            if run.folder != folder: print(f"{out} is taken: this run is in {run.folder}", file=sys.stderr)
+            if run.folder != folder: print(f"{out} is taken{cls._unfinished(folder)}: this run is in {run.folder}", file=sys.stderr)
         except BaseException as e: shutil.rmtree(run.folder, ignore_errors=True); raise _full(folder, e, "start again") or e
         share(str(run.folder))
 
@@ -153,6 +153,12 @@ class Run:
             run.settings = settings
             yield run
         run._at(Path(share(None)))
+
+    @classmethod
+    def _unfinished(cls, folder: Path) -> str:
+        "That a folder holds a run which can go on; nothing if it does not."
+        old = cls(folder)
+        return f" (an unfinished run: {old.how_to_resume()} goes on with it)" if (folder / "run.json").exists() and old.status != "finished" else ""
 
     @classmethod
     def create(cls, out: Path | str, recipe: str, settings, **info) -> "Run":
@@ -172,6 +178,8 @@ class Run:
     @classmethod
     def open(cls, folder: Path | str) -> "Run":
         "An existing run."
+        below = [str(p.parent) for p in sorted(Path(folder).glob("**/run.json"))[:6]] if not (Path(folder) / "run.json").exists() else []
+        if below: raise TinyTrainerError(f"{folder}: no run is here, but there are below it: {', '.join(below)}.")
         if not (Path(folder) / "run.json").exists(): raise TinyTrainerError(f"{folder}: no run is here (no run.json).")
         return cls(folder)
 
@@ -262,7 +270,7 @@ def _full(folder: Path, error: BaseException, then: str = "") -> TinyTrainerErro
     except OSError: return None
     said = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
     if not said and (free > 2**20 or isinstance(error, TinyTrainerError)): return None
-    return TinyTrainerError(f"{folder}: the disk is full ({free / 1e6:,.1f} MB free). Make room, then {then or f'`tinytrainer resume {folder}` goes on from the last whole checkpoint'}.")
+    return TinyTrainerError(f"{folder}: the disk is full ({free / 1e6:,.1f} MB free). Make room, then {then or f'{Run(folder).how_to_resume()} goes on from the last whole checkpoint'}.")
 
 # %% ../nbs/01c_run.ipynb #677f2bb1
 @patch_to(Run)
@@ -324,6 +332,13 @@ def wait(self, timeout: float | None = None) -> "Run": # seconds; None: as long 
     return self
 
 @patch_to(Run)
+def how_to_resume(self) -> str:
+    "What goes on with this run: a command, or a call if its reward was a function that only the caller has."
+    reward = self.info.get("reward", "")
+    if reward.startswith("function "): return f"`Run.open({str(self.folder)!r}).resume(reward={reward.partition(' ')[2]})`"
+    return f"`tinytrainer resume {self.folder}{f' --reward {reward}' if '.py:' in reward else ''}`"
+
+@patch_to(Run)
 def resume(self, live: bool = False, **kwargs) -> "Run": # `reward` for PPO
     "Go on exactly where the run was interrupted or stopped; a finished run is returned as it is."
     from importlib import import_module
@@ -331,6 +346,7 @@ def resume(self, live: bool = False, **kwargs) -> "Run": # `reward` for PPO
     if not self.leads: return import_module(f"tinytrainer_nb.{self.info['recipe']}").resume_run(self, live=live, **kwargs)
     if who := self.lock.holder(): raise TinyTrainerError(f"{self.folder}: process {who['pid']} is training into this folder, so there is nothing to resume.")
     before, _ = self.info, self.take_requests() # requests left over from before
+    print(f"{self.folder}: goes on after step {self.last_checkpoint()[1]} of {before['settings'].get('max_steps', '?')}", file=sys.stderr)
     write_json(self.folder / "run.json", before | dict(status="running", process=_me())) # so that it can be watched and asked at once
     try: return import_module(f"tinytrainer_nb.{before['recipe']}").resume_run(self, live=live, **kwargs)
     except BaseException:
@@ -374,6 +390,7 @@ def whole_folder(target: Path):
     yield staging
     for path in staging.rglob("*"):
         if path.is_file():
+            path.chmod(staging.stat().st_mode & 0o666) # safetensors writes for the owner alone; others may read what is made here like any file
             with open(path, "rb+") as f: os.fsync(f.fileno())
         else: sync_folder(path)
     sync_folder(staging)

@@ -13,7 +13,7 @@ from .core import DTYPES, TinyTrainerError, progress, read_json, seed_everything
 from .data import as_examples, data_origin, empty_rows
 from .rollout import GenerateArgs, generate
 from .run import Run
-from .settings import make_settings, setting
+from .settings import setting
 from .tokens import Collator, encode_chat, encode_text, ensure_template
 from .trainer import RunTrainer, TrainArgs, begin, describe, may_change, need_heldout, need_trainable, rebuild, tell
 from .worker import launch
@@ -24,7 +24,7 @@ from transformers import Trainer
 class SFTArgs(TrainArgs):
     "Settings of supervised fine-tuning."
     out: str = setting("runs/sft", "folder of the run")
-    learning_rate: float = setting(1e-3, "size of the largest step", gt=0, le=1, live=True)
+    learning_rate: float = setting(1e-3, "size of the largest step; models of a billion parameters take about 2e-4", gt=0, le=1, live=True)
     eval_rows: int = setting(64, "rows held back from training for the evaluation, at most a tenth of the data", "rows", ge=0)
     train_on_all: bool = setting(False, "learn the questions too, not only the answers")
     sample_tokens: int = setting(96, "length of a sample", "tokens", ge=1)
@@ -96,7 +96,7 @@ def encode_rows(
 ) -> tuple[list[dict], Reading]: # rows of input_ids and labels; what was met
     "Token rows for training; raises `TinyTrainerError` if none is left."
     rows, reading = read_examples(tokenizer, examples, max_length, train_on_all)
-    hint = "To learn the better of two answers, load the data with columns={'completion': 'chosen'}" if {"chosen", "rejected"} <= set(examples.column_names) else "Raise max_length, or bring rows with an answer"
+    hint = "To learn the better of two answers, read the data with columns={'completion': 'chosen'}, in a terminal --columns completion=chosen" if {"chosen", "rejected"} <= set(examples.column_names) else "Raise max_length, or bring rows with an answer"
     if not rows: raise TinyTrainerError(f"no row is left of {reading.rows}: {reading.reasons()}, with max_length={max_length}. {hint}.")
     return rows, reading
 
@@ -166,6 +166,6 @@ def _start(run, model, tokenizer, train, rows, held, args, live) -> Run:
 def resume_run(run: Run, live: bool = False) -> Run:
     "Go on with an interrupted run."
     model, tokenizer = rebuild(run)
-    args = make_settings(SFTArgs, run.info["settings"])
+    args = SFTArgs(**run.info["settings"])
     train, held = (Dataset.from_list(read_json(run.folder / "data" / f"{name}.json")) for name in ("train", "heldout"))
     return _start(run, model, tokenizer, train, encode_rows(tokenizer, train, args.max_length, args.train_on_all)[0], held, args, live)
