@@ -196,3 +196,19 @@ def test_wrong_parameters_and_failing_cells(notebook, monkeypatch, capsys):
     assert status == 2 and "a whole number" in stderr and not Path("demo").exists()
     status, stderr = run("steps", "200")
     assert status == 2 and "AssertionError: too many" in stderr.splitlines()[-1] and "demo/notebook.ipynb" in stderr.replace("\\", "/")
+
+
+def test_exact_answer_on_prose_is_remarked(tmp_path, capsys):
+    "A zero that no training could raise; a reference with a number gets no remark"
+    from tinytrainer_nb.all import evaluate, load_model
+    model, tokenizer = load_model("tiny", quantization="none", verbose=False)
+    for answer, remarked in (("For a month.", True), ("For 30 days.", False)):
+        evaluate(model, tokenizer, [dict(prompt="How long?", completion=answer)], "exact_answer", max_new_tokens=4)
+        assert ("exact_answer compares final answers" in capsys.readouterr().err) is remarked
+
+
+def test_paths_of_parameters_hold_from_anywhere(tmp_path, monkeypatch):
+    from tinytrainer_nb.notebooks import anchor_paths
+    monkeypatch.chdir(tmp_path); (tmp_path / "texts").mkdir(); (tmp_path / "tiny").mkdir()
+    assert anchor_paths(dict(data="texts", base="tiny", name="texts")) == dict(data=str(tmp_path / "texts"), base="tiny", name="texts")
+    assert anchor_paths(dict(data="", base="nobody/nothing")) == dict(data="", base="nobody/nothing")

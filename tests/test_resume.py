@@ -78,12 +78,22 @@ def test_data_in_memory_and_a_reward_function(tmp_path):
         assert again.status == "finished" and adapter(again.folder) == adapter(tmp_path / recipe)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other rights")
+def test_weights_can_be_read_like_any_file(tmp_path):
+    from safetensors.torch import save_file
+    from tinytrainer_nb.run import whole_folder
+    import torch
+    with whole_folder(tmp_path / "adapter") as folder: save_file(dict(w=torch.ones(2)), folder / "w.safetensors"); (folder / "plain.json").write_text("{}")
+    assert len({p.stat().st_mode for p in (tmp_path / "adapter").iterdir()}) == 1
+
+
 def test_two_that_begin_at_once_get_a_folder_each(tmp_path, capsys):
     from tinytrainer_nb.all import Run, SFTArgs
     with Run.prepare(tmp_path / "run", "none", SFTArgs(), may_change=[]) as first:
         (first.folder / "mine").write_text("1")
         hidden = tmp_path / ".run.999999999-1.partial"; hidden.mkdir()  # of a process that died
+        other = tmp_path / ".run.999999999.gone.partial"; other.mkdir()  # not of a preparation
         with Run.prepare(tmp_path / "run", "none", SFTArgs(), may_change=[], other=2) as second: pass
     assert (first.folder / "mine").read_text() == "1" and {first.folder.name, second.folder.name} == {"run", "run-2"}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run-2"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [other.name, "run", "run-2"]
     assert "run is taken (an unfinished run: `tinytrainer resume" in capsys.readouterr().err

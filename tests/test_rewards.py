@@ -104,3 +104,12 @@ def test_a_reward_gets_the_columns_that_it_names():
     for f, value in ((two, 3), (named, 7), (batch, 2)): assert find_reward(f)(["a"], ["abc"], rows)[0] == [value]
     def wants(prompt, completion, difficulty): return 0.0
     with pytest.raises(TinyTrainerError, match="reward wants asks for difficulty, which the data has not. It has: reference_answer, level"): find_reward(wants)(["a"], ["b"], rows)
+
+
+def test_what_is_known_before_a_completion_is_checked_first():
+    def one(prompt, completion, level): return 1.0
+    def all_of_them(prompts, completions, level): return [1.0] * len(prompts)
+    for f in (one, all_of_them):
+        find_reward(f).check([dict(level=1, messages=[])])
+        with pytest.raises(TinyTrainerError, match="asks for level"): find_reward(f).check([dict(reference_answer="1")])
+    with pytest.raises(TinyTrainerError, match="needs a reference_answer in each row"): find_reward("exact_answer").check([dict(reference_answer="1"), dict(reference_answer=None)])

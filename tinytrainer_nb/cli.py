@@ -30,17 +30,14 @@ class Parser(argparse.ArgumentParser):
         print(f"error: {message}{end} `{self.prog} --help` shows what there is.", file=sys.stderr)
         raise SystemExit(2)
 
-    def _unknown(self, flag: str):
-        from tinytrainer_nb.settings import suggestion
-        self.error(f"unknown flag {flag}.{suggestion(flag.replace('-', '_').replace('__', '--', 1), self._option_string_actions)}")
-
     def parse(self, argv: list[str]) -> dict: # the values given, by name
         "The flags as a dict; an unknown one is an error that names its neighbours."
         given, unknown = self.parse_known_args(argv)
         if unknown:
             flag = unknown[0].partition("=")[0]
             if not flag.startswith("--"): self.error(f"{flag!r} is one word too many.")
-            self._unknown(flag)
+            from tinytrainer_nb.settings import suggestion
+            self.error(f"unknown flag {flag}.{suggestion(flag.replace('-', '_').replace('__', '--', 1), self._option_string_actions)}")
         return vars(given)
 
 # %% ../nbs/04b_cli.ipynb #0fada507

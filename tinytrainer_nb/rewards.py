@@ -85,11 +85,12 @@ class Reward:
 
     def check(self, rows: list[dict]) -> None:
         "Raise `TinyTrainerError` for what can be known before a completion is there: a column that a part asks for, a reference answer that a built-in one needs."
+        rows = [{k: v for k, v in row.items() if k not in ("messages", "prompt", "completion")} for row in rows]
+        columns = {k: None for row in rows for k in row}
         for name, (f, _) in self.parts.items():
-            given = 0 if _in_batches(f) else 2
-            for row in rows:
-                columns = {k: v for k, v in row.items() if k not in ("messages", "prompt", "completion")} | (dict(prompts=[], completions=[]) if not given else {})
-                f("", "", **columns) if f in BUILT_IN.values() else _wanted(name, f, columns, given)
+            if f in BUILT_IN.values(): [f("", "", **row) for row in rows]
+            elif _in_batches(f): _wanted(name, f, dict(prompts=None, completions=None) | columns, 0)
+            else: _wanted(name, f, columns, 2)
 
     def _values(self, name, f, prompts, completions, rows) -> list[float]:
         "One part's values, by TRL's form if the function's first parameter is `prompts` or `completions`."

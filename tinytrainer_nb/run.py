@@ -99,7 +99,8 @@ def _free_sibling(folder: Path, allowed: tuple[str, ...] = ()) -> Path:
 def _beside(target: Path) -> Path:
     "A hidden folder of this process in which the run of `target` is prepared; those of dead processes go."
     for left in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
-        if not psutil.pid_exists(int(left.suffixes[-2][1:].partition("-")[0])): shutil.rmtree(left)
+        mine = re.fullmatch(r"\.(\d+)-\d+\.partial", left.name.removeprefix(f".{target.name}")) # others' unfinished files are named alike
+        if mine and not psutil.pid_exists(int(mine[1])): shutil.rmtree(left)
     folder = target.with_name(f".{target.name}.{os.getpid()}-{time.time_ns()}.partial")
     (folder / "checkpoints").mkdir(parents=True)
     return folder
@@ -132,16 +133,17 @@ class Run:
             if old.status != "finished" and _same(old.info, plain(dict(recipe=recipe, settings=settings.to_dict(), **info))):
                 raise TinyTrainerError(f"{folder}: an unfinished run with these settings is here. {old.how_to_resume()} goes on with it; another --out starts anew.")
         free = lambda: _free_sibling(folder, allowed=("notebook.ipynb",)) # which made this run
-        try: run = cls(_beside(free()))
+        try: staging = _beside(free())
         except OSError as e: raise TinyTrainerError(f"{out}: cannot be made ({e.strerror}). Choose another --out.") from None
+        run = cls(staging)
         run.settings = settings
         try:
             yield run
             write_json(run.folder / "run.json", dict(recipe=recipe, status="running", settings=settings.to_dict(), seed=settings.seed, **info,
                                                      versions=versions(), hardware=hardware(), created=round(time.time(), 3), process=_me()))
             run._move(free()) # looked up again: another process may have come first
-            if run.folder != folder: print(f"{out} is taken{cls._unfinished(folder)}: this run is in {run.folder}", file=sys.stderr)
-        except BaseException as e: shutil.rmtree(run.folder, ignore_errors=True); raise _full(folder, e, "start again") or e
+        except BaseException as e: shutil.rmtree(staging, ignore_errors=True); raise _full(folder, e, "start again") or e
+        if run.folder != folder: print(f"{out} is taken{cls._unfinished(folder)}: this run is in {run.folder}", file=sys.stderr)
         share(str(run.folder))
 
     @classmethod
@@ -178,10 +180,9 @@ class Run:
     @classmethod
     def open(cls, folder: Path | str) -> "Run":
         "An existing run."
-        below = [str(p.parent) for p in sorted(Path(folder).glob("**/run.json"))[:6]] if not (Path(folder) / "run.json").exists() else []
-        if below: raise TinyTrainerError(f"{folder}: no run is here, but there are below it: {', '.join(below)}.")
-        if not (Path(folder) / "run.json").exists(): raise TinyTrainerError(f"{folder}: no run is here (no run.json).")
-        return cls(folder)
+        if (Path(folder) / "run.json").exists(): return cls(folder)
+        below = [str(p.parent) for depth in ("*", "*/*") for p in sorted(Path(folder).glob(f"{depth}/run.json"))][:6]
+        raise TinyTrainerError(f"{folder}: no run is here, but there are below it: {', '.join(below)}." if below else f"{folder}: no run is here (no run.json).")
 
     @property
     def info(self) -> dict:
@@ -346,7 +347,8 @@ def resume(self, live: bool = False, **kwargs) -> "Run": # `reward` for PPO
     if not self.leads: return import_module(f"tinytrainer_nb.{self.info['recipe']}").resume_run(self, live=live, **kwargs)
     if who := self.lock.holder(): raise TinyTrainerError(f"{self.folder}: process {who['pid']} is training into this folder, so there is nothing to resume.")
     before, _ = self.info, self.take_requests() # requests left over from before
-    print(f"{self.folder}: goes on after step {self.last_checkpoint()[1]} of {before['settings'].get('max_steps', '?')}", file=sys.stderr)
+    step = self.last_checkpoint()[1]
+    print(f"{self.folder}: {f'goes on after step {step} of' if step else 'has no checkpoint and starts over, steps:'} {before['settings']['max_steps']}", file=sys.stderr)
     write_json(self.folder / "run.json", before | dict(status="running", process=_me())) # so that it can be watched and asked at once
     try: return import_module(f"tinytrainer_nb.{before['recipe']}").resume_run(self, live=live, **kwargs)
     except BaseException:
