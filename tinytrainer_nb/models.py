@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_BASE', 'SHAPES', 'find_base', 'base_hash', 'step_bytes', 'count_parameters', 'choose_quantization',
-           'document_attention', 'packed_attention', 'keep_gradients', 'unpacked', 'compute_context', 'LoadReport',
-           'tensor_bytes', 'load_model', 'with_adapter', 'Preset', 'model_preset']
+           'keep_gradients', 'unpacked', 'compute_context', 'LoadReport', 'tensor_bytes', 'load_model', 'with_adapter',
+           'Preset', 'model_preset']
 
-# %% ../nbs/01a_models.ipynb #0c88e65d
+# %% ../nbs/01a_models.ipynb #dfd88545
 import contextlib, re, sys, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers import AttentionInterface
+from . import attention # noqa: F401, registers "packed"
 from .core import DTYPES, TinyTrainerError, data_file, default_device, dtype_name, file_hash, free_memory, num_threads, probe_dtype, quiet, read_json, unused_gpu
 from .tokens import ensure_template
 
-# %% ../nbs/01a_models.ipynb #ca78f6d3
+# %% ../nbs/01a_models.ipynb #122f6ed8
 DEFAULT_BASE = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 
 def find_base(base: str | Path) -> str:
@@ -41,7 +39,7 @@ def base_hash(path: str) -> str:
     files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
     return "+".join(file_hash(f) for f in files)
 
-# %% ../nbs/01a_models.ipynb #dac0e8fc
+# %% ../nbs/01a_models.ipynb #0c4770d0
 def step_bytes(
     config,              # of the model
     tokens: int,         # in one step
@@ -62,40 +60,6 @@ def choose_quantization(config, dtype: torch.dtype, device: str, tokens: int = 1
     free = free_memory(device)
     words = f"weights and a step of at most {tokens:,} tokens need {need / 2**30:.2f} GiB, half of the free memory is {free / 2**31:.1f} GiB"
     return ("none", words) if need <= free / 2 else ("nf4", words)
-
-# %% ../nbs/01a_models.ipynb #ffacd3ad
-def document_attention(
-    query: torch.Tensor,        # of one document (1, heads, n, head_dim)
-    key: torch.Tensor,          # (1, key_value_heads, n, head_dim)
-    value: torch.Tensor,        # (1, key_value_heads, n, head_dim)
-    scaling: float,             # of the scores
-    short: int = 256,           # tokens up to which the plain product is faster, measured on 2 cores with AVX512-BF16
-) -> torch.Tensor:              # (1, heads, n, head_dim)
-    "Causal attention with grouped queries."
-    fused = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-    if query.device.type != "cpu" or query.dtype == torch.float32: return fused(query, key, value)
-    n, groups = query.shape[2], key.shape[1]
-    query, key, value = (F.pad(x, (0, 0, 0, -n % (32 if n <= short else 128))) for x in (query, key, value))
-    if n > short: return fused(query, key, value)[:, :, :n]
-    scores = (query * scaling).unflatten(1, (groups, -1)) @ key[:, :, None].transpose(-1, -2) # (1, groups, heads / groups, n, n)
-    later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    weights = scores.masked_fill(later, float("-inf")).softmax(-1, dtype=torch.float32).to(value.dtype)
-    return (weights @ value[:, :, None]).flatten(1, 2)[:, :, :n]
-
-def packed_attention(module, query, key, value, attention_mask, document_lengths=None, scaling=None, **kwargs):
-    "Causal attention within each document of a packed row (B=1, heads, T, head_dim); without `document_lengths` it is `transformers`' SDPA."
-    if document_lengths is None: return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    parts = zip(*(x.split(document_lengths, dim=2) for x in (query, key, value)))
-    out = [document_attention(q, k, v, scaling or q.shape[-1] ** -0.5) for q, k, v in parts]
-    return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None # (1, T, heads, head_dim)
-
-def _packed_mask(batch_size, q_length, kv_length, *args, attention_mask=None, **kwargs):
-    "No mask where none is needed: whole causal sequences without padding, and single new tokens."
-    if attention_mask is None and q_length in (1, kv_length): return None
-    return sdpa_mask(batch_size, q_length, kv_length, *args, attention_mask=attention_mask, **kwargs)
-
-AttentionInterface.register("packed", packed_attention)
-AttentionMaskInterface.register("packed", _packed_mask)
 
 # %% ../nbs/01a_models.ipynb #1c77e9eb
 def keep_gradients(model: nn.Module) -> nn.Module:
@@ -166,7 +130,7 @@ def _quantization_config(quantization: str, dtype: torch.dtype):
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     return BitsAndBytesConfig(load_in_8bit=True) if quantization == "int8" else None
 
-# %% ../nbs/01a_models.ipynb #92e922e2
+# %% ../nbs/01a_models.ipynb #d526e239
 def _pretrained(kind, path: str, **kwargs):
     "`kind.from_pretrained`, with its failures told in one line."
     try:
@@ -213,7 +177,7 @@ def load_model(
     if verbose and device == "cpu" and unused_gpu(): print(unused_gpu(), file=sys.stderr)
     return model, tokenizer
 
-# %% ../nbs/01a_models.ipynb #90d1eae1
+# %% ../nbs/01a_models.ipynb #5efd2f1b
 def _no_pickle(path: str) -> None:
     "Raise `TinyTrainerError` for a folder whose weights are pickled alone: such a file may run anything when it is opened, so it never is."
     pickled = [f.name for kind in ("*.bin", "*.pt", "*.pth") for f in sorted(Path(path).glob(kind))] if Path(path).is_dir() else []
