@@ -1,4 +1,6 @@
 """PPO against hand-worked cases and plain transcriptions of the formulas."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -6,7 +8,8 @@ from tinytrainer_nb.adapters import LoraArgs, add_lora, trainable
 from tinytrainer_nb.core import data_file
 from tinytrainer_nb.data import load_prompts
 from tinytrainer_nb.models import load_model
-from tinytrainer_nb.ppo import Experience, PPOArgs, PPOTrainer, experience, gae, policy_loss, ppo, token_rewards, value_loss, whiten
+from tinytrainer_nb.ppo import PPOArgs, PPOTrainer, adapted, gae, ppo, token_rewards, value_loss, whiten
+from tinytrainer_nb.rl import Round, policy_loss
 from tinytrainer_nb.sft import SFTArgs, sft
 
 
@@ -105,7 +108,7 @@ def test_open_clip_is_reinforce_with_baseline(tmp_path, monkeypatch):
     flat = torch.cat(advantages)
     advantages = [(a - flat.mean()) / flat.std(correction=0) for a in advantages]
     for i, row in enumerate(batch.rows):  # one plain forward pass a completion
-        ids, start = torch.tensor([row["input_ids"]]), sum(t == -100 for t in row["labels"])
+        ids, start = torch.tensor([row["prompt"] + row["completion"]]), len(row["prompt"])
         logp = torch.log_softmax(model(ids).logits[0, start - 1:-1].float(), -1).gather(-1, ids[0, start:, None])[:, 0]
         total = total - (advantages[i] * logp).sum() / count
     total.backward()
@@ -119,8 +122,8 @@ def test_token_rewards_and_returns():
     mask = torch.tensor([[1.0, 1, 0], [1, 1, 1]])
     values = torch.tensor([[0.1, 0.2, 0.0], [0.3, 0.4, 0.5]])
     logp, ref = torch.full((2, 3), -1.0), torch.full((2, 3), -1.2)
-    batch = experience([], mask, torch.tensor([1.0, 2.0]), logp, ref, values, PPOArgs(kl_coef=0.5, lam=1.0))
-    assert isinstance(batch, Experience)
+    batch = Round([], mask, torch.tensor([1.0, 2.0]), logp, logp, ref, values)
+    PPOTrainer.advantages(SimpleNamespace(settings=PPOArgs(kl_coef=0.5, lam=1.0)), batch)
     torch.testing.assert_close(token_rewards(torch.tensor([1.0, 2.0]), logp, ref, mask, 0.5), torch.tensor([[-0.1, 0.9, 0.0], [-0.1, -0.1, 1.9]]))
     torch.testing.assert_close(batch.returns, torch.tensor([[0.8, 0.9, 0.0], [1.7, 1.8, 1.9]]))  # lambda 1: the sum to come
 

@@ -71,7 +71,7 @@ def _cut(logprobs: Tensor, top_k: int, top_p: float) -> Tensor:
     ordered[probabilities.cumsum(-1) - probabilities >= top_p] = float("-inf") # the likeliest always stays
     return torch.empty_like(ordered).scatter_(-1, order, ordered)
 
-# %% ../nbs/01f_rollout.ipynb #b01f4746
+# %% ../nbs/01f_rollout.ipynb #b7e774d5
 def _read_prompts(model, ids: list[list[int]], cache: SharedCache, most: int = 4096) -> Tensor: # most tokens at once; (P, V)
     "Fill the cache with the prompts; logits of the first token of their completions."
     device, found, first = next(model.parameters()).device, [], 0
@@ -83,6 +83,7 @@ def _read_prompts(model, ids: list[list[int]], cache: SharedCache, most: int = 4
         ends = torch.tensor([len(row) for row in rows], device=device).cumsum(0) - 1
         found.append(model(input_ids=flat[None], position_ids=positions[None], shared_cache=cache, use_cache=False, logits_to_keep=ends).logits[0])
     cache.reading = None
+    if len(cache.layers) != model.config.num_hidden_layers: raise TinyTrainerError(f"{type(model).__name__}: {len(cache.layers)} of its {model.config.num_hidden_layers} layers use transformers' attention interface, so its cache cannot be kept here. Use a Llama- or Qwen-like model.")
     return torch.cat(found)
 
 # %% ../nbs/01f_rollout.ipynb #24fb4f02
@@ -136,7 +137,7 @@ def _living(alive: Tensor, n: int, share: float = 0.75) -> Tensor | None:
     if len(going) * most > share * len(alive): return None
     return groups[going].long().argsort(dim=1, descending=True, stable=True)[:, :most] + going[:, None] * n
 
-# %% ../nbs/01f_rollout.ipynb #2bc2c7ab
+# %% ../nbs/01f_rollout.ipynb #e926506c
 def end_tokens(model, tokenizer) -> set[int]:
     "Ids that end a completion: the tokenizer's end token and those of the model's generation config."
     more = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
@@ -172,13 +173,16 @@ def generate(
 
 @contextlib.contextmanager
 def _decoding(model, dtype: torch.dtype | None, decoder: Decoder | None, rows: int):
-    "The model in evaluation mode, decoding quickly; afterwards as it was."
-    was_training = model.training
+    "The model in evaluation mode, decoding quickly, its attention ours; afterwards as it was."
+    was_training, attention = model.training, model.config._attn_implementation
     decoder = decoder or Decoder(model, dtype or next(p.dtype for p in model.parameters() if p.is_floating_point()), rows)
     model.eval()
+    model.config._attn_implementation = "packed"
     try:
         with decoder.on(): yield
-    finally: model.train(was_training)
+    finally:
+        model.train(was_training)
+        model.config._attn_implementation = attention
 
 def _parts(ids: list[list[int]], size: int) -> list[list[int]]:
     "Prompts that are decoded together, by their places: those of like lengths."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_TEMPLATE', 'SHOWN_AS', 'ensure_template', 'shown', 'render', 'prompt_ids', 'encode_chat', 'encode_text',
-           'pack_row', 'micro_batches', 'Collator']
+           'pack_row', 'micro_batches', 'Collator', 'pack_trees', 'micro_trees']
 
 # %% ../nbs/00c_tokens.ipynb #328db176
 import json
@@ -152,3 +152,42 @@ class Collator:
     def __call__(self, rows: list[dict]) -> dict:
         packed = [pack_row(group) for group in micro_batches(rows, self.max_tokens)]
         return dict(micro_batches=packed, num_items=sum(len(p["shift_labels"]) for p in packed), num_tokens=sum(len(r["input_ids"]) for r in rows))
+
+# %% ../nbs/00c_tokens.ipynb #d173864b
+def pack_trees(
+    rows: list[dict],   # of `prompt`, `completion` (token ids) and `group`; those of a group, which share their prompt, stand together
+    multiple: int = 64, # T is a multiple of it
+) -> dict:              # tensors of one row of T tokens, as from `pack_row`
+    "Every prompt once and its completions behind it, end to end; a tree's entry in `document_lengths` is a tuple."
+    ids, positions, lengths, keep = [], [], [], []
+    for group in _trees(rows):
+        prompt, branches = group[0]["prompt"], [row["completion"] for row in group]
+        end = len(ids) + len(prompt)                       # where the prompt ends
+        ids += prompt; positions += range(len(prompt)); lengths.append((len(prompt), *map(len, branches)))
+        for branch in branches:
+            keep += [end - 1, *range(len(ids), len(ids) + len(branch) - 1)]
+            ids += branch; positions += range(len(prompt), len(prompt) + len(branch))
+    if fill := -len(ids) % multiple: ids += [0] * fill; positions += range(fill); lengths.append(fill)
+    labels = [t for row in rows for t in row["completion"]]
+    return dict(input_ids=torch.tensor([ids]), position_ids=torch.tensor([positions]), document_lengths=lengths, logits_to_keep=torch.tensor(keep), shift_labels=torch.tensor(labels))
+
+def _trees(rows: list[dict]) -> list[list[dict]]:
+    "Rows that stand together and share a group."
+    found = []
+    for row in rows:
+        if not found or found[-1][-1]["group"] != row["group"]: found.append([])
+        found[-1].append(row)
+    return found
+
+def micro_trees(
+    rows: list[dict],  # one optimiser step's rows, for `pack_trees`
+    max_tokens: int,   # budget of real tokens a micro-batch
+) -> list[list[dict]]: # groups of rows, in order
+    "Cut rows into groups of at most `max_tokens` tokens; a prompt is counted, and computed, once in every group where it stands."
+    groups, used, before = [], max_tokens, None
+    for row in rows:
+        own = len(row["completion"])
+        cost = own + (len(row["prompt"]) if row["group"] != before else 0)
+        if used + cost > max_tokens: groups.append([]); used, cost = 0, own + len(row["prompt"])
+        groups[-1].append(row); used += cost; before = row["group"]
+    return groups

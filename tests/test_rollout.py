@@ -1,0 +1,163 @@
+"""The rollout engine against plain forward passes, `transformers`' own generation, and itself in other company."""
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, TopKLogitsWarper, TopPLogitsWarper
+
+from tinytrainer_nb.adapters import LoraArgs, add_lora, trainable
+from tinytrainer_nb.core import data_file, mix_seed
+from tinytrainer_nb.data import load_prompts
+from tinytrainer_nb.fast import Decoder, choose_forms, weight_forms
+from tinytrainer_nb.models import load_model
+from tinytrainer_nb.rollout import GenerateArgs, Spoken, _cut, _living, generate, stream
+
+PROMPTS = [p["messages"] for p in load_prompts(data_file("rl.jsonl"))[:6]]
+
+
+def policy(quantization="none", dtype="fp32"):
+    "The embedded base with an adapter that changes it"
+    model, tokenizer = load_model("tiny", quantization=quantization, dtype=dtype, verbose=False)
+    model = add_lora(model, LoraArgs(r=4))
+    for i, (name, p) in enumerate(trainable(model).items()):
+        if "lora_B" in name: p.data.normal_(std=0.02, generator=torch.Generator().manual_seed(i))
+    return model, tokenizer
+
+
+@pytest.fixture(scope="module")
+def exact(): return policy()
+
+
+def sampled(model, tokenizer, prompts=PROMPTS, seeds=None, decoder=None, **how):
+    return generate(model, tokenizer, prompts, GenerateArgs(**dict(num_generations=4, max_new_tokens=48) | how), seeds=seeds, quiet=True, decoder=decoder)
+
+
+def plain_logprobs(model, prompt, completion, temperature):
+    "Of each completion token, by one pass of the model over the whole text"
+    with torch.no_grad(): logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1:-1].float()
+    return torch.log_softmax(logits / temperature, -1).gather(-1, torch.tensor(completion)[:, None])[:, 0]
+
+
+def test_logprobs_are_those_of_a_full_pass(exact):
+    model, tokenizer = exact
+    out = sampled(model, tokenizer, temperature=0.7, top_k=50, top_p=0.9)
+    assert len({len(c) for c in out.completion_ids}) > 3 and any(out.finished)  # rows ended at different times
+    model.get_base_model().config._attn_implementation = "sdpa"
+    try: plain = [plain_logprobs(model, p, c, 0.7) for p, c in zip(out.prompt_ids, out.completion_ids)]
+    finally: model.get_base_model().config._attn_implementation = "packed"
+    for found, expected in zip(out.logprobs, plain): torch.testing.assert_close(torch.tensor(found), expected, atol=1e-4, rtol=0)
+
+
+def test_a_row_says_the_same_in_any_company(exact):
+    "All together, a few rows at a time, and each alone"
+    model, tokenizer = exact
+    together, apart = sampled(model, tokenizer), sampled(model, tokenizer, batch_size=4)
+    seeds = [mix_seed(0, i, j) for i in range(len(PROMPTS)) for j in range(4)]
+    alone = [sampled(model, tokenizer, [PROMPTS[i // 4]], [seed], num_generations=1).completion_ids[0] for i, seed in enumerate(seeds)]
+    assert together.completion_ids == apart.completion_ids == alone
+    assert len(set(map(tuple, alone))) > len(PROMPTS)  # and not all the same
+
+
+SMALL = dict(vocab_size=1032, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.3, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+
+
+@pytest.mark.parametrize("config", [LlamaConfig(**SMALL, tie_word_embeddings=True), Qwen2Config(**SMALL), Qwen3Config(**SMALL, head_dim=32)], ids=["llama", "qwen2", "qwen3"])
+def test_greedy_is_that_of_transformers(tmp_path, config, exact):
+    "Random weights of three architectures, prompts of four lengths, eight completions that end at different places"
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    exact[1].save_pretrained(tmp_path)
+    model, tokenizer = load_model(tmp_path, "none", "fp32", verbose=False)
+    texts = ["Tom has 3 apples.", "Mia", "Once upon a time there was a bridge", "Why?"]
+    out = sampled(model, tokenizer, texts, num_generations=2, temperature=0.0, max_new_tokens=40)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    for prompt, found in zip(out.prompt_ids, out.completion_ids):
+        expected = plain.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)[0, len(prompt):].tolist()
+        assert found == expected
+
+
+@pytest.mark.parametrize("top_k,top_p", [(5, 1.0), (0, 0.8), (20, 0.5), (1, 1.0), (0, 0.001)])
+def test_cut_keeps_what_transformers_keeps(top_k, top_p):
+    logits = torch.randn(200, 64, generator=torch.Generator().manual_seed(1)) * 2
+    expected = logits
+    if top_k: expected = TopKLogitsWarper(top_k)(None, expected)
+    if top_p < 1: expected = TopPLogitsWarper(top_p)(None, expected)
+    assert torch.equal(_cut(logits.log_softmax(-1), top_k, top_p).isinf(), expected.isinf())
+
+
+def test_any_attention_will_do(exact):
+    "A model that was set to another attention speaks the same, and keeps its own"
+    model, tokenizer = exact
+    expected = sampled(model, tokenizer).completion_ids
+    model.config._attn_implementation = "eager"
+    try: assert sampled(model, tokenizer).completion_ids == expected and model.config._attn_implementation == "eager"
+    finally: model.config._attn_implementation = "packed"
+
+
+def test_living_slots():
+    "Three prompts of four slots: one is silent, the others have two and one alive"
+    alive = torch.tensor([0, 1, 0, 1, 0, 0, 0, 0, 0, 0, 1, 0]).bool()
+    slots = _living(alive, 4)
+    assert slots.shape == (2, 2) and slots[0].tolist() == [1, 3] and slots[1, 0] == 10 and 8 <= slots[1, 1] <= 11
+    assert _living(torch.ones(8).bool(), 4) is None
+
+
+def test_stop_texts(exact):
+    model, tokenizer = exact
+    free, cut = sampled(model, tokenizer), sampled(model, tokenizer, stop=["=", "has"])
+    for text, shorter, ids, fewer, ended in zip(free.completions, cut.completions, free.completion_ids, cut.completion_ids, cut.finished):
+        assert fewer == ids[:len(fewer)] and "=" not in shorter and "has" not in shorter and text.startswith(shorter)
+        assert ended or "=" not in text and "has" not in text
+    assert sum(map(len, cut.completion_ids)) < sum(map(len, free.completion_ids))
+
+
+def test_stop_text_over_token_borders(exact):
+    "A stop of several characters is found wherever the tokens cut it, even if one of them holds more than it"
+    tokenizer = exact[1]
+    ids = tokenizer("The answer is 42 apples", add_special_tokens=False).input_ids
+    for stop in ("42", "r is 4", " apples", "answer is 42"):
+        spoken = Spoken(tokenizer, 1, {2}, (stop,))
+        said = next(i for i, t in enumerate(ids) if not spoken.add(0, t, 0.0))
+        assert stop in tokenizer.decode(ids[:said + 1]) and stop not in tokenizer.decode(ids[:said])
+        assert spoken.text(0) == "The answer is 42 apples"[:"The answer is 42 apples".index(stop)]
+
+
+@pytest.mark.parametrize("how", [dict(temperature=0.0), dict(temperature=1.2, seed=3), dict(temperature=1.0, stop=("ap", "===")), dict(temperature=1.0, top_p=0.9, max_new_tokens=3)])
+def test_a_stream_is_the_completion(exact, how):
+    model, tokenizer = exact
+    pieces = list(stream(model, tokenizer, PROMPTS[0], GenerateArgs(**dict(max_new_tokens=40) | how)))
+    assert "".join(pieces) == sampled(model, tokenizer, PROMPTS[:1], num_generations=1, **dict(max_new_tokens=40) | how).completions[0]
+
+
+def test_a_stream_holds_back_half_characters(exact):
+    "Bytes of a character come one token at a time; no piece shows a replacement mark"
+    tokenizer, text = exact[1], "näive 🙂 ©"
+    ids, spoken, shown = tokenizer(text, add_special_tokens=False).input_ids, Spoken(exact[1], 1, {2}, ()), []
+    from tinytrainer_nb.rollout import _unsure
+    for t in ids:
+        spoken.add(0, t, 0.0)
+        said = spoken.text(0)
+        shown.append(said[:len(said) - _unsure(said, ())])
+    assert shown[-1] == text and all(text.startswith(s) for s in shown) and any("\ufffd" in tokenizer.decode(ids[:i]) for i in range(len(ids)))
+
+
+@pytest.mark.parametrize("form", ["as it is", "copy", "blocked", "packed"])
+def test_every_form_of_a_weight_decodes_alike(form):
+    "4-bit weights in each form: log-probabilities within 16-bit rounding of the plain pass, and the weights untouched"
+    model, tokenizer = policy("nf4", "bf16")
+    layer = model.get_base_model().model.layers[0].mlp.up_proj.base_layer
+    if form not in weight_forms(layer, torch.bfloat16): pytest.skip(f"this processor has no form {form!r}")
+    before = layer.weight.data.clone()
+    decoder = Decoder(model, torch.bfloat16, 24, {k: form for k in choose_forms(model, torch.bfloat16, 24) if k.startswith("Linear4bit")})
+    out = sampled(model, tokenizer, decoder=decoder)
+    with torch.autocast("cpu", dtype=torch.bfloat16): plain = [plain_logprobs(model, p, c, 1.0) for p, c in zip(out.prompt_ids, out.completion_ids)]
+    apart = (torch.cat([torch.tensor(x) for x in out.logprobs]) - torch.cat(plain)).abs()
+    assert torch.equal(before, layer.weight.data) and apart.mean() < 0.02 and apart.max() < 0.5, (apart.mean(), apart.max())
+
+
+def test_rows_of_the_packed_kernel_are_few():
+    "A long input takes the written-out weight, with the same result as training"
+    model, _ = load_model("tiny", "nf4", "bf16", verbose=False)
+    layer = model.model.layers[0].mlp.up_proj
+    forms = weight_forms(layer, torch.bfloat16)
+    if "packed" not in forms: pytest.skip("this processor has no packed form")
+    x = torch.randn(1, 200, layer.in_features).bfloat16()
+    with torch.no_grad(): assert torch.equal(forms["packed"]()(x), forms["copy"]()(x))
