@@ -1,4 +1,4 @@
-"""SIGKILL at random moments of loading, stepping, saving, evaluating and rolling out: nothing is half written, each run goes on, and ends as if nothing had happened. Four moments are tried each time, sixty with `-m slow`."""
+"""SIGKILL at random moments of loading, stepping, saving, evaluating, rolling out and scoring: nothing is half written, each run goes on, and ends as if nothing had happened. Six moments are tried each time, eighty with `-m slow`."""
 import json
 import multiprocessing
 import os
@@ -11,17 +11,18 @@ import torch
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
-PHASES = ("elsewhere", "loading", "stepping", "saving", "evaluating", "rolling out")
+PHASES = ("elsewhere", "loading", "stepping", "saving", "evaluating", "rolling out", "scoring")
 MOMENTS = [("sft", "loading", 5), ("sft", "stepping", 6), ("sft", "saving", 9), ("sft", "evaluating", 5), ("sft", "rolling out", 5),
-           ("ppo", "loading", 5), ("ppo", "stepping", 6), ("ppo", "saving", 9), ("ppo", "evaluating", 4), ("ppo", "rolling out", 6)]
+           ("ppo", "loading", 5), ("ppo", "stepping", 6), ("ppo", "saving", 9), ("ppo", "evaluating", 4), ("ppo", "rolling out", 6), ("ppo", "scoring", 5),
+           ("grpo", "stepping", 4), ("grpo", "saving", 3), ("grpo", "rolling out", 4), ("grpo", "scoring", 4)]
 KILLS = [(recipe, phase, i) for recipe, phase, count in MOMENTS for i in range(count)]
-ALWAYS = [("sft", "stepping", 0), ("sft", "saving", 1), ("ppo", "rolling out", 0), ("ppo", "saving", 1)]
-assert len(KILLS) == 60 and set(ALWAYS) < set(KILLS)
+ALWAYS = [("sft", "stepping", 0), ("sft", "saving", 1), ("ppo", "scoring", 0), ("ppo", "saving", 1), ("grpo", "rolling out", 0), ("grpo", "stepping", 0)]
+assert len(KILLS) == 80 and set(ALWAYS) < set(KILLS)
 
 
 def watched(journal: list, now, began) -> None:
     "Have the library tell what it is doing: the phase in `now`, how often it was entered in `began`, and how long each lasted in `journal`"
-    from tinytrainer_nb import models, ppo, sft, trainer
+    from tinytrainer_nb import models, ppo, rl, sft, trainer
     def tell(owner, name: str, phase: str):
         plain = getattr(owner, name)
         def telling(*args, **kwargs):
@@ -31,11 +32,11 @@ def watched(journal: list, now, began) -> None:
             finally: now.value = before; journal.append([*place[:2], time.perf_counter() - place[2]])
         setattr(owner, name, telling)
     tell(models, "load_model", "loading"); tell(trainer, "load_model", "loading")
-    for owner in (sft, ppo): tell(owner, "begin", "loading")
-    tell(trainer.RunTrainer, "training_step", "stepping"); tell(ppo.PPOTrainer, "update", "stepping")
-    for owner, name in ((trainer.RunTrainer, "_save_checkpoint"), (trainer.RunTrainer, "save_result"), (ppo.PPOTrainer, "save_result"), (trainer.RunTrainer, "finish")): tell(owner, name, "saving")
-    for owner in (trainer.RunTrainer, ppo.PPOTrainer): tell(owner, "heldout", "evaluating")
-    tell(sft, "generate", "rolling out"); tell(ppo.PPOTrainer, "rollout", "rolling out")
+    for owner in (sft, rl): tell(owner, "begin", "loading")
+    tell(trainer.RunTrainer, "training_step", "stepping"); tell(rl.RolloutTrainer, "update", "stepping"); tell(rl.RolloutTrainer, "scored", "scoring")
+    for owner, name in ((trainer.RunTrainer, "_save_checkpoint"), (trainer.RunTrainer, "save_result"), (rl.RolloutTrainer, "save_result"), (ppo.PPOTrainer, "save_result"), (trainer.RunTrainer, "finish")): tell(owner, name, "saving")
+    for owner in (trainer.RunTrainer, rl.RolloutTrainer): tell(owner, "heldout", "evaluating")
+    tell(sft, "generate", "rolling out"); tell(rl.RolloutTrainer, "rollout", "rolling out")
 
 
 def work(recipe: str, out: str, resume: bool, now, began) -> None:
@@ -43,23 +44,26 @@ def work(recipe: str, out: str, resume: bool, now, began) -> None:
     journal = []
     watched(journal, now, began)
     from tinytrainer_nb import models
-    from tinytrainer_nb.all import LoraArgs, PPOArgs, Run, SFTArgs, add_lora, data_file, load_examples, load_prompts, ppo, sft
+    from tinytrainer_nb.all import GRPOArgs, LoraArgs, PPOArgs, Run, SFTArgs, add_lora, data_file, grpo, load_examples, load_prompts, ppo, sft
     if resume: return Run.open(out).resume()
     model, tokenizer = models.load_model("tiny", quantization="nf4", verbose=False)
     model = add_lora(model, LoraArgs(r=4, dropout=0.1))
-    if recipe == "ppo": # as after an SFT: the reference is a frozen copy
+    if recipe != "sft": # as after an SFT: the reference is a frozen copy
         for n, p in model.named_parameters():
             if "lora_B" in n: p.data.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
     common = dict(seed=3, warmup_steps=2, save_steps=2, eval_steps=3, sample_steps=4, eval_rows=2, out=out)
     if recipe == "sft": sft(model, tokenizer, load_examples(data_file("sft.jsonl")).select(range(22)), SFTArgs(max_steps=8, batch_size=4, sample_tokens=16, **common))
-    else: ppo(model, tokenizer, load_prompts(data_file("rl.jsonl"))[:22], "exact_answer=1,reference_overlap=0.5", PPOArgs(max_steps=6, batch_size=4, num_generations=2, max_new_tokens=24, epochs=2, minibatches=2, **common))
+    else:
+        train, settings = dict(ppo=(ppo, PPOArgs), grpo=(grpo, GRPOArgs))[recipe]
+        how = dict(kl_target=2.0, value_adapter=True) if recipe == "ppo" else dict(kl_coef=0.02)  # a price that moves, and must be found again
+        train(model, tokenizer, load_prompts(data_file("rl.jsonl"))[:22], "exact_answer=1,reference_overlap=0.5", settings(max_steps=6, batch_size=4, num_generations=2, max_new_tokens=24, epochs=2, minibatches=2, **how, **common))
     Path(f"{out}.phases").write_text(json.dumps(journal))
 
 
 def begin(recipe: str, out: Path, resume: bool = False):
     "A process that works, and what it tells"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tinytrainer_nb.all"])  # imported once, not sixty times
+    context.set_forkserver_preload(["tinytrainer_nb.all"])  # imported once, not eighty times
     now, began = context.RawValue("i"), context.RawArray("i", len(PHASES))
     process = context.Process(target=work, args=(recipe, str(out), resume, now, began))
     process.start()
@@ -76,8 +80,9 @@ def finish(recipe: str, out: Path, resume: bool = False) -> None:
 def whole(tmp_path_factory) -> dict:
     "Of each recipe a run that nobody killed, and its phases: name, which time, seconds"
     folder = tmp_path_factory.mktemp("whole")
-    for recipe in ("sft", "ppo"): finish(recipe, folder / recipe)
-    return {recipe: (folder / recipe, json.loads((folder / f"{recipe}.phases").read_text())) for recipe in ("sft", "ppo")}
+    recipes = ("sft", "ppo", "grpo")
+    for recipe in recipes: finish(recipe, folder / recipe)
+    return {recipe: (folder / recipe, json.loads((folder / f"{recipe}.phases").read_text())) for recipe in recipes}
 
 
 def kill_in(process, now, began, phase: str, time_of: int, delay: float) -> None:

@@ -22,10 +22,11 @@ from .models import load_model, model_preset
 from .panels import has_front_end, launch_panel, run_panel, settings_form
 from .plots import run_figure, story_figure
 from .ppo import PPOArgs, ppo
+from .grpo import GRPOArgs, grpo
 from .pretrain import PretrainArgs, new_model, pretrain, train_tokenizer
 from .reading import DataReport, data_report
 from .rewards import exact_answer, find_reward, reference_overlap
-from .rollout import GenerateArgs, Rollouts, generate
+from .rollout import GenerateArgs, Rollouts, generate, stream
 from .run import Run
 from .sft import SFTArgs, encode_rows, sft
 from .tinyworld import CORPUS_PROMPT

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['Chat', 'chat_loop']
 
-# %% ../nbs/03b_chat.ipynb #5b95a1a8
-from .core import TinyTrainerError, mix_seed, progress
-from .rollout import GenerateArgs, generate
+# %% ../nbs/03b_chat.ipynb #123d8231
+from .core import TinyTrainerError, mix_seed
+from .fast import Decoder
+from .rollout import GenerateArgs, stream
 from .tokens import ensure_template, prompt_ids
 
-# %% ../nbs/03b_chat.ipynb #733394fb
+# %% ../nbs/03b_chat.ipynb #6bf6b13e
 class Chat:
     "A conversation with a model; what no longer fits into its context is kept in `messages`, but not shown to it."
     def __init__(
@@ -23,27 +24,24 @@ class Chat:
         seed: int = 0,             # of the draws
     ):
         self.model, self.tokenizer, self.system = model, ensure_template(tokenizer), system
-        self.args = GenerateArgs(temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
+        self.args, self.decoder = GenerateArgs(temperature=temperature, max_new_tokens=max_new_tokens, seed=seed), None
         self.reset()
 
     def reset(self) -> None:
         "Begin a new conversation."
         self.messages, self.forgotten = ([dict(role="system", content=self.system)] if self.system else []), 0
 
-    def ask(self, text: str) -> str:
-        "The model's answer, which joins the conversation. Raises `TinyTrainerError` if the question alone is too long."
+    def pieces(self, text: str):
+        "Yield the model's answer piece by piece, as it comes; then it joins the conversation. Raises `TinyTrainerError` if the question alone is too long."
         shown, forgotten = self._window([*self.messages, dict(role="user", content=text)])
-        answer = self._answer(shown)
+        self.decoder, answer = self.decoder or Decoder(self.model, None, rows=1), ""
+        for piece in stream(self.model, self.tokenizer, shown, self.args, mix_seed(self.args.seed, len(self.messages)), decoder=self.decoder): yield piece; answer += piece
         self.messages += [shown[-1], dict(role="assistant", content=answer)]
         self.forgotten = forgotten
-        return answer
 
-    def _answer(self, shown: list[dict]) -> str:
-        with progress(total=self.args.max_new_tokens, desc="answering") as bar:
-            seeds = [mix_seed(self.args.seed, len(self.messages))]
-            answer = generate(self.model, self.tokenizer, [shown], self.args, seeds=seeds, interrupt=lambda: bar.update(1), quiet=True).completions[0]
-            bar.total = bar.n # it ended here
-        return answer
+    def ask(self, text: str) -> str:
+        "The model's whole answer. Raises `TinyTrainerError` if the question alone is too long."
+        return "".join(self.pieces(text))
 
 # %% ../nbs/03b_chat.ipynb #12acc63b
 def _window(self, messages: list[dict]) -> tuple[list[dict], int]:
@@ -64,12 +62,12 @@ def _repr_markdown_(self) -> str:
 
 Chat._repr_markdown_ = _repr_markdown_
 
-# %% ../nbs/03b_chat.ipynb #9bff360c
+# %% ../nbs/03b_chat.ipynb #6453a43c
 def chat_loop(
     model,        # from `load_model`
     tokenizer,    # its tokenizer
     read=input,   # prompt -> a line; EOFError ends
-    write=print,  # shows a text
+    write=print,  # shows a text; called as `print` is, with `end` and `flush`
     **settings,   # of `Chat`
 ) -> Chat:
     "Talk until an empty line or the end of the input (Ctrl-D); `/reset` begins anew."
@@ -83,8 +81,10 @@ def chat_loop(
 def _turn(chat: Chat, text: str, write) -> None:
     "One line of the user."
     if text == "/reset": chat.reset(); return write("(a new conversation)")
-    before = chat.forgotten
-    try: answer = chat.ask(text)
+    before, pieces = chat.forgotten, chat.pieces(text)
+    try: first = next(pieces, "")
     except TinyTrainerError as e: return write(f"({e})")
+    write(f"model> {first}", end="", flush=True)
+    for piece in pieces: write(piece, end="", flush=True)
+    write("")
     if chat.forgotten > before: write(f"(the context is full: the model no longer sees the first {chat.forgotten} messages; /reset begins anew)")
-    write(f"model> {answer}")

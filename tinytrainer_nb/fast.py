@@ -103,16 +103,17 @@ def _linears(model: nn.Module) -> list[nn.Linear]:
     "The base's linear layers, adapters and trained weights left out."
     return [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and ".lora_" not in name and not m.weight.requires_grad]
 
-# %% ../nbs/01e_fast.ipynb #ce559a42
+# %% ../nbs/01e_fast.ipynb #6b440671
 class Decoder:
     "Forward passes without gradient, each weight read in its quickest form."
     def __init__(
         self,
         model: nn.Module,         # with or without adapters; its frozen weights must not change while the decoder lives
-        dtype: torch.dtype,       # computed in
+        dtype: torch.dtype | None, # computed in; None: as the model was loaded
         rows: int,                # completions decoded together
         forms: dict | None = None, # from `choose_forms`; None: probe now
     ):
+        dtype = dtype or next(p.dtype for p in model.parameters() if p.is_floating_point())
         self.model, self.dtype = model, dtype
         self.forms = choose_forms(model, dtype, rows) if forms is None else forms
         linears = [m for m in _linears(model) if self.forms.get(key(m), "as it is") != "as it is"]

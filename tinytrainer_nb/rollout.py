@@ -137,7 +137,7 @@ def _living(alive: Tensor, n: int, share: float = 0.75) -> Tensor | None:
     if len(going) * most > share * len(alive): return None
     return groups[going].long().argsort(dim=1, descending=True, stable=True)[:, :most] + going[:, None] * n
 
-# %% ../nbs/01f_rollout.ipynb #e926506c
+# %% ../nbs/01f_rollout.ipynb #cf0b8dc7
 def end_tokens(model, tokenizer) -> set[int]:
     "Ids that end a completion: the tokenizer's end token and those of the model's generation config."
     more = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
@@ -175,7 +175,7 @@ def generate(
 def _decoding(model, dtype: torch.dtype | None, decoder: Decoder | None, rows: int):
     "The model in evaluation mode, decoding quickly, its attention ours; afterwards as it was."
     was_training, attention = model.training, model.config._attn_implementation
-    decoder = decoder or Decoder(model, dtype or next(p.dtype for p in model.parameters() if p.is_floating_point()), rows)
+    decoder = decoder or Decoder(model, dtype, rows)
     model.eval()
     model.config._attn_implementation = "packed"
     try:
