@@ -6,8 +6,8 @@
 __all__ = ['RolloutArgs', 'policy_loss', 'kl_estimate', 'Policy', 'Round', 'RolloutTrainer', 'prepare_rounds', 'held_out',
            'start_rounds', 'resume_rounds']
 
-# %% ../nbs/02d_rl.ipynb #bcf37e68
-import hashlib, json, time
+# %% ../nbs/02d_rl.ipynb #180f283e
+import contextlib, hashlib, json, time
 from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
@@ -109,7 +109,7 @@ class Round:
     returns: Tensor = None     # what the value head should have said
     idle: list = field(default_factory=list) # numbers of rows without a gradient, which need not be computed
 
-# %% ../nbs/02d_rl.ipynb #ba97385b
+# %% ../nbs/02d_rl.ipynb #d8753247
 class RolloutTrainer(RunTrainer, Trainer):
     "One round a step. A recipe says which passes it needs (`needs`), what the advantages are (`advantages`) and the loss of each token (`token_losses`)."
     drop_last = True # a round has `batch_size` prompts, at the end of the data too
@@ -136,6 +136,13 @@ class RolloutTrainer(RunTrainer, Trainer):
             raise
         return [s - self.settings.missing_end_penalty * (not ended) for s, ended in zip(scores, rollouts.finished)], parts
 
+    @contextlib.contextmanager
+    def phase(self, name: str):
+        "Note the seconds that a part of the round takes, as `seconds/NAME`; pauses stand still."
+        began = self.clock()
+        yield
+        self.figures[f"seconds/{name}"] = round(self.figures.get(f"seconds/{name}", 0.0) + self.clock() - began, 4)
+
     def hold(self) -> None:
         "Pause inside a round; an interrupt ends it here, where nothing has been changed yet. Several processes look between rounds only."
         if processes()[1] > 1 or time.monotonic() - getattr(self, "_looked", 0) < 0.2: return
@@ -151,7 +158,7 @@ def _columns(prompt: dict) -> dict:
 
 def _mean(values: list[float]) -> float: return sum(values) / len(values)
 
-# %% ../nbs/02d_rl.ipynb #2cf1637a
+# %% ../nbs/02d_rl.ipynb #2cf3263c
 @patch_to(RolloutTrainer)
 def scored(self, rows: list[dict], needs: set[str]) -> list[dict[str, Tensor]]: # of each completion, (T,) each
     "`logprobs`, `values` and `ref_logprobs` of every completion token, as far as they are among `needs`; without gradient."
@@ -173,13 +180,15 @@ def collect(self, prompts: list[dict], step: int) -> list[dict]: # one a complet
     rank, count = processes()
     n, chosen = self.settings.num_generations, range(rank, len(prompts), count)
     mine, places = [prompts[i] for i in chosen], [i * n + j for i in chosen for j in range(n)]
-    out = self.rollout(mine, places, step)
-    scores, parts = self.judge(mine, out)
+    with self.phase("rollout"): out = self.rollout(mine, places, step)
+    with self.phase("judge"): scores, parts = self.judge(mine, out)
     rows = [dict(prompt=p, completion=c, group=place // n) for p, c, place in zip(out.prompt_ids, out.completion_ids, places)]
-    tokens, both = self.scored(rows, self.needs()), {"logprobs", "ref_logprobs"}
-    watched = list(range(len(rows))) if both <= self.needs() else [i for i, place in enumerate(places) if place % 8 == 0]
-    seen = tokens if both <= self.needs() else dict(zip(watched, self.scored([rows[i] for i in watched], both) if watched else []))
-    kl = {i: (seen[i]["logprobs"] - seen[i]["ref_logprobs"]).sum().item() for i in watched}
+    both, watched = {"logprobs", "ref_logprobs"}, [i for i, place in enumerate(places) if place % 8 == 0]
+    with self.phase("score"):
+        tokens = self.scored(rows, self.needs())
+        if both <= self.needs(): seen = dict(enumerate(tokens))
+        else: seen = dict(zip(watched, self.scored([rows[i] for i in watched], both)))
+    kl = {i: (x["logprobs"] - x["ref_logprobs"]).sum().item() for i, x in seen.items()}
     return [dict(place=places[i], row=row, prompt=out.prompts[i][-1]["content"], completion=out.completions[i], reward=scores[i], parts={k: v[i] for k, v in parts.items()}, finished=out.finished[i],
                  kl=kl.get(i), tokens=tokens[i] | dict(rollout_logprobs=torch.tensor(out.logprobs[i]))) for i, row in enumerate(rows)]
 
@@ -198,7 +207,7 @@ def gather(self, prompts: list[dict], step: int) -> tuple[Round, dict]:
                    completion_length=lengths.float().mean().item())
     return batch, figures
 
-# %% ../nbs/02d_rl.ipynb #38c82640
+# %% ../nbs/02d_rl.ipynb #0a4354fb
 @patch_to(RolloutTrainer)
 def plans(self, rows: list[dict], step: int) -> list[list[int]]: # numbers of rows
     "The minibatches of a round, from a generator of its own."
@@ -244,13 +253,14 @@ def training_step(self, model, inputs, num_items_in_batch=None):
     "One round. All updates but the last make their own optimiser step; the trainer makes the last one."
     self.start_clock()
     model.eval() # dropout off, in the updates too
-    step = self.state.global_step
+    step, seen = self.state.global_step, []
+    self.figures = {}
     batch, figures = self.gather(inputs["rows"], step)
-    plans, seen = self.plans(batch.rows, step), []
-    for picked in plans:
-        if seen: self._clip_grad_norm(model); self.optimizer.step(); model.zero_grad()
-        seen.append(self.update(model, batch, picked))
-        if 0 < self.settings.target_kl < seen[-1]["update_kl"]: break # this was the last one
+    with self.phase("update"):
+        for picked in self.plans(batch.rows, step):
+            if seen: self._clip_grad_norm(model); self.optimizer.step(); model.zero_grad()
+            seen.append(self.update(model, batch, picked))
+            if 0 < self.settings.target_kl < seen[-1]["update_kl"]: break # this was the last one
     self.step_tokens = sum(len(row["prompt"]) + len(row["completion"]) for row in batch.rows)
     self.figures |= figures | {k: _mean([s[k] for s in seen]) for k in seen[0] if k not in ("loss", "update_kl")}
     if self.settings.target_kl: self.figures |= dict(updates=len(seen), update_kl=seen[-1]["update_kl"])
