@@ -6,10 +6,10 @@
 __all__ = ['LoraArgs', 'add_lora', 'count_trainable', 'Chat', 'TinyTrainerError', 'data_file', 'hardware', 'peak_memory',
            'read_json', 'seed_everything', 'write_json', 'load_examples', 'load_prompts', 'Evaluation', 'answer_table',
            'evaluate', 'score_table', 'load_model', 'model_preset', 'has_front_end', 'launch_panel', 'run_panel',
-           'settings_form', 'run_figure', 'story_figure', 'PPOArgs', 'ppo', 'PretrainArgs', 'new_model', 'pretrain',
-           'train_tokenizer', 'DataReport', 'data_report', 'exact_answer', 'find_reward', 'reference_overlap',
-           'GenerateArgs', 'Rollouts', 'generate', 'Run', 'save_merged', 'SFTArgs', 'encode_rows', 'sft',
-           'CORPUS_PROMPT']
+           'settings_form', 'run_figure', 'story_figure', 'PPOArgs', 'ppo', 'GRPOArgs', 'group_advantages', 'grpo',
+           'PretrainArgs', 'new_model', 'pretrain', 'train_tokenizer', 'DataReport', 'data_report', 'exact_answer',
+           'find_reward', 'reference_overlap', 'GenerateArgs', 'Rollouts', 'generate', 'stream', 'Run', 'save_merged',
+           'SFTArgs', 'encode_rows', 'sft', 'CORPUS_PROMPT']
 
 # %% ../nbs/99_all.ipynb #3d605bd3
 from .adapters import LoraArgs, add_lora, count_trainable
@@ -22,7 +22,7 @@ from .models import load_model, model_preset
 from .panels import has_front_end, launch_panel, run_panel, settings_form
 from .plots import run_figure, story_figure
 from .ppo import PPOArgs, ppo
-from .grpo import GRPOArgs, grpo
+from .grpo import GRPOArgs, group_advantages, grpo
 from .pretrain import PretrainArgs, new_model, pretrain, train_tokenizer
 from .reading import DataReport, data_report
 from .rewards import exact_answer, find_reward, reference_overlap
@@ -33,6 +33,6 @@ from .tinyworld import CORPUS_PROMPT
 
 _all_ = ["LoraArgs", "add_lora", "count_trainable", "Chat", "TinyTrainerError", "data_file", "hardware", "peak_memory", "read_json",
          "seed_everything", "write_json", "load_examples", "load_prompts", "Evaluation", "answer_table", "evaluate", "score_table", "load_model", "model_preset",
-         "has_front_end", "launch_panel", "run_panel", "settings_form", "run_figure", "story_figure", "PPOArgs", "ppo", "PretrainArgs", "new_model", "pretrain", "train_tokenizer", "DataReport", "data_report",
-         "exact_answer", "find_reward", "reference_overlap", "GenerateArgs", "Rollouts", "generate", "Run", "save_merged", "SFTArgs", "encode_rows",
+         "has_front_end", "launch_panel", "run_panel", "settings_form", "run_figure", "story_figure", "PPOArgs", "ppo", "GRPOArgs", "group_advantages", "grpo", "PretrainArgs", "new_model", "pretrain", "train_tokenizer", "DataReport", "data_report",
+         "exact_answer", "find_reward", "reference_overlap", "GenerateArgs", "Rollouts", "generate", "stream", "Run", "save_merged", "SFTArgs", "encode_rows",
          "sft", "CORPUS_PROMPT"] # what the star brings
