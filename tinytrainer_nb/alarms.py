@@ -26,7 +26,7 @@ def round_figures(
                 no_signal=sum(len({rewards[i] for i in group}) == 1 for group in groups) / len(groups),
                 unfinished=1 - sum(finished) / count)
 
-# %% ../nbs/01h_alarms.ipynb #11e1c057
+# %% ../nbs/01h_alarms.ipynb #bb938e0c
 ROUNDS = 5 # rounds that make "now", and as many that make "before"
 
 LIMITS = dict(length=2.5,          # times the first rounds' completion length, or as many times shorter
@@ -41,8 +41,8 @@ _SAY = dict(
     unfinished="{value:.0%} of the completions do not end by themselves: raise max_new_tokens, or add length=0.2 to the reward.",
     repetition="{value:.0%} of the completions' 4-grams are repetitions: raise kl_coef, or add repetition=0.2 to the reward.",
     kl="the policy is {value:.0f} nats a completion away from its reference, far enough to have forgotten what it knew: raise kl_coef, or lower learning_rate.",
-    identical="{value:.0%} of the completions equal another one of their prompt, so there is nothing to compare: raise temperature or kl_coef.",
-    no_signal="{value:.0%} of the prompts earn one and the same reward for all their completions and teach nothing: take prompts that are solved sometimes, raise num_generations, or let the reward tell answers apart.")
+    identical="{value:.0%} of the completions equal another one of their group, so there is nothing to compare: raise temperature or kl_coef.",
+    no_signal="{value:.0%} of the groups earn one and the same reward for all their completions and teach nothing: take prompts that are solved sometimes, raise num_generations, or let the reward tell answers apart.")
 
 @dataclass
 class Alarm:
