@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['LoraArgs', 'add_lora', 'count_trainable', 'Chat', 'TinyTrainerError', 'data_file', 'hardware', 'peak_memory',
            'read_json', 'seed_everything', 'write_json', 'load_examples', 'load_prompts', 'Evaluation', 'answer_table',
-           'evaluate', 'score_table', 'load_model', 'model_preset', 'has_front_end', 'launch_panel', 'run_panel',
-           'settings_form', 'run_figure', 'story_figure', 'PPOArgs', 'ppo', 'GRPOArgs', 'group_advantages', 'grpo',
-           'PretrainArgs', 'new_model', 'pretrain', 'train_tokenizer', 'DataReport', 'data_report', 'exact_answer',
-           'find_reward', 'reference_overlap', 'GenerateArgs', 'Rollouts', 'generate', 'stream', 'Run', 'save_merged',
-           'SFTArgs', 'encode_rows', 'sft', 'CORPUS_PROMPT']
+           'compare', 'evaluate', 'score_table', 'load_model', 'model_preset', 'has_front_end', 'launch_panel',
+           'run_panel', 'settings_form', 'run_figure', 'story_figure', 'PPOArgs', 'ppo', 'GRPOArgs', 'group_advantages',
+           'grpo', 'PretrainArgs', 'new_model', 'pretrain', 'train_tokenizer', 'DataReport', 'data_report', 'Reward',
+           'exact_answer', 'find_reward', 'flexible_answer', 'format_reward', 'length_reward', 'reference_overlap',
+           'repetition_reward', 'GenerateArgs', 'Rollouts', 'generate', 'stream', 'Run', 'save_merged', 'SFTArgs',
+           'encode_rows', 'sft', 'CORPUS_PROMPT']
 
-# %% ../nbs/99_all.ipynb #3d605bd3
+# %% ../nbs/99_all.ipynb #b4febece
 from .adapters import LoraArgs, add_lora, count_trainable
 from .chat import Chat
 from .core import TinyTrainerError, data_file, hardware, peak_memory, read_json, seed_everything, write_json
 from .data import load_examples, load_prompts
 from .export import save_merged
-from .evaluate import Evaluation, answer_table, evaluate, score_table
+from .evaluate import Evaluation, answer_table, compare, evaluate, score_table
 from .models import load_model, model_preset
 from .panels import has_front_end, launch_panel, run_panel, settings_form
 from .plots import run_figure, story_figure
@@ -25,14 +26,14 @@ from .ppo import PPOArgs, ppo
 from .grpo import GRPOArgs, group_advantages, grpo
 from .pretrain import PretrainArgs, new_model, pretrain, train_tokenizer
 from .reading import DataReport, data_report
-from .rewards import exact_answer, find_reward, reference_overlap
+from .rewards import Reward, exact_answer, find_reward, flexible_answer, format_reward, length_reward, reference_overlap, repetition_reward
 from .rollout import GenerateArgs, Rollouts, generate, stream
 from .run import Run
 from .sft import SFTArgs, encode_rows, sft
 from .tinyworld import CORPUS_PROMPT
 
 _all_ = ["LoraArgs", "add_lora", "count_trainable", "Chat", "TinyTrainerError", "data_file", "hardware", "peak_memory", "read_json",
-         "seed_everything", "write_json", "load_examples", "load_prompts", "Evaluation", "answer_table", "evaluate", "score_table", "load_model", "model_preset",
+         "seed_everything", "write_json", "load_examples", "load_prompts", "Evaluation", "answer_table", "compare", "evaluate", "score_table", "load_model", "model_preset",
          "has_front_end", "launch_panel", "run_panel", "settings_form", "run_figure", "story_figure", "PPOArgs", "ppo", "GRPOArgs", "group_advantages", "grpo", "PretrainArgs", "new_model", "pretrain", "train_tokenizer", "DataReport", "data_report",
-         "exact_answer", "find_reward", "reference_overlap", "GenerateArgs", "Rollouts", "generate", "stream", "Run", "save_merged", "SFTArgs", "encode_rows",
+         "Reward", "exact_answer", "find_reward", "flexible_answer", "format_reward", "length_reward", "reference_overlap", "repetition_reward", "GenerateArgs", "Rollouts", "generate", "stream", "Run", "save_merged", "SFTArgs", "encode_rows",
          "sft", "CORPUS_PROMPT"] # what the star brings

@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from . import __version__
 
-# %% ../nbs/04b_cli.ipynb #53147be3
+# %% ../nbs/04b_cli.ipynb #407dbff7
 def _near(word: str, known) -> str:
     "A question about the most similar known word, or nothing."
     found = difflib.get_close_matches(word, list(known), n=2, cutoff=0.6)
@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unknown flag {flag}.{suggestion(flag.replace('-', '_').replace('__', '--', 1), self._option_string_actions)}")
         return vars(given)
 
-# %% ../nbs/04b_cli.ipynb #0fada507
+# %% ../nbs/04b_cli.ipynb #a3626b12
 def add_settings(
     parser: Parser,
     cls: type,        # a `Settings` dataclass
@@ -65,7 +65,7 @@ def read_settings(cls: type, values: dict, prefix: str = ""):
     try: return cls(**{f.name: parse_value(f, v) if isinstance(v, str) else v for f, v in named.items()})
     except TinyTrainerError as e: raise TinyTrainerError(f"{prefix}{e}") from None
 
-# %% ../nbs/04b_cli.ipynb #24b05d27
+# %% ../nbs/04b_cli.ipynb #cd26a6c1
 def with_config(parser: Parser, given: dict) -> dict:
     "The values of `--config`, overwritten by the flags; an unknown name in the file is an error."
     from tinytrainer_nb.core import TinyTrainerError, read_json
@@ -106,7 +106,7 @@ def recipe_flags(recipe: str, parser: Parser) -> None:
     add_settings(parser, _settings_class(recipe), f"settings of {recipe}")
     if recipe != "pretrain": add_settings(parser, LoraArgs, "the adapter, if the base has none yet", prefix="lora_")
 
-# %% ../nbs/04b_cli.ipynb #da3036aa
+# %% ../nbs/04b_cli.ipynb #4de41d0e
 def _own(name: str) -> str:
     "Path of the project's own data."
     from tinytrainer_nb.core import data_file
@@ -116,7 +116,7 @@ def data_options(values: dict) -> dict:
     "`columns` and `split` for `load_examples`, as far as they were given."
     return {k: values[k] for k in ("columns", "split") if k in values}
 
-# %% ../nbs/04b_cli.ipynb #0d407cab
+# %% ../nbs/04b_cli.ipynb #3f1003d0
 def load_for_training(values: dict, args) -> tuple: # (model, tokenizer)
     "The base that the flags name, with an adapter: its own if it is a run's folder, else a fresh one."
     from tinytrainer_nb.adapters import LoraArgs, add_lora
@@ -178,7 +178,7 @@ def _pretrain(values: dict, args):
     texts = read_texts(values.get("data", "tinyworld"), **data_options(values))
     return pretrain(*load_for_pretraining(values, args, texts), texts, args)
 
-# %% ../nbs/04b_cli.ipynb #8c1b216c
+# %% ../nbs/04b_cli.ipynb #e5ba22a7
 def report(run) -> None:
     "Say how a run ended and where everything is."
     from tinytrainer_nb.watch import summary_line
@@ -212,7 +212,7 @@ def train_command(recipe: str, parser: Parser, given: dict) -> int:
         return 130
     return 0
 
-# %% ../nbs/04b_cli.ipynb #11c56bb1
+# %% ../nbs/04b_cli.ipynb #5c9549c3
 def _resume_flags(parser: Parser) -> None:
     parser.add_argument("folder", metavar="DIR", help="a run's folder")
     parser.add_argument("--reward", help="of PPO: needed again if it was file.py:function or a function")
@@ -229,7 +229,7 @@ def resume_command(parser: Parser, given: dict) -> int:
     except KeyboardInterrupt: print(f"\ninterrupted: {run.how_to_resume()} goes on.", file=sys.stderr); return 130
     return 0
 
-# %% ../nbs/04b_cli.ipynb #4f3cccea
+# %% ../nbs/04b_cli.ipynb #9fe5dda0
 def _count(text: str) -> int:
     "A number of things, for argparse."
     if not text.isdecimal(): raise argparse.ArgumentTypeError(f"{text!r} must be a whole number at least 0")
@@ -238,10 +238,10 @@ def _count(text: str) -> int:
 def _evaluate_flags(parser: Parser) -> None:
     _add_loading(parser, "heldout.jsonl")
     parser.add_argument("--quantization", help="of the base's weights: auto, nf4, int8 or none (default auto)")
-    parser.add_argument("--task", help="loss, or a reward: exact_answer, reference_overlap, file.py:function (default exact_answer)")
+    parser.add_argument("--task", help="loss, or a reward: exact_answer, flexible_answer, reference_overlap, length, format, repetition, file.py:function (default exact_answer)")
     parser.add_argument("--limit", type=_count, metavar="N", help="only the first N rows (default 0: all)")
     parser.add_argument("--max_new_tokens", type=int, metavar="N", help="longest answer (default 256 tokens)")
-    parser.add_argument("--json", action="store_true", help="one line of JSON: task, score, n")
+    parser.add_argument("--json", action="store_true", help="one line of JSON: task, score, n; of a reward its 95 %% interval and the other parts, too")
 
 def evaluate_command(parser: Parser, given: dict) -> int:
     "Score a model."
@@ -252,8 +252,8 @@ def evaluate_command(parser: Parser, given: dict) -> int:
     data, task = load_examples(given.get("data") or _own("heldout.jsonl"), **data_options(given)), given.get("task", "exact_answer")
     if task != "loss": find_reward(task) # a misspelled one is told before anything is loaded
     model, tokenizer = load_model(given.get("base", "tiny"), given.get("quantization", "auto"), given.get("dtype", "auto"), verbose=not given.get("json"))
-    found = evaluate(model, tokenizer, data, task, **{k: given[k] for k in ("limit", "max_new_tokens") if k in given}).to_dict()
-    print(json.dumps(found) if given.get("json") else f"{found['task']}: {found['score']:.4f} over {found['n']} rows")
+    found = evaluate(model, tokenizer, data, task, **{k: given[k] for k in ("limit", "max_new_tokens") if k in given})
+    print(json.dumps(found.to_dict()) if given.get("json") else found)
     return 0
 
 # %% ../nbs/04b_cli.ipynb #e05ec530
@@ -272,7 +272,7 @@ def chat_command(parser: Parser, given: dict) -> int:
     chat_loop(model, tokenizer, **{k: given[k] for k in ("system", "temperature", "max_new_tokens") if k in given})
     return 0
 
-# %% ../nbs/04b_cli.ipynb #e7497dc0
+# %% ../nbs/04b_cli.ipynb #b13990e7
 def _out_flag(parser: Parser, default: str) -> None:
     parser.add_argument("--out", metavar="DIR", help=f"folder for the executed notebook and its runs (default {default}; if it exists, a new one beside it)")
 
@@ -350,7 +350,7 @@ def quiet_bars() -> None:
     from transformers.utils import logging as transformers_logging
     transformers_logging.disable_progress_bar(); enable_progress_bars()
 
-# %% ../nbs/04b_cli.ipynb #a2c6de84
+# %% ../nbs/04b_cli.ipynb #af72bf03
 def main(
     argv: list[str] | None = None, # None: what the shell gave
 ) -> int:                          # exit status

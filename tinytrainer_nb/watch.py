@@ -36,7 +36,7 @@ def run_line(run: Run) -> str:
     rest = "paused" if run.status == "paused" else "" if left is None else f"{duration(left)} left"
     return f"{run.info['recipe']}  step {last['step']}/{run.info['settings']['max_steps']}  {figures}  {rest}".rstrip()
 
-# %% ../nbs/03c_watch.ipynb #7110ca36
+# %% ../nbs/03c_watch.ipynb #a92537c3
 def _one_line(text: str, width: int) -> str:
     "`text` without line breaks, at most `width` characters."
     return textwrap.shorten(" ".join(str(text).split()), width, placeholder=" ...")
@@ -55,7 +55,7 @@ def summary_line(run: Run) -> str:
     return f"{s['recipe']} {s['status']}: {s['steps']} step{'s' * (s['steps'] != 1)}, {change}{duration(s['seconds'])}, {speed}{s['peak_memory_gb']:.2f} GiB"
 
 def news(run: Run, since: float) -> list[str]:
-    "Lines to keep about what happened after the time `since`: evaluations, one sample a step, the end."
+    "Lines to keep about what happened after the time `since`: evaluations, alarms, one sample a step, the end."
     lines, sampled = [], set()
     for e in run.events:
         if e["time"] <= since: continue
@@ -63,6 +63,7 @@ def news(run: Run, since: float) -> list[str]:
         if e["kind"] == "evaluation":
             scores = {k: v for k, v in e.items() if k not in ("time", "step", "kind") and isinstance(v, float)}
             lines.append(f"  step {e['step']}: held-out " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+        if e["kind"] == "alarm": lines.append(f"  step {e['step']}: alarm, {e['message']}")
         if e["kind"] == "status" and e["value"] in ("finished", "stopped") and run.summary: lines.append(summary_line(run))
     return lines
 
