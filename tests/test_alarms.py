@@ -205,5 +205,6 @@ def test_a_planted_reward_rings_in_a_real_run(tmp_path):
     def letter_e(prompt, completion): return 10 * completion.count("e") / max(1, len(completion))
     model, tokenizer = load_model("tiny", quantization="none", verbose=False)
     run = ppo(add_lora(model, LoraArgs(r=16)), tokenizer, load_prompts(data_file("rl.jsonl")), letter_e, PPOArgs(out=str(tmp_path / "e"), **args))
-    assert "kl" in [name for _, name in told(rounds(run.events))]
+    rung = [(e["step"], e["name"]) for e in run.events if e["kind"] == "alarm"]
+    assert "kl" in [name for _, name in rung] and rung == told(rounds(run.events))
     assert run.history("reward")[1][-1] > 1.5 * run.history("reward")[1][0]

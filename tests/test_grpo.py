@@ -106,12 +106,14 @@ def test_the_reference_is_the_base_when_the_adapter_is_fresh_and_the_policy_othe
 
 
 def test_all_groups_idle(tmp_path):
-    "A constant reward: no gradient, nothing moves, and the run goes on"
+    "A constant reward: no gradient, nothing moves, the run goes on, and an alarm says so once it is no accident"
     model, tokenizer = policy()
     before = {n: p.detach().clone() for n, p in trainable(model).items()}
-    run = grpo(model, tokenizer, PROMPTS, lambda prompt, completion, **row: 1.0, small(tmp_path / "grpo", max_steps=2))
+    run = grpo(model, tokenizer, PROMPTS, lambda prompt, completion, **row: 1.0, small(tmp_path / "grpo", max_steps=6, max_new_tokens=6))
     assert all(torch.equal(before[n], p) for n, p in trainable(model).items()) and run.status == "finished"
-    assert [e["grad_norm"] for e in run.events if e["kind"] == "metrics"] == [0, 0]
+    assert [e["grad_norm"] for e in run.events if e["kind"] == "metrics"] == [0] * 6
+    rung = {e["name"]: e for e in run.events if e["kind"] == "alarm"}
+    assert rung["no_signal"]["step"] == 5 and "raise num_generations" in rung["no_signal"]["message"]
 
 
 def test_a_tree_is_its_rows(tmp_path):

@@ -6,13 +6,14 @@
 __all__ = ['RolloutArgs', 'policy_loss', 'kl_estimate', 'Policy', 'Round', 'RolloutTrainer', 'prepare_rounds', 'held_out',
            'start_rounds', 'resume_rounds']
 
-# %% ../nbs/02d_rl.ipynb #180f283e
+# %% ../nbs/02d_rl.ipynb #2eb3aa27
 import contextlib, hashlib, json, time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from .adapters import freeze_reference, using_adapters
+from .alarms import new_alarms, round_figures, rounds
 from .core import DTYPES, TinyTrainerError, gathered, mix_seed, processes, read_json, seed_everything, write_json
 from .data import load_prompts
 from .fast import Decoder, choose_forms, token_logprobs
@@ -158,7 +159,7 @@ def _columns(prompt: dict) -> dict:
 
 def _mean(values: list[float]) -> float: return sum(values) / len(values)
 
-# %% ../nbs/02d_rl.ipynb #2cf3263c
+# %% ../nbs/02d_rl.ipynb #35dfce96
 @patch_to(RolloutTrainer)
 def scored(self, rows: list[dict], needs: set[str]) -> list[dict[str, Tensor]]: # of each completion, (T,) each
     "`logprobs`, `values` and `ref_logprobs` of every completion token, as far as they are among `needs`; without gradient."
@@ -202,9 +203,9 @@ def gather(self, prompts: list[dict], step: int) -> tuple[Round, dict]:
     mask = (torch.arange(int(lengths.max()), device=device) < lengths[:, None]).float()
     batch = Round([c["row"] | dict(index=i) for i, c in enumerate(found)], mask, torch.tensor(scores, device=device), **padded)
     self.advantages(batch)
-    self.round = [{k: c[k] for k in ("prompt", "completion", "reward", "finished")} for c in found]
+    self.round = [{k: c[k] for k in ("prompt", "completion", "reward")} for c in found]
     figures = dict(reward=_mean(scores), **{f"reward/{k}": _mean([c["parts"][k] for c in found]) for k in found[0]["parts"]}, kl=_mean([c["kl"] for c in found if c["kl"] is not None]),
-                   completion_length=lengths.float().mean().item())
+                   completion_length=lengths.float().mean().item(), **round_figures([c["row"]["completion"] for c in found], scores, [c["finished"] for c in found], self.settings.num_generations))
     return batch, figures
 
 # %% ../nbs/02d_rl.ipynb #0a4354fb
@@ -266,11 +267,18 @@ def training_step(self, model, inputs, num_items_in_batch=None):
     if self.settings.target_kl: self.figures |= dict(updates=len(seen), update_kl=seen[-1]["update_kl"])
     return torch.tensor(_mean([s["loss"] for s in seen]), device=self.args.device)
 
-# %% ../nbs/02d_rl.ipynb #99d8d70c
+# %% ../nbs/02d_rl.ipynb #675aed89
 @patch_to(RolloutTrainer)
 def sample(self) -> None:
     "The last round's first completions, with their rewards."
-    for row in self.round[:: self.settings.num_generations][:4]: self.run.log("sample", self.state.global_step, **{k: row[k] for k in ("prompt", "completion", "reward")})
+    for row in self.round[:: self.settings.num_generations][:4]: self.run.log("sample", self.state.global_step, **row)
+
+@patch_to(RolloutTrainer)
+def log(self, logs: dict, start_time=None) -> None:
+    "A round's figures, and the alarms that they raise: pure functions of the journal, so a resumed run raises the same ones."
+    super(RolloutTrainer, self).log(logs, start_time)
+    if "loss" not in logs or not self.run.leads: return
+    for alarm in new_alarms(rounds(self.run.events), watched=self.reward.watched): self.run.log("alarm", self.state.global_step, **asdict(alarm))
 
 @patch_to(RolloutTrainer)
 def headline(self, logs: dict) -> str: return f"reward {self.figures['reward']:.2f}, KL {self.figures['kl']:.2f}"
@@ -280,8 +288,8 @@ def heldout(self) -> tuple[dict, float]:
     "Mean reward of greedy answers to held-out prompts."
     args = GenerateArgs(max_new_tokens=self.settings.max_new_tokens, temperature=0.0)
     rollouts = generate(self.model.policy, self.tokenizer, [p["messages"] for p in self.heldout_prompts], args, quiet=True, decoder=self.decoder)
-    reward = _mean(self.reward([p[-1]["content"] for p in rollouts.prompts], rollouts.completions, [_columns(p) for p in self.heldout_prompts])[0])
-    return dict(reward=reward), reward
+    scores, parts = self.reward([p[-1]["content"] for p in rollouts.prompts], rollouts.completions, [_columns(p) for p in self.heldout_prompts])
+    return dict(reward=_mean(scores)) | {f"reward/{k}": _mean(v) for k, v in parts.items()}, _mean(scores)
 
 @patch_to(RolloutTrainer)
 def save_result(self) -> None:
