@@ -6,12 +6,12 @@
 __all__ = ['LoraArgs', 'add_lora', 'count_trainable', 'Chat', 'TinyTrainerError', 'data_file', 'hardware', 'peak_memory',
            'read_json', 'seed_everything', 'write_json', 'load_examples', 'load_prompts', 'Evaluation', 'answer_table',
            'evaluate', 'score_table', 'load_model', 'model_preset', 'has_front_end', 'launch_panel', 'run_panel',
-           'settings_form', 'run_figure', 'story_figure', 'PPOArgs', 'ppo', 'PretrainArgs', 'new_model', 'pretrain',
-           'train_tokenizer', 'DataReport', 'data_report', 'exact_answer', 'find_reward', 'reference_overlap',
-           'GenerateArgs', 'Rollouts', 'generate', 'Run', 'save_merged', 'SFTArgs', 'encode_rows', 'sft',
-           'CORPUS_PROMPT']
+           'settings_form', 'run_figure', 'story_figure', 'PPOArgs', 'ppo', 'DPOArgs', 'RewardModelArgs', 'dpo',
+           'model_reward', 'reward_model', 'sample_pairs', 'PretrainArgs', 'new_model', 'pretrain', 'train_tokenizer',
+           'DataReport', 'data_report', 'exact_answer', 'find_reward', 'reference_overlap', 'GenerateArgs', 'Rollouts',
+           'generate', 'Run', 'save_merged', 'SFTArgs', 'encode_rows', 'sft', 'CORPUS_PROMPT']
 
-# %% ../nbs/99_all.ipynb #3d605bd3
+# %% ../nbs/99_all.ipynb #d9b956f0
 from .adapters import LoraArgs, add_lora, count_trainable
 from .chat import Chat
 from .core import TinyTrainerError, data_file, hardware, peak_memory, read_json, seed_everything, write_json
@@ -22,6 +22,7 @@ from .models import load_model, model_preset
 from .panels import has_front_end, launch_panel, run_panel, settings_form
 from .plots import run_figure, story_figure
 from .ppo import PPOArgs, ppo
+from .preference import DPOArgs, RewardModelArgs, dpo, model_reward, reward_model, sample_pairs
 from .pretrain import PretrainArgs, new_model, pretrain, train_tokenizer
 from .reading import DataReport, data_report
 from .rewards import exact_answer, find_reward, reference_overlap
@@ -32,6 +33,6 @@ from .tinyworld import CORPUS_PROMPT
 
 _all_ = ["LoraArgs", "add_lora", "count_trainable", "Chat", "TinyTrainerError", "data_file", "hardware", "peak_memory", "read_json",
          "seed_everything", "write_json", "load_examples", "load_prompts", "Evaluation", "answer_table", "evaluate", "score_table", "load_model", "model_preset",
-         "has_front_end", "launch_panel", "run_panel", "settings_form", "run_figure", "story_figure", "PPOArgs", "ppo", "PretrainArgs", "new_model", "pretrain", "train_tokenizer", "DataReport", "data_report",
+         "has_front_end", "launch_panel", "run_panel", "settings_form", "run_figure", "story_figure", "PPOArgs", "ppo", "DPOArgs", "RewardModelArgs", "dpo", "model_reward", "reward_model", "sample_pairs", "PretrainArgs", "new_model", "pretrain", "train_tokenizer", "DataReport", "data_report",
          "exact_answer", "find_reward", "reference_overlap", "GenerateArgs", "Rollouts", "generate", "Run", "save_merged", "SFTArgs", "encode_rows",
          "sft", "CORPUS_PROMPT"] # what the star brings

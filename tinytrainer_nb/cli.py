@@ -7,13 +7,13 @@ __all__ = ['RECIPES', 'COMMANDS', 'Parser', 'add_settings', 'read_settings', 'wi
            'load_for_training', 'read_texts', 'load_for_pretraining', 'report', 'train_command', 'resume_command',
            'evaluate_command', 'chat_command', 'notebook_command', 'quiet_libraries', 'quiet_bars', 'main']
 
-# %% ../nbs/04b_cli.ipynb #beed9f99
-import argparse, contextlib, difflib, importlib, json, logging, os, sys, warnings
+# %% ../nbs/04b_cli.ipynb #6dbdfd67
+import argparse, contextlib, difflib, json, logging, os, sys, warnings
 from dataclasses import fields
 from pathlib import Path
 from . import __version__
 
-# %% ../nbs/04b_cli.ipynb #53147be3
+# %% ../nbs/04b_cli.ipynb #407dbff7
 def _near(word: str, known) -> str:
     "A question about the most similar known word, or nothing."
     found = difflib.get_close_matches(word, list(known), n=2, cutoff=0.6)
@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unknown flag {flag}.{suggestion(flag.replace('-', '_').replace('__', '--', 1), self._option_string_actions)}")
         return vars(given)
 
-# %% ../nbs/04b_cli.ipynb #0fada507
+# %% ../nbs/04b_cli.ipynb #a3626b12
 def add_settings(
     parser: Parser,
     cls: type,        # a `Settings` dataclass
@@ -65,7 +65,7 @@ def read_settings(cls: type, values: dict, prefix: str = ""):
     try: return cls(**{f.name: parse_value(f, v) if isinstance(v, str) else v for f, v in named.items()})
     except TinyTrainerError as e: raise TinyTrainerError(f"{prefix}{e}") from None
 
-# %% ../nbs/04b_cli.ipynb #24b05d27
+# %% ../nbs/04b_cli.ipynb #cd26a6c1
 def with_config(parser: Parser, given: dict) -> dict:
     "The values of `--config`, overwritten by the flags; an unknown name in the file is an error."
     from tinytrainer_nb.core import TinyTrainerError, read_json
@@ -78,19 +78,23 @@ def with_config(parser: Parser, given: dict) -> dict:
         if name not in known: raise TinyTrainerError(f"{given['config']}: unknown setting {name}.{suggestion(name, known)} Known: {', '.join(sorted(known))}.")
     return values | given
 
-# %% ../nbs/04b_cli.ipynb #564760a0
-RECIPES = { # command: settings, data if nobody says otherwise, in a sentence
+# %% ../nbs/04b_cli.ipynb #041016c0
+RECIPES = { # command: settings, data if nobody says otherwise (nothing: it must be said), in a sentence
     "sft": ("SFTArgs", "sft.jsonl", "Fine-tune an adapter on conversations, instructions or text."),
     "ppo": ("PPOArgs", "rl.jsonl", "Improve an adapter by a reward, with PPO."),
+    "dpo": ("DPOArgs", "", "Teach an adapter which of two answers is better, with DPO."),
     "pretrain": ("PretrainArgs", "tinyworld", "Train all weights on plain text, of a loaded model or of a new one."),
 }
 
-def _settings_class(recipe: str) -> type: return getattr(importlib.import_module(f"tinytrainer_nb.{recipe}"), RECIPES[recipe][0])
+def _settings_class(recipe: str) -> type:
+    from tinytrainer_nb.run import recipe_module
+    return getattr(recipe_module(recipe), RECIPES[recipe][0])
 
 def _add_loading(parser, data: str, more: str = "") -> None:
     "Flags that say what to load."
     parser.add_argument("--base", help=f"tiny (the embedded base), {more}a model's folder, a run's folder, a Hub id (default tiny)")
-    parser.add_argument("--data", help=f"a file, a folder of texts, a Hub data set (default the project's own {data})")
+    unsaid = f"default the project's own {data}" if data else "must be named"
+    parser.add_argument("--data", help=f"a file, a folder of texts, a Hub data set ({unsaid})")
     parser.add_argument("--columns", metavar="NEW=OLD,...", help="the data's names for our columns, such as prompt=question,completion=answer; or a mapping's name, such as arc")
     parser.add_argument("--split", help="of a Hub data set, such as test or train[:1000] (default train)")
     parser.add_argument("--dtype", help="what products are computed in: auto, bf16, fp16 or fp32 (default auto)")
@@ -106,7 +110,7 @@ def recipe_flags(recipe: str, parser: Parser) -> None:
     add_settings(parser, _settings_class(recipe), f"settings of {recipe}")
     if recipe != "pretrain": add_settings(parser, LoraArgs, "the adapter, if the base has none yet", prefix="lora_")
 
-# %% ../nbs/04b_cli.ipynb #da3036aa
+# %% ../nbs/04b_cli.ipynb #4de41d0e
 def _own(name: str) -> str:
     "Path of the project's own data."
     from tinytrainer_nb.core import data_file
@@ -116,7 +120,7 @@ def data_options(values: dict) -> dict:
     "`columns` and `split` for `load_examples`, as far as they were given."
     return {k: values[k] for k in ("columns", "split") if k in values}
 
-# %% ../nbs/04b_cli.ipynb #0d407cab
+# %% ../nbs/04b_cli.ipynb #19ecd679
 def load_for_training(values: dict, args) -> tuple: # (model, tokenizer)
     "The base that the flags name, with an adapter: its own if it is a run's folder, else a fresh one."
     from tinytrainer_nb.adapters import LoraArgs, add_lora
@@ -134,6 +138,14 @@ def _sft(values: dict, args):
     from tinytrainer_nb.sft import sft
     examples = load_examples(values.get("data") or _own("sft.jsonl"), **data_options(values))
     return sft(*load_for_training(values, args), examples, args)
+
+def _dpo(values: dict, args):
+    from tinytrainer_nb.core import TinyTrainerError
+    from tinytrainer_nb.data import load_examples
+    from tinytrainer_nb.preference import dpo
+    if not values.get("data"): raise TinyTrainerError("dpo learns from pairs of answers: name a file of them with --data. Its columns are prompt (or a conversation), chosen and rejected.")
+    examples = load_examples(values["data"], **data_options(values))
+    return dpo(*load_for_training(values, args), examples, args)
 
 def _ppo(values: dict, args):
     from tinytrainer_nb.data import load_prompts
@@ -178,7 +190,7 @@ def _pretrain(values: dict, args):
     texts = read_texts(values.get("data", "tinyworld"), **data_options(values))
     return pretrain(*load_for_pretraining(values, args, texts), texts, args)
 
-# %% ../nbs/04b_cli.ipynb #8c1b216c
+# %% ../nbs/04b_cli.ipynb #788833c8
 def report(run) -> None:
     "Say how a run ended and where everything is."
     from tinytrainer_nb.watch import summary_line
@@ -202,7 +214,7 @@ def train_command(recipe: str, parser: Parser, given: dict) -> int:
     values = with_config(parser, given)
     args = read_settings(_settings_class(recipe), values)
     if Path(args.out).is_file(): raise TinyTrainerError(f"{args.out}: is a file, so no run can be made there. Choose another --out.")
-    try: report({"sft": _sft, "ppo": _ppo, "pretrain": _pretrain}[recipe](values, args))
+    try: report({"sft": _sft, "ppo": _ppo, "dpo": _dpo, "pretrain": _pretrain}[recipe](values, args))
     except TinyTrainerError as e:
         run = _begun_here(Path(args.out))
         raise TinyTrainerError(f"{e} The run so far is {run.folder}: {run.how_to_resume()} goes on with it.") if run else e from None
@@ -212,7 +224,7 @@ def train_command(recipe: str, parser: Parser, given: dict) -> int:
         return 130
     return 0
 
-# %% ../nbs/04b_cli.ipynb #11c56bb1
+# %% ../nbs/04b_cli.ipynb #5c9549c3
 def _resume_flags(parser: Parser) -> None:
     parser.add_argument("folder", metavar="DIR", help="a run's folder")
     parser.add_argument("--reward", help="of PPO: needed again if it was file.py:function or a function")
@@ -229,7 +241,7 @@ def resume_command(parser: Parser, given: dict) -> int:
     except KeyboardInterrupt: print(f"\ninterrupted: {run.how_to_resume()} goes on.", file=sys.stderr); return 130
     return 0
 
-# %% ../nbs/04b_cli.ipynb #4f3cccea
+# %% ../nbs/04b_cli.ipynb #3d97b370
 def _count(text: str) -> int:
     "A number of things, for argparse."
     if not text.isdecimal(): raise argparse.ArgumentTypeError(f"{text!r} must be a whole number at least 0")
@@ -272,7 +284,7 @@ def chat_command(parser: Parser, given: dict) -> int:
     chat_loop(model, tokenizer, **{k: given[k] for k in ("system", "temperature", "max_new_tokens") if k in given})
     return 0
 
-# %% ../nbs/04b_cli.ipynb #e7497dc0
+# %% ../nbs/04b_cli.ipynb #b13990e7
 def _out_flag(parser: Parser, default: str) -> None:
     parser.add_argument("--out", metavar="DIR", help=f"folder for the executed notebook and its runs (default {default}; if it exists, a new one beside it)")
 
@@ -350,7 +362,7 @@ def quiet_bars() -> None:
     from transformers.utils import logging as transformers_logging
     transformers_logging.disable_progress_bar(); enable_progress_bars()
 
-# %% ../nbs/04b_cli.ipynb #a2c6de84
+# %% ../nbs/04b_cli.ipynb #af72bf03
 def main(
     argv: list[str] | None = None, # None: what the shell gave
 ) -> int:                          # exit status

@@ -10,7 +10,7 @@ __all__ = ['PANELS', 'COLOURS', 'STYLES', 'Picture', 'wanted_panels', 'smooth', 
 import base64, html, io
 from matplotlib.figure import Figure
 
-# %% ../nbs/03a_plots.ipynb #409628d8
+# %% ../nbs/03a_plots.ipynb #624abce2
 PANELS = { # title: (figures, axis label)
     "loss": (("loss",), "loss (nats a token)"),
     "reward": (("reward",), "mean reward"),
@@ -18,6 +18,10 @@ PANELS = { # title: (figures, axis label)
     "value loss": (("value_loss",), "value loss"),
     "length": (("completion_length",), "tokens a completion"),
     "learning rate": (("learning_rate",), "learning rate"),
+    "loss of a pair": (("loss",), "loss (nats a pair)"),
+    "accuracy": (("accuracy",), "share of pairs told apart"),
+    "chosen": (("chosen_reward",), "reward of the better answer"),
+    "rejected": (("rejected_reward",), "reward of the worse answer"),
 }
 COLOURS = ("#0b5fa5", "#c2410c", "#15803d", "#7e22ce") # told apart in grey, too, with the line styles
 STYLES = ("-", "--", "-.", ":")
@@ -35,6 +39,7 @@ def wanted_panels(run) -> list[str]:
     "Titles of the panels a run has figures for."
     names = {name for e in run.events if e["kind"] == "metrics" for name, value in e.items() if value is not None}
     if "reward" in names: return [t for t in ("reward", "KL", "value loss", "length") if PANELS[t][0][0] in names]
+    if "accuracy" in names: return ["loss of a pair", "accuracy", "chosen", "rejected"]
     return [t for t in ("loss", "learning rate") if PANELS[t][0][0] in names]
 
 def smooth(values: list[float], window: int) -> list[float]:
