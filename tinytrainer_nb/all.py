@@ -7,10 +7,11 @@ __all__ = ['LoraArgs', 'add_lora', 'count_trainable', 'Chat', 'TinyTrainerError'
            'read_json', 'seed_everything', 'write_json', 'load_examples', 'load_prompts', 'Evaluation', 'answer_table',
            'compare', 'evaluate', 'score_table', 'load_model', 'model_preset', 'has_front_end', 'launch_panel',
            'run_panel', 'settings_form', 'run_figure', 'story_figure', 'PPOArgs', 'ppo', 'GRPOArgs', 'group_advantages',
-           'grpo', 'PretrainArgs', 'new_model', 'pretrain', 'train_tokenizer', 'DataReport', 'data_report', 'Reward',
-           'exact_answer', 'find_reward', 'flexible_answer', 'format_reward', 'length_reward', 'reference_overlap',
-           'repetition_reward', 'GenerateArgs', 'Rollouts', 'generate', 'stream', 'Run', 'save_merged', 'SFTArgs',
-           'encode_rows', 'sft', 'CORPUS_PROMPT']
+           'grpo', 'DPOArgs', 'RewardModelArgs', 'dpo', 'model_reward', 'reward_model', 'sample_pairs', 'PretrainArgs',
+           'new_model', 'pretrain', 'train_tokenizer', 'DataReport', 'data_report', 'Reward', 'exact_answer',
+           'find_reward', 'flexible_answer', 'format_reward', 'length_reward', 'reference_overlap', 'repetition_reward',
+           'GenerateArgs', 'Rollouts', 'generate', 'stream', 'Run', 'save_merged', 'SFTArgs', 'encode_rows', 'sft',
+           'CORPUS_PROMPT']
 
 # %% ../nbs/99_all.ipynb #b4febece
 from .adapters import LoraArgs, add_lora, count_trainable
@@ -24,6 +25,7 @@ from .panels import has_front_end, launch_panel, run_panel, settings_form
 from .plots import run_figure, story_figure
 from .ppo import PPOArgs, ppo
 from .grpo import GRPOArgs, group_advantages, grpo
+from .preference import DPOArgs, RewardModelArgs, dpo, model_reward, reward_model, sample_pairs
 from .pretrain import PretrainArgs, new_model, pretrain, train_tokenizer
 from .reading import DataReport, data_report
 from .rewards import Reward, exact_answer, find_reward, flexible_answer, format_reward, length_reward, reference_overlap, repetition_reward
@@ -34,6 +36,6 @@ from .tinyworld import CORPUS_PROMPT
 
 _all_ = ["LoraArgs", "add_lora", "count_trainable", "Chat", "TinyTrainerError", "data_file", "hardware", "peak_memory", "read_json",
          "seed_everything", "write_json", "load_examples", "load_prompts", "Evaluation", "answer_table", "compare", "evaluate", "score_table", "load_model", "model_preset",
-         "has_front_end", "launch_panel", "run_panel", "settings_form", "run_figure", "story_figure", "PPOArgs", "ppo", "GRPOArgs", "group_advantages", "grpo", "PretrainArgs", "new_model", "pretrain", "train_tokenizer", "DataReport", "data_report",
+         "has_front_end", "launch_panel", "run_panel", "settings_form", "run_figure", "story_figure", "PPOArgs", "ppo", "GRPOArgs", "group_advantages", "grpo", "DPOArgs", "RewardModelArgs", "dpo", "model_reward", "reward_model", "sample_pairs", "PretrainArgs", "new_model", "pretrain", "train_tokenizer", "DataReport", "data_report",
          "Reward", "exact_answer", "find_reward", "flexible_answer", "format_reward", "length_reward", "reference_overlap", "repetition_reward", "GenerateArgs", "Rollouts", "generate", "stream", "Run", "save_merged", "SFTArgs", "encode_rows",
          "sft", "CORPUS_PROMPT"] # what the star brings

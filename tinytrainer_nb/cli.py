@@ -7,8 +7,8 @@ __all__ = ['RECIPES', 'COMMANDS', 'Parser', 'add_settings', 'read_settings', 'wi
            'load_for_training', 'read_texts', 'load_for_pretraining', 'report', 'train_command', 'resume_command',
            'evaluate_command', 'chat_command', 'notebook_command', 'quiet_libraries', 'quiet_bars', 'main']
 
-# %% ../nbs/04b_cli.ipynb #beed9f99
-import argparse, contextlib, difflib, importlib, json, logging, os, sys, warnings
+# %% ../nbs/04b_cli.ipynb #6dbdfd67
+import argparse, contextlib, difflib, json, logging, os, sys, warnings
 from dataclasses import fields
 from pathlib import Path
 from . import __version__
@@ -78,19 +78,24 @@ def with_config(parser: Parser, given: dict) -> dict:
         if name not in known: raise TinyTrainerError(f"{given['config']}: unknown setting {name}.{suggestion(name, known)} Known: {', '.join(sorted(known))}.")
     return values | given
 
-# %% ../nbs/04b_cli.ipynb #564760a0
-RECIPES = { # command: settings, data if nobody says otherwise, in a sentence
+# %% ../nbs/04b_cli.ipynb #ab7ed466
+RECIPES = { # command: settings, data if nobody says otherwise (nothing: it must be said), in a sentence
     "sft": ("SFTArgs", "sft.jsonl", "Fine-tune an adapter on conversations, instructions or text."),
     "ppo": ("PPOArgs", "rl.jsonl", "Improve an adapter by a reward, with PPO."),
+    "grpo": ("GRPOArgs", "rl.jsonl", "Improve an adapter by a reward, with GRPO: the answers to a question are compared with each other."),
+    "dpo": ("DPOArgs", "", "Teach an adapter which of two answers is better, with DPO."),
     "pretrain": ("PretrainArgs", "tinyworld", "Train all weights on plain text, of a loaded model or of a new one."),
 }
 
-def _settings_class(recipe: str) -> type: return getattr(importlib.import_module(f"tinytrainer_nb.{recipe}"), RECIPES[recipe][0])
+def _settings_class(recipe: str) -> type:
+    from tinytrainer_nb.run import recipe_module
+    return getattr(recipe_module(recipe), RECIPES[recipe][0])
 
 def _add_loading(parser, data: str, more: str = "") -> None:
     "Flags that say what to load."
     parser.add_argument("--base", help=f"tiny (the embedded base), {more}a model's folder, a run's folder, a Hub id (default tiny)")
-    parser.add_argument("--data", help=f"a file, a folder of texts, a Hub data set (default the project's own {data})")
+    unsaid = f"default the project's own {data}" if data else "must be named"
+    parser.add_argument("--data", help=f"a file, a folder of texts, a Hub data set ({unsaid})")
     parser.add_argument("--columns", metavar="NEW=OLD,...", help="the data's names for our columns, such as prompt=question,completion=answer; or a mapping's name, such as arc")
     parser.add_argument("--split", help="of a Hub data set, such as test or train[:1000] (default train)")
     parser.add_argument("--dtype", help="what products are computed in: auto, bf16, fp16 or fp32 (default auto)")
@@ -102,7 +107,7 @@ def recipe_flags(recipe: str, parser: Parser) -> None:
     _add_loading(parser, RECIPES[recipe][1], "new:tiny (an untrained model), " if recipe == "pretrain" else "")
     parser.add_argument("--config", metavar="FILE", help="JSON file of values by flag name; flags win over it")
     if recipe != "pretrain": parser.add_argument("--quantization", help="of the base's weights: auto, nf4, int8 or none (default auto)")
-    if recipe == "ppo": parser.add_argument("--reward", help="NAME[=WEIGHT],... of built-in rewards, or file.py:function (default exact_answer)")
+    if recipe in ("ppo", "grpo"): parser.add_argument("--reward", help="NAME[=WEIGHT],... of built-in rewards, or file.py:function (default exact_answer)")
     add_settings(parser, _settings_class(recipe), f"settings of {recipe}")
     if recipe != "pretrain": add_settings(parser, LoraArgs, "the adapter, if the base has none yet", prefix="lora_")
 
@@ -116,7 +121,7 @@ def data_options(values: dict) -> dict:
     "`columns` and `split` for `load_examples`, as far as they were given."
     return {k: values[k] for k in ("columns", "split") if k in values}
 
-# %% ../nbs/04b_cli.ipynb #3f1003d0
+# %% ../nbs/04b_cli.ipynb #4f784f9e
 def load_for_training(values: dict, args) -> tuple: # (model, tokenizer)
     "The base that the flags name, with an adapter: its own if it is a run's folder, else a fresh one."
     from tinytrainer_nb.adapters import LoraArgs, add_lora
@@ -135,13 +140,22 @@ def _sft(values: dict, args):
     examples = load_examples(values.get("data") or _own("sft.jsonl"), **data_options(values))
     return sft(*load_for_training(values, args), examples, args)
 
-def _ppo(values: dict, args):
+def _dpo(values: dict, args):
+    from tinytrainer_nb.core import TinyTrainerError
+    from tinytrainer_nb.data import load_examples
+    from tinytrainer_nb.preference import dpo
+    if not values.get("data"): raise TinyTrainerError("dpo learns from pairs of answers: name a file of them with --data. Its columns are prompt (or a conversation), chosen and rejected.")
+    examples = load_examples(values["data"], **data_options(values))
+    return dpo(*load_for_training(values, args), examples, args)
+
+def _by_reward(values: dict, args):
     from tinytrainer_nb.data import load_prompts
+    from tinytrainer_nb.grpo import GRPOArgs, grpo
     from tinytrainer_nb.ppo import ppo
     from tinytrainer_nb.rewards import find_reward
     find_reward(values.get("reward", "exact_answer")) # a misspelled one is told before anything is loaded
     prompts = load_prompts(values.get("data") or _own("rl.jsonl"), **data_options(values))
-    return ppo(*load_for_training(values, args), prompts, values.get("reward", "exact_answer"), args)
+    return (grpo if isinstance(args, GRPOArgs) else ppo)(*load_for_training(values, args), prompts, values.get("reward", "exact_answer"), args)
 
 # %% ../nbs/04b_cli.ipynb #9f96e4f0
 def read_texts(data: str, **options) -> list[str]: # options of `load_examples`
@@ -178,7 +192,7 @@ def _pretrain(values: dict, args):
     texts = read_texts(values.get("data", "tinyworld"), **data_options(values))
     return pretrain(*load_for_pretraining(values, args, texts), texts, args)
 
-# %% ../nbs/04b_cli.ipynb #e5ba22a7
+# %% ../nbs/04b_cli.ipynb #31a5d8cc
 def report(run) -> None:
     "Say how a run ended and where everything is."
     from tinytrainer_nb.watch import summary_line
@@ -202,7 +216,7 @@ def train_command(recipe: str, parser: Parser, given: dict) -> int:
     values = with_config(parser, given)
     args = read_settings(_settings_class(recipe), values)
     if Path(args.out).is_file(): raise TinyTrainerError(f"{args.out}: is a file, so no run can be made there. Choose another --out.")
-    try: report({"sft": _sft, "ppo": _ppo, "pretrain": _pretrain}[recipe](values, args))
+    try: report({"sft": _sft, "ppo": _by_reward, "grpo": _by_reward, "dpo": _dpo, "pretrain": _pretrain}[recipe](values, args))
     except TinyTrainerError as e:
         run = _begun_here(Path(args.out))
         raise TinyTrainerError(f"{e} The run so far is {run.folder}: {run.how_to_resume()} goes on with it.") if run else e from None
@@ -212,7 +226,7 @@ def train_command(recipe: str, parser: Parser, given: dict) -> int:
         return 130
     return 0
 
-# %% ../nbs/04b_cli.ipynb #5c9549c3
+# %% ../nbs/04b_cli.ipynb #e96090d7
 def _resume_flags(parser: Parser) -> None:
     parser.add_argument("folder", metavar="DIR", help="a run's folder")
     parser.add_argument("--reward", help="of PPO: needed again if it was file.py:function or a function")
@@ -224,7 +238,7 @@ def resume_command(parser: Parser, given: dict) -> int:
     folder = Path(given["folder"])
     run = Run.open(folder)
     if run.status == "finished": print(f"{folder}: this run is finished, there is nothing to resume. `tinytrainer chat {folder}` talks to what it made."); return 0
-    if "reward" in given and run.info["recipe"] != "ppo": raise TinyTrainerError(f"{folder}: a run of {run.info['recipe']} has no reward. Leave out --reward.")
+    if "reward" in given and "reward" not in run.info: raise TinyTrainerError(f"{folder}: a run of {run.info['recipe']} has no reward. Leave out --reward.")
     try: report(run.resume(**{k: given[k] for k in ("reward",) if k in given}))
     except KeyboardInterrupt: print(f"\ninterrupted: {run.how_to_resume()} goes on.", file=sys.stderr); return 130
     return 0

@@ -19,6 +19,10 @@ PANELS = { # title: (figures, axis label)
     "length": (("completion_length",), "tokens a completion"),
     "completions": (("unfinished", "repetition", "identical", "no_signal"), "share"), # what they are: room alarms
     "learning rate": (("learning_rate",), "learning rate"),
+    "loss of a pair": (("loss",), "loss (nats a pair)"),
+    "accuracy": (("accuracy",), "share of pairs told apart"),
+    "chosen": (("chosen_reward",), "reward of the better answer"),
+    "rejected": (("rejected_reward",), "reward of the worse answer"),
 }
 COLOURS = ("#0b5fa5", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#475569") # told apart in grey, too, with the line styles
 STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
@@ -37,6 +41,7 @@ def wanted_panels(run) -> list[str]:
     "Titles of the panels a run has figures for."
     names = {name for e in run.events if e["kind"] == "metrics" for name, value in e.items() if value is not None}
     if "reward" in names: return [t for t in ("reward", "KL", "length", "completions", "value loss") if PANELS[t][0][0] in names]
+    if "accuracy" in names: return ["loss of a pair", "accuracy", "chosen", "rejected"]
     return [t for t in ("loss", "learning rate") if PANELS[t][0][0] in names]
 
 def smooth(values: list[float], window: int) -> list[float]:

@@ -7,7 +7,7 @@ __all__ = ['TRACKERS', 'TrainArgs', 'trackers', 'may_change', 'training_argument
            'set_learning_rate', 'load_trained', 'Interrupts', 'cache_setting_kept', 'save_adapter', 'summarize',
            'begin', 'tell', 'describe', 'rebuild', 'need_heldout', 'need_trainable']
 
-# %% ../nbs/02a_trainer.ipynb #78140880
+# %% ../nbs/02a_trainer.ipynb #bee8a273
 import contextlib, shutil, signal, sys, threading, time
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
@@ -65,12 +65,12 @@ def may_change(settings: Settings) -> list[str]:
     "Names of the settings that may change in flight."
     return [f.name for f in fields(settings) if f.metadata.get("live")]
 
-# %% ../nbs/02a_trainer.ipynb #65fe3dae
-def training_arguments(args: TrainArgs, folder: Path, device: str, evaluates: bool, drop_last: bool) -> TrainingArguments:
-    "Our settings in the words of `transformers`. Precision is ours (`compute_context`), so `bf16` and `fp16` stay off."
+# %% ../nbs/02a_trainer.ipynb #47366359
+def training_arguments(args: TrainArgs, folder: Path, device: str, evaluates: bool, drop_last: bool, config=TrainingArguments) -> TrainingArguments:
+    "Our settings in the words of `transformers`, or of a trainer that has a `config` of its own. Precision is ours (`compute_context`), so `bf16` and `fp16` stay off."
     kind = {"wsd": "warmup_stable_decay"}.get(args.schedule, args.schedule if args.schedule != "constant" else "constant_with_warmup")
     extra = dict(num_decay_steps=max(1, 3 * args.max_steps // 10)) if args.schedule == "wsd" else {}
-    return TrainingArguments(
+    return config(
         output_dir=str(folder), max_steps=args.max_steps, per_device_train_batch_size=args.batch_size, run_name=folder.name, learning_rate=args.learning_rate,
         lr_scheduler_type=kind, lr_scheduler_kwargs=extra, warmup_steps=min(args.warmup_steps, args.max_steps - 1), weight_decay=args.weight_decay,
         max_grad_norm=args.max_grad_norm, seed=args.seed, data_seed=args.seed, adam_beta2=0.95, logging_steps=1, logging_nan_inf_filter=False,
@@ -79,7 +79,7 @@ def training_arguments(args: TrainArgs, folder: Path, device: str, evaluates: bo
         use_cpu=device == "cpu", dataloader_drop_last=drop_last, dataloader_num_workers=0, dataloader_pin_memory=False, optim="adamw_torch_fused",
         ddp_find_unused_parameters=False, ddp_broadcast_buffers=False)
 
-# %% ../nbs/02a_trainer.ipynb #2e36b1ed
+# %% ../nbs/02a_trainer.ipynb #638db270
 class Shared:
     "A collator for one of several processes: its share of each step's rows, with the counts of all of them."
     def __init__(self, collator): self.collator, (self.rank, self.count) = collator, processes()
@@ -93,12 +93,12 @@ class RunTrainer:
     drop_last = False # whether rows that do not fill a batch are left out
     shares_rows = True # whether each of several processes gets a part of the rows, or all of them
 
-    def __init__(self, run: Run, settings: TrainArgs, dtype: torch.dtype, **kwargs):
+    def __init__(self, run: Run, settings: TrainArgs, dtype: torch.dtype, config=TrainingArguments, **kwargs):
         model = keep_gradients(kwargs.pop("model"))
         device = next(model.parameters()).device.type
         if self.shares_rows and processes()[1] > 1: kwargs["data_collator"] = Shared(kwargs["data_collator"])
         with quiet():
-            arguments = training_arguments(settings, run.folder, device, evaluates=kwargs.get("eval_dataset") is not None, drop_last=self.drop_last)
+            arguments = training_arguments(settings, run.folder, device, evaluates=kwargs.get("eval_dataset") is not None, drop_last=self.drop_last, config=config)
             arguments._n_gpu = min(1, arguments.n_gpu) # one process trains on one GPU; Trainer would spread it over all
             super().__init__(model=model, args=arguments, **kwargs)
         self.remove_callback(PrinterCallback)
@@ -130,9 +130,9 @@ class RunTrainer:
         return super()._clip_grad_norm(model)
 
     def get_train_dataloader(self):
-        "Every process goes through all batches."
+        "Every process goes through all batches; an incomplete last one is not filled up."
         loader = super().get_train_dataloader()
-        if self.args.world_size > 1: loader.batch_sampler.num_processes, loader.batch_sampler.process_index = 1, 0
+        if self.args.world_size > 1: loader.batch_sampler.num_processes, loader.batch_sampler.process_index, loader.batch_sampler.even_batches = 1, 0, False
         return loader
 
     def token_loss(self, model, micro: dict, num_items: int) -> torch.Tensor:
@@ -264,7 +264,7 @@ def set_learning_rate(optimizer, scheduler, value: float) -> None:
         group["initial_lr"], group["lr"] = value, value * factor(scheduler.last_epoch)
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
-# %% ../nbs/02a_trainer.ipynb #10756d77
+# %% ../nbs/02a_trainer.ipynb #c3e96380
 @patch_to(RunTrainer)
 def _save_checkpoint(self, model, trial) -> None:
     step, folder = self.state.global_step, self.run.folder / "checkpoints"
@@ -391,7 +391,7 @@ def _speed(metrics: list[dict]) -> float | None:
     seconds = sum(e["seconds"] for e in metrics[1:])
     return round((metrics[-1]["tokens"] - metrics[0]["tokens"]) / seconds, 1) if seconds else None
 
-# %% ../nbs/02a_trainer.ipynb #a1b4bd64
+# %% ../nbs/02a_trainer.ipynb #337a5448
 def begin(run: Run, model) -> None:
     "Keep the adapter as it was handed over: a resume starts from it."
     with whole_folder(run.folder / "start") as folder: save_adapter(model, folder)

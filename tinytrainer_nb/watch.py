@@ -19,7 +19,7 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(seconds, 60)
     return f"{minutes} min {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
-# %% ../nbs/03c_watch.ipynb #e56fd473
+# %% ../nbs/03c_watch.ipynb #c0257dfb
 def seconds_left(run: Run) -> float | None:
     "Estimate from the last twenty steps; None before there are two, and for a run that does not go on."
     steps = [e for e in run.events if e["kind"] == "metrics"][-20:]
@@ -31,7 +31,7 @@ def run_line(run: Run) -> str:
     steps = [e for e in run.events if e["kind"] == "metrics"]
     if not steps: return ""
     last, left = steps[-1], seconds_left(run)
-    names = ("reward", "kl") if "reward" in last else ("loss",)
+    names = ("reward", "kl") if "reward" in last else ("loss", "accuracy")
     figures = "  ".join(f"{name} {last[name]:.2f}" for name in names if last.get(name) is not None)
     rest = "paused" if run.status == "paused" else "" if left is None else f"{duration(left)} left"
     return f"{run.info['recipe']}  step {last['step']}/{run.info['settings']['max_steps']}  {figures}  {rest}".rstrip()
