@@ -26,13 +26,14 @@ class GRPOArgs(RolloutArgs):
     loss_type: str = setting("dapo", "what the loss is a mean of: completions (grpo; arXiv 2402.03300, eq. 3), tokens (dapo; arXiv 2503.14476, eq. 8), places up to max_new_tokens (dr_grpo; arXiv 2503.20783, section 3.2)", choices=("dapo", "grpo", "dr_grpo"))
     importance_cap: float = setting(2.0, "weigh tokens by how much likelier training finds them than the rollout did, at most by this (truncated importance sampling; fengyao.notion.site/off-policy-rl, 2025); 0: never", ge=0)
 
-# %% ../nbs/02f_grpo.ipynb #4f66a697
+# %% ../nbs/02f_grpo.ipynb #e1d14ba6
 def group_advantages(
-    rewards: Tensor,      # of each completion, those of a prompt together (B,)
+    rewards: Tensor,      # of each completion, those of a prompt together (B,); a list will do
     n: int,               # completions a prompt
     scale: str = "group", # group, batch or none
 ) -> Tensor:              # of each completion (B,); exactly 0 where the rewards of a group are equal
     "Reward less the group's mean, over the spread of the group or of all (Shao et al. 2024, arXiv 2402.03300, section 4.1.2)."
+    rewards = torch.as_tensor(rewards, dtype=torch.float32)
     groups = rewards.view(-1, n)
     better = torch.where(groups == groups[:, :1], 0.0, 1.0).amax(1, keepdim=True) * (groups - groups.mean(1, keepdim=True))
     if scale == "none": return better.flatten()
