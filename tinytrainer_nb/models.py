@@ -7,7 +7,7 @@ __all__ = ['DEFAULT_BASE', 'SHAPES', 'find_base', 'base_hash', 'step_bytes', 'co
            'document_attention', 'packed_attention', 'keep_gradients', 'unpacked', 'compute_context', 'LoadReport',
            'tensor_bytes', 'load_model', 'with_adapter', 'Preset', 'model_preset']
 
-# %% ../nbs/01a_models.ipynb #0c88e65d
+# %% ../nbs/01a_models.ipynb #d1914c38
 import contextlib, re, sys, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 from .core import DTYPES, TinyTrainerError, data_file, default_device, dtype_name, file_hash, free_memory, num_threads, probe_dtype, quiet, read_json, unused_gpu
 from .tokens import ensure_template
 
-# %% ../nbs/01a_models.ipynb #ca78f6d3
+# %% ../nbs/01a_models.ipynb #122f6ed8
 DEFAULT_BASE = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 
 def find_base(base: str | Path) -> str:
@@ -41,7 +41,7 @@ def base_hash(path: str) -> str:
     files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
     return "+".join(file_hash(f) for f in files)
 
-# %% ../nbs/01a_models.ipynb #dac0e8fc
+# %% ../nbs/01a_models.ipynb #0c4770d0
 def step_bytes(
     config,              # of the model
     tokens: int,         # in one step
@@ -166,7 +166,7 @@ def _quantization_config(quantization: str, dtype: torch.dtype):
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     return BitsAndBytesConfig(load_in_8bit=True) if quantization == "int8" else None
 
-# %% ../nbs/01a_models.ipynb #92e922e2
+# %% ../nbs/01a_models.ipynb #d526e239
 def _pretrained(kind, path: str, **kwargs):
     "`kind.from_pretrained`, with its failures told in one line."
     try:
@@ -213,7 +213,7 @@ def load_model(
     if verbose and device == "cpu" and unused_gpu(): print(unused_gpu(), file=sys.stderr)
     return model, tokenizer
 
-# %% ../nbs/01a_models.ipynb #90d1eae1
+# %% ../nbs/01a_models.ipynb #bebc2ecd
 def _no_pickle(path: str) -> None:
     "Raise `TinyTrainerError` for a folder whose weights are pickled alone: such a file may run anything when it is opened, so it never is."
     pickled = [f.name for kind in ("*.bin", "*.pt", "*.pth") for f in sorted(Path(path).glob(kind))] if Path(path).is_dir() else []
@@ -228,10 +228,14 @@ def _load_weights(path: str, quantization: str, dtype: torch.dtype, device: str)
     return keep_gradients(model.requires_grad_(False).eval())
 
 def with_adapter(model, folder: Path):
-    "`model` with a saved adapter on it, ready to be trained on."
+    "`model` with a saved adapter or a stack of them on it, ready to be trained on."
     from peft import PeftModel
-    report = model.load_report
-    with quiet(): model = PeftModel.from_pretrained(model, folder, is_trainable=True)
+    from tinytrainer_nb.adapters import saved_adapters, train_last
+    report, names = model.load_report, saved_adapters(folder)
+    with quiet():
+        model = PeftModel.from_pretrained(model, folder, is_trainable=True)
+        for name in names[1:]: model.load_adapter(folder / name, name)
+    train_last(model, names)
     model.load_report = report
     return model
 
