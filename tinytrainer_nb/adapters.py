@@ -7,7 +7,7 @@ __all__ = ['LoraArgs', 'layer_numbers', 'add_lora', 'linear_names', 'trainable',
            'freeze_reference', 'stack_adapter', 'train_last', 'save_adapter', 'saved_adapters', 'adapter_settings',
            'merged', 'written_out']
 
-# %% ../nbs/01b_adapters.ipynb #bd5d42a6
+# %% ../nbs/01b_adapters.ipynb #cffce4b3
 import contextlib, copy, re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from .core import TinyTrainerError, quiet, read_json, write_json
 from .settings import Settings, setting
+from bitsandbytes.functional import dequantize_4bit
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import dequantize_module_weight
 from transformers import AutoModelForCausalLM
 
 # %% ../nbs/01b_adapters.ipynb #bf62991f
@@ -162,7 +162,7 @@ def _told(config) -> dict:
     found = {ours: getattr(config, theirs) for ours, theirs in _TOLD.items() if hasattr(config, theirs)}
     return found | dict(target_modules=sorted(found["target_modules"]))
 
-# %% ../nbs/01b_adapters.ipynb #8b79423f
+# %% ../nbs/01b_adapters.ipynb #78df088a
 @torch.no_grad()
 def merged(
     model,                               # with an adapter; it stays as it is
@@ -190,9 +190,12 @@ def _fill(module: nn.Module, into: nn.Module, dtype: torch.dtype) -> None:
     for kind, b in module.named_buffers(recurse=False): getattr(into, kind).copy_(b)
 
 def written_out(module: nn.Module) -> torch.Tensor: # (out, in) of a linear layer
-    "The weight of a layer as the numbers that it computes with, whether quantized or not."
-    packed = hasattr(module.weight, "quant_state") or getattr(module.weight, "SCB", None) is not None
-    return dequantize_module_weight(module).detach() if packed else module.weight.detach()
+    "The weight of a layer as the numbers that it computes with, in 4, 8 or 16 bits; the layer stays as it is."
+    weight = module.weight.detach()
+    if weight.dtype == torch.int8:
+        scales = module.weight.SCB if module.weight.SCB is not None else module.state.SCB # where a forward pass moves them
+        return weight.float() * scales[:, None] / 127
+    return dequantize_4bit(weight, module.weight.quant_state) if hasattr(module.weight, "quant_state") else weight
 
 def _sum(layer: BaseTunerLayer) -> torch.Tensor: # (out, in) in fp32
     "The weight of a layer with its active adapters; those of DoRA are scaled by the lengths of the rows of base and correction (Liu et al. 2024, eq. 5)."

@@ -213,7 +213,7 @@ def load_model(
     if verbose and device == "cpu" and unused_gpu(): print(unused_gpu(), file=sys.stderr)
     return model, tokenizer
 
-# %% ../nbs/01a_models.ipynb #bebc2ecd
+# %% ../nbs/01a_models.ipynb #e6796738
 def _no_pickle(path: str) -> None:
     "Raise `TinyTrainerError` for a folder whose weights are pickled alone: such a file may run anything when it is opened, so it never is."
     pickled = [f.name for kind in ("*.bin", "*.pt", "*.pth") for f in sorted(Path(path).glob(kind))] if Path(path).is_dir() else []
@@ -231,9 +231,10 @@ def with_adapter(model, folder: Path):
     "`model` with a saved adapter or a stack of them on it, ready to be trained on."
     from peft import PeftModel
     from tinytrainer_nb.adapters import saved_adapters, train_last
+    from tinytrainer_nb.tinylora import adapter_config
     report, names = model.load_report, saved_adapters(folder)
     with quiet():
-        model = PeftModel.from_pretrained(model, folder, is_trainable=True)
+        model = PeftModel.from_pretrained(model, folder, is_trainable=True, config=adapter_config(folder))
         for name in names[1:]: model.load_adapter(folder / name, name)
     train_last(model, names)
     model.load_report = report
