@@ -192,10 +192,15 @@ def _load_weights(path: str, quantization: str, dtype: torch.dtype, device: str)
     return keep_gradients(model.requires_grad_(False).eval())
 
 def with_adapter(model, folder: Path):
-    "`model` with a saved adapter on it, ready to be trained on."
+    "`model` with a saved adapter or a stack of them on it, ready to be trained on."
     from peft import PeftModel
-    report = model.load_report
-    with quiet(): model = PeftModel.from_pretrained(model, folder, is_trainable=True)
+    from tinytrainer_nb.adapters import saved_adapters, train_last
+    from tinytrainer_nb.tinylora import adapter_config
+    report, names = model.load_report, saved_adapters(folder)
+    with quiet():
+        model = PeftModel.from_pretrained(model, folder, is_trainable=True, config=adapter_config(folder))
+        for name in names[1:]: model.load_adapter(folder / name, name)
+    train_last(model, names)
     model.load_report = report
     return model
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRACKERS', 'TrainArgs', 'trackers', 'may_change', 'training_arguments', 'Shared', 'RunTrainer', 'mean_loss',
-           'set_learning_rate', 'load_trained', 'Interrupts', 'cache_setting_kept', 'save_adapter', 'summarize',
-           'begin', 'tell', 'describe', 'rebuild', 'need_heldout', 'need_trainable']
+           'set_learning_rate', 'load_trained', 'Interrupts', 'cache_setting_kept', 'summarize', 'begin', 'tell',
+           'describe', 'rebuild', 'need_heldout', 'need_trainable']
 
 # %% ../nbs/02a_trainer.ipynb #bee8a273
 import contextlib, shutil, signal, sys, threading, time
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from .adapters import count_trainable, trainable
+from .adapters import adapter_settings, count_trainable, save_adapter, trainable
 from .core import TinyTrainerError, file_hash, peak_memory, processes, progress, quiet, read_json, share, write_json
 from .models import compute_context, keep_gradients, load_model, with_adapter
 from .run import Run, patch_to, remove_whole, whole_folder
@@ -331,7 +331,7 @@ class Interrupts:
         self.asked = True
         print("\ninterrupted: ends when this step is done and saved. Again: at once.", file=sys.stderr)
 
-# %% ../nbs/02a_trainer.ipynb #f2ff09ea
+# %% ../nbs/02a_trainer.ipynb #926e0dbf
 @patch_to(RunTrainer)
 def fit(self) -> None:
     "Train from the newest checkpoint, or from the start; leaves result, summary and figure in the run's folder."
@@ -370,10 +370,6 @@ def finish(self, step: int, status: str) -> None:
     self.run.save_figure()
     self.run.set_status(status, step)
 
-def save_adapter(model, folder: Path) -> None:
-    "The policy's adapter alone, without a frozen reference. Embeddings are never trained here, so PEFT need not ask the Hub about them."
-    model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
-
 # %% ../nbs/02a_trainer.ipynb #1d7ecc88
 def summarize(run: Run, status: str, step: int, trained: int, seconds: float, device) -> dict:
     "The figures of summary.json, from the journal: speed without the first step, first and last tenth of the loss or the reward."
@@ -405,9 +401,7 @@ def describe(model) -> dict:
     "What run.json says of the base."
     report = getattr(model, "load_report", None)
     if report is None: raise TinyTrainerError("this model was not loaded by load_model(), so the run could not be resumed. Load it with load_model(folder).")
-    config = getattr(model, "peft_config", {}).get("default")
-    adapter = config and dict(r=config.r, alpha=config.lora_alpha, dropout=config.lora_dropout, target_modules=sorted(config.target_modules), layers=config.layers_to_transform, rslora=config.use_rslora, dora=config.use_dora)
-    return report.__dict__ | dict(adapter=adapter)
+    return report.__dict__ | dict(adapter=adapter_settings(model))
 
 def rebuild(run: Run):
     "Model and tokenizer as they were when the run began; raises `TinyTrainerError` if the base has changed."
