@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['weight_forms', 'seconds_of', 'choose_forms', 'key', 'Decoder', 'token_logprobs']
 
-# %% ../nbs/01e_fast.ipynb #c0a8c092
+# %% ../nbs/01e_fast.ipynb #5bddffc9
 import contextlib, copy, time
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from .adapters import written_out
 from .core import free_memory
 from .models import compute_context
 from bitsandbytes import functional as bnb
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import dequantize_module_weight
 
-# %% ../nbs/01e_fast.ipynb #bfb83672
+# %% ../nbs/01e_fast.ipynb #2162eef4
 def weight_forms(
     layer: nn.Linear,      # of 16 bits, or quantized by bitsandbytes
     dtype: torch.dtype,    # computed in
@@ -25,16 +25,12 @@ def weight_forms(
     "The forms that the weight of `layer` can take, the first one needing no copy."
     quantized, cpu16 = _is_quantized(layer), layer.weight.device.type == "cpu" and dtype == torch.bfloat16
     forms = {"as it is": lambda: layer.forward}
-    if quantized or layer.weight.dtype != dtype: forms["copy"] = lambda: _plain(_written_out(layer, dtype), layer.bias)
-    if cpu16 and torch.backends.mkldnn.is_available(): forms["blocked"] = lambda: _blocked(_written_out(layer, dtype), layer.bias)
+    if quantized or layer.weight.dtype != dtype: forms["copy"] = lambda: _plain(written_out(layer).to(dtype), layer.bias)
+    if cpu16 and torch.backends.mkldnn.is_available(): forms["blocked"] = lambda: _blocked(written_out(layer).to(dtype), layer.bias)
     if cpu16 and _can_pack(layer): forms["packed"] = lambda: _packed(layer)
     return forms
 
 def _is_quantized(layer: nn.Linear) -> bool: return hasattr(layer.weight, "quant_state") or getattr(layer.weight, "SCB", None) is not None
-
-def _written_out(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
-    "The weight in `dtype` (out, in), without gradient."
-    return (dequantize_module_weight(layer) if _is_quantized(layer) else layer.weight).detach().to(dtype)
 
 def _plain(weight: Tensor, bias: Tensor | None):
     bias = bias if bias is None else bias.to(weight.dtype)
@@ -45,7 +41,7 @@ def _blocked(weight: Tensor, bias: Tensor | None, rows: int = 8):
     weight, bias = torch.ops.mkldnn._reorder_linear_weight(weight, rows), bias if bias is None else bias.to(weight.dtype)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x.to(torch.bfloat16), weight, bias, "none", [], "")
 
-# %% ../nbs/01e_fast.ipynb #40ca2b09
+# %% ../nbs/01e_fast.ipynb #4f3e3050
 def _can_pack(layer: nn.Linear) -> bool:
     "Whether bitsandbytes' kernel for few rows takes this weight."
     state = getattr(layer.weight, "quant_state", None)
@@ -56,7 +52,7 @@ def _packed(layer: nn.Linear, few: int = 96):
     weight, state = bnb._convert_weight_packed_for_cpu(layer.weight.data.clone(), copy.deepcopy(layer.weight.quant_state))
     bias = layer.bias if layer.bias is None else layer.bias.to(torch.bfloat16)
     def forward(x):
-        if x.numel() > few * x.shape[-1]: return F.linear(x.to(torch.bfloat16), _written_out(layer, torch.bfloat16), bias)
+        if x.numel() > few * x.shape[-1]: return F.linear(x.to(torch.bfloat16), written_out(layer).to(torch.bfloat16), bias)
         out = bnb.gemv_4bit(x.to(torch.bfloat16), weight, state=state)
         return out if bias is None else out + bias
     return forward

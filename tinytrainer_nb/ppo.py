@@ -6,18 +6,17 @@
 __all__ = ['PPOArgs', 'gae', 'whiten', 'value_loss', 'token_rewards', 'adapted', 'PolicyWithValue', 'add_value_adapter',
            'PPOTrainer', 'ppo', 'resume_run']
 
-# %% ../nbs/02e_ppo.ipynb #02b14de2
+# %% ../nbs/02e_ppo.ipynb #ba143040
 from dataclasses import dataclass
 from safetensors.torch import save_file
 import torch
 from torch import Tensor, nn
-from .adapters import trainable, using_adapters
+from .adapters import save_adapter, train_last, trainable, using_adapters
 from .core import quiet
 from .rewards import find_reward
 from .rl import Policy, RolloutArgs, RolloutTrainer, Round, kl_estimate, policy_loss, prepare_rounds, resume_rounds, start_rounds
 from .run import Run, whole_folder
 from .settings import setting
-from .trainer import save_adapter
 
 # %% ../nbs/02e_ppo.ipynb #11805b93
 @dataclass
@@ -97,7 +96,7 @@ def adapted(
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + 0.1 * error)
 
-# %% ../nbs/02e_ppo.ipynb #0fa68db0
+# %% ../nbs/02e_ppo.ipynb #df50005a
 class PolicyWithValue(Policy):
     "A policy with a value head."
     def __init__(self, policy, adapter: str | None = None): # the adapter of the value head; None: it shares the policy's
@@ -110,16 +109,17 @@ class PolicyWithValue(Policy):
         hidden = self.hidden(**row)
         if self.adapter is None: seen = hidden
         else:
-            with using_adapters(self.policy, [self.adapter]): seen = self.hidden(**row)
+            with using_adapters(self.policy, [*self.policy.active_adapters[:-1], self.adapter]): seen = self.hidden(**row) # in the trained one's place
         with torch.autocast(hidden.device.type, enabled=False): values = self.value_head(seen.float())[:, 0]
         return *self.likely(hidden, row["shift_labels"], temperature, with_entropy), values
 
 def add_value_adapter(model, name: str = "value") -> str:
-    "A fresh adapter of the policy's shape, to be trained beside it."
-    with quiet(): model.add_adapter(name, model.peft_config["default"])
-    model.base_model.set_adapter("default")
+    "A fresh adapter of the trained one's shape, to be trained beside it."
+    active = model.active_adapters
+    with quiet(): model.add_adapter(name, model.peft_config[active[-1]])
+    train_last(model, active)
     for key, p in model.named_parameters():
-        if f".{name}." in key: p.requires_grad_(True).data = p.data.float()
+        if name in key.split("."): p.requires_grad_(True).data = p.data.float()
     return name
 
 # %% ../nbs/02e_ppo.ipynb #deb35668

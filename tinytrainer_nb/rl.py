@@ -6,13 +6,13 @@
 __all__ = ['RolloutArgs', 'policy_loss', 'kl_estimate', 'Policy', 'Round', 'RolloutTrainer', 'prepare_rounds', 'held_out',
            'start_rounds', 'resume_rounds']
 
-# %% ../nbs/02d_rl.ipynb #2eb3aa27
+# %% ../nbs/02d_rl.ipynb #f092da0f
 import contextlib, hashlib, json, time
 from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from .adapters import freeze_reference, using_adapters
+from .adapters import freeze_reference, save_adapter, using_adapters
 from .alarms import new_alarms, round_figures, rounds
 from .core import DTYPES, TinyTrainerError, gathered, mix_seed, processes, read_json, seed_everything, write_json
 from .data import load_prompts
@@ -23,7 +23,7 @@ from .rollout import GenerateArgs, fitting, generate, prompt_room
 from .run import Run, patch_to, whole_folder
 from .settings import setting
 from .tokens import ensure_template, micro_trees, pack_trees
-from .trainer import RunTrainer, TrainArgs, begin, describe, may_change, need_heldout, need_trainable, rebuild, save_adapter, tell
+from .trainer import RunTrainer, TrainArgs, begin, describe, may_change, need_heldout, need_trainable, rebuild, tell
 from .worker import launch
 from transformers import Trainer
 
