@@ -97,3 +97,25 @@ def test_two_that_begin_at_once_get_a_folder_each(tmp_path, capsys):
     assert (first.folder / "mine").read_text() == "1" and {first.folder.name, second.folder.name} == {"run", "run-2"}
     assert sorted(p.name for p in tmp_path.iterdir()) == [other.name, "run", "run-2"]
     assert "run is taken (an unfinished run: `tinytrainer resume" in capsys.readouterr().err
+
+
+def test_the_form_of_a_question_is_kept(tmp_path, monkeypatch):
+    "A chat template that was changed after loading: the resumed run reads its rows in it, and whoever loads the run asks in it"
+    from tinytrainer_nb.all import LoraArgs, Run, SFTArgs, add_lora, data_file, load_examples, load_model, sft
+    from tinytrainer_nb.trainer import RunTrainer
+    form = "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}Question: {{ m['content'] }}\nAnswer:{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+    def train(out):
+        model, tokenizer = load_model("tiny", quantization="none", verbose=False)
+        tokenizer.chat_template = form
+        return sft(add_lora(model, LoraArgs(r=4)), tokenizer, load_examples(data_file("sft.jsonl")).select(range(20)), SFTArgs(max_steps=3, batch_size=3, save_steps=2, eval_steps=0, sample_steps=0, out=str(out)))
+    train(tmp_path / "whole")
+    step = RunTrainer.training_step
+    def die(self, *args, **kwargs):
+        if self.state.global_step == 2: raise OSError("no power")
+        return step(self, *args, **kwargs)
+    with monkeypatch.context() as m:
+        m.setattr(RunTrainer, "training_step", die)
+        with pytest.raises(OSError): train(tmp_path / "broken")
+    Run.open(tmp_path / "broken").resume()
+    assert adapter(tmp_path / "broken") == adapter(tmp_path / "whole")
+    assert load_model(tmp_path / "broken", verbose=False)[1].chat_template == form

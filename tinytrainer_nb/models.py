@@ -213,6 +213,7 @@ def _load_run(folder: Path, quantization: str, dtype: str, device: str, verbose:
         raise TinyTrainerError(f"{folder}: this run has not saved what it trained yet. `tinytrainer resume {folder}{again}` goes on with it.")
     quantization = made["load"]["quantization"] if quantization == "auto" else quantization
     model, tokenizer = load_model(made["load"]["base"], quantization, made["load"]["dtype"] if dtype == "auto" else dtype, device, verbose=False)
+    tokenizer.chat_template = made["load"].get("chat_template") or tokenizer.chat_template
     if dtype == "auto": model.load_report.why = "as in the run"
     if verbose: print(model.load_report)
     return with_adapter(model, folder / "adapter"), tokenizer

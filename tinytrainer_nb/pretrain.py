@@ -142,7 +142,7 @@ def pretrain(
     need_heldout(args, _held_out(Blocks(stream, args.max_length), args))
     if len(Blocks(stream, args.max_length)) < 1: raise TinyTrainerError(f"the text has {len(stream)} tokens, fewer than one block of max_length={args.max_length}. Bring more text, or lower max_length.")
     origin = dict(documents=len(texts), tokens=len(stream), sha256=hashlib.sha256(stream).hexdigest())
-    with Run.prepare(args.out, "pretrain", args, load=describe(model), data=origin, may_change=may_change(args)) as run:
+    with Run.prepare(args.out, "pretrain", args, load=describe(model, tokenizer), data=origin, may_change=may_change(args)) as run:
         (run.folder / "data").mkdir()
         np.save(run.folder / "data" / "tokens.npy", stream)
         with whole_folder(run.folder / "start") as folder: tokenizer.save_pretrained(folder)

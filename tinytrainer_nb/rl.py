@@ -296,7 +296,7 @@ def save_result(self) -> None:
     "The policy's adapter, in PEFT's format."
     with whole_folder(self.run.folder / "adapter") as folder: save_adapter(self.model.policy, folder)
 
-# %% ../nbs/02d_rl.ipynb #5bb4e66c
+# %% ../nbs/02d_rl.ipynb #489f5cdc
 def prepare_rounds(recipe: str, model, tokenizer, prompts, reward, args: RolloutArgs) -> tuple[Run, list[dict]]: # the run, its prompts
     "The folder of a run that learns from a reward. Raises `TinyTrainerError` for data, rewards or settings that cannot work."
     judge = find_reward(reward)
@@ -305,7 +305,7 @@ def prepare_rounds(recipe: str, model, tokenizer, prompts, reward, args: Rollout
     prompts = _that_fit(model, tokenizer, found, args)
     need_heldout(args, held_out(prompts, args))
     judge.check(prompts)
-    load = describe(model) | dict(decoding=choose_forms(model, DTYPES[model.load_report.dtype], args.batch_size * args.num_generations // processes()[1]))
+    load = describe(model, tokenizer) | dict(decoding=choose_forms(model, DTYPES[model.load_report.dtype], args.batch_size * args.num_generations // processes()[1]))
     data = dict(rows=len(prompts), sha256=hashlib.sha256(json.dumps(prompts).encode()).hexdigest())
     with Run.prepare(args.out, recipe, args, load=load, data=data, may_change=may_change(args), reward=_reward_name(reward, judge)) as run:
         write_json(run.folder / "data" / "prompts.json", prompts)

@@ -143,7 +143,7 @@ def sft(
     need_heldout(args, len(held))
     rows, reading = encode_rows(tokenizer, train, args.max_length, args.train_on_all)
     if empty := empty_rows(examples): reading.left_out = {"empty text": empty} | reading.left_out
-    with Run.prepare(args.out, "sft", args, load=describe(model), data=data_origin(examples), may_change=may_change(args)) as run:
+    with Run.prepare(args.out, "sft", args, load=describe(model, tokenizer), data=data_origin(examples), may_change=may_change(args)) as run:
         for name, part in dict(train=train, heldout=held).items(): write_json(run.folder / "data" / f"{name}.json", _lessons(part).to_list())
         begin(run, model)
         if args.eval_steps and not len(held): tell(run, f"no row is held back for an evaluation: that takes ten rows, and there are {len(train)}")

@@ -397,16 +397,17 @@ def tell(run: Run, message: str) -> None:
     run.log("note", 0, message=message)
     if run.leads: print(message, file=sys.stderr)
 
-def describe(model) -> dict:
-    "What run.json says of the base."
+def describe(model, tokenizer) -> dict:
+    "What run.json says of the base, and in which form it is asked."
     report = getattr(model, "load_report", None)
     if report is None: raise TinyTrainerError("this model was not loaded by load_model(), so the run could not be resumed. Load it with load_model(folder).")
-    return report.__dict__ | dict(adapter=adapter_settings(model))
+    return report.__dict__ | dict(adapter=adapter_settings(model), chat_template=tokenizer.chat_template)
 
 def rebuild(run: Run):
     "Model and tokenizer as they were when the run began; raises `TinyTrainerError` if the base has changed."
     made = run.info["load"]
     model, tokenizer = load_model("tiny" if made["base"] == "tiny" else made["path"], made["quantization"], made["dtype"], verbose=False)
+    tokenizer.chat_template = made.get("chat_template") or tokenizer.chat_template # it may have been changed after loading
     if model.load_report.sha256 != made["sha256"]: raise TinyTrainerError(f"{made['base']}: the base's weights are not those the run was started with. Restore them, or start a new run.")
     return (with_adapter(model, run.folder / "start") if (run.folder / "start").exists() else model), tokenizer
 
