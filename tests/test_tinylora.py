@@ -1,6 +1,8 @@
 """Thirteen numbers: against the formula with a full decomposition, against autograd, against PEFT; saved small, found again elsewhere, refused where they mean nothing."""
 import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -240,6 +242,17 @@ def test_a_line_goes_round():
     assert torch.equal(number(again), number(model)) and torch.equal(logits(again), logits(model)) and adapter_line(again) == line
     wrapped = "\n".join(f"  {word}" for word in line.split(" ")) + "\n"
     assert torch.equal(number(from_line(base("nf4")[0], wrapped)), number(model))
+
+
+def test_a_base_from_the_hub_is_known_by_its_files(tmp_path):
+    "As they lie in the cache: the same adapter fits the same weights from a folder"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--me--small"
+    shutil.copytree(data_file("tiny"), repository / "snapshots" / commit)
+    (repository / "refs").mkdir(); (repository / "refs" / "main").write_text(commit)
+    said = subprocess.run([sys.executable, "-c", "from tinytrainer_nb.all import *; print(adapter_line(add_tinylora(load_model('me/small', 'nf4', verbose=False)[0])))"],
+                          env=os.environ | dict(HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1"), capture_output=True, text=True, check=True).stdout
+    assert said.strip() == adapter_line(add_tinylora(base("nf4")[0]))
 
 
 def checked(line: str) -> str:

@@ -6,15 +6,18 @@
 __all__ = ['VAGUE', 'KIND', 'truncated_svd', 'TinyLoraArgs', 'TinyLoraLayer', 'subspace', 'TinyConfig', 'TinyLoraModel',
            'base_marks', 'check_base', 'add_tinylora', 'adapter_config', 'adapter_line', 'from_line']
 
-# %% ../nbs/01i_tinylora.ipynb #782ae154
+# %% ../nbs/01i_tinylora.ipynb #0aa978ab
 import base64, dataclasses, hashlib, math, re
 from dataclasses import dataclass
+from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .adapters import linear_names, written_out
 from .core import TinyTrainerError, progress, quiet
+from .models import base_hash
 from .settings import Settings, setting
+from huggingface_hub import try_to_load_from_cache
 from peft import PeftConfig, TinyLoraConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners._buffer_dict import BufferDict
@@ -188,12 +191,12 @@ class TinyLoraModel(_Saving):
 
 PEFT_TYPE_TO_CONFIG_MAPPING[KIND], PEFT_TYPE_TO_TUNER_MAPPING[KIND], PEFT_TYPE_TO_PREFIX_MAPPING[KIND] = TinyConfig, TinyLoraModel, "tinylora_" # `register_peft_method` takes the names of PEFT's own enumeration alone
 
-# %% ../nbs/01i_tinylora.ipynb #bb3d5d99
-def base_marks(model) -> tuple[str, str]: # hash of the weight files, or the commit of a Hub id; quantization
+# %% ../nbs/01i_tinylora.ipynb #ce07f18b
+def base_marks(model) -> tuple[str, str]: # hash of the weight files; quantization
     "What an adapter's base is known by; raises `TinyTrainerError` for a model that `load_model` did not load."
     report = getattr(model, "load_report", None)
     if report is None: raise TinyTrainerError("this model was not loaded by load_model(), so an adapter could not tell its base again. Load it with load_model(folder).")
-    return report.sha256 or getattr(model.config, "_commit_hash", None) or "", report.quantization
+    return report.sha256 or base_hash(str(Path(try_to_load_from_cache(report.path, "config.json")).parent)), report.quantization # a Hub id's files are in the cache
 
 def check_base(model, base: str, quantization: str) -> None: # what the adapter was made over; of the hash the beginning is enough
     "Raise `TinyTrainerError` if an adapter belongs to other weights than these: its numbers would mean something else here."
