@@ -221,8 +221,8 @@ def test_what_is_left_out(tmp_path):
 
 
 FAULTS = {
-    "no pairs": ([dict(prompt="a", completion="b")], {}, "they need the columns prompt (or a conversation), chosen and rejected, and have messages"),
-    "plain text": ([dict(text="a")], {}, "have text"),
+    "no pairs": ([dict(prompt="a", completion="b")], {}, "they need the columns prompt (or a conversation), chosen and rejected"),
+    "plain text": ([dict(text="a")], {}, "hold no pairs of answers"),
     "equal answers": ([dict(prompt="a", chosen="b", rejected="b")] * 2, {}, "no pair is left of 2: 2 equal answers"),
     "too long": ([dict(prompt="word " * 100, chosen="b", rejected="c")], dict(max_length=64), "1 too long, with max_length=64"),
     "nothing held out": (pairs(4), dict(keep_best=True, eval_steps=1), "no row is held back"),
