@@ -161,3 +161,18 @@ def test_rows_of_the_packed_kernel_are_few():
     if "packed" not in forms: pytest.skip("this processor has no packed form")
     x = torch.randn(1, 200, layer.in_features).bfloat16()
     with torch.no_grad(): assert torch.equal(forms["packed"]()(x), forms["copy"]()(x))
+
+
+@pytest.mark.parametrize("quantization,dtype", [("none", "fp32"), ("nf4", "bf16"), ("int8", "bf16")])
+def test_thirteen_numbers_decode(quantization, dtype):
+    "A TinyLoRA model: the log-probabilities are those of its plain pass, and not those of the base"
+    from tinytrainer_nb.tinylora import TinyLoraArgs, add_tinylora
+    model, tokenizer = load_model("tiny", quantization=quantization, dtype=dtype, verbose=False)
+    model = add_tinylora(model, TinyLoraArgs(n_tie=4))
+    for p in trainable(model).values(): p.data.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
+    out = sampled(model, tokenizer)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bf16"):
+        plain = [plain_logprobs(model, p, c, 1.0) for p, c in zip(out.prompt_ids, out.completion_ids)]
+        with model.disable_adapter(): base = [plain_logprobs(model, p, c, 1.0) for p, c in zip(out.prompt_ids, out.completion_ids)]
+    apart = lambda other: (torch.cat([torch.tensor(x) for x in out.logprobs]) - torch.cat(other)).abs().mean()
+    assert apart(plain) < (1e-5 if dtype == "fp32" else 0.03) and apart(base) > 0.1, (apart(plain), apart(base))

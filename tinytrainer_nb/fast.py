@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['weight_forms', 'seconds_of', 'choose_forms', 'key', 'Decoder', 'token_logprobs']
 
-# %% ../nbs/01e_fast.ipynb #5bddffc9
+# %% ../nbs/01e_fast.ipynb #e44a3765
 import contextlib, copy, time
 import torch
 import torch.nn.functional as F
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from .adapters import written_out
 from .core import free_memory
 from .models import compute_context
+from .tinylora import TinyLoraLayer
 from bitsandbytes import functional as bnb
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-# %% ../nbs/01e_fast.ipynb #2162eef4
+# %% ../nbs/01e_fast.ipynb #bf959061
 def weight_forms(
     layer: nn.Linear,      # of 16 bits, or quantized by bitsandbytes
     dtype: torch.dtype,    # computed in
@@ -30,7 +31,7 @@ def weight_forms(
     if cpu16 and _can_pack(layer): forms["packed"] = lambda: _packed(layer)
     return forms
 
-def _is_quantized(layer: nn.Linear) -> bool: return hasattr(layer.weight, "quant_state") or getattr(layer.weight, "SCB", None) is not None
+def _is_quantized(layer: nn.Linear) -> bool: return layer.weight.dtype in (torch.uint8, torch.int8)
 
 def _plain(weight: Tensor, bias: Tensor | None):
     bias = bias if bias is None else bias.to(weight.dtype)
@@ -99,7 +100,7 @@ def _linears(model: nn.Module) -> list[nn.Linear]:
     "The base's linear layers, adapters and trained weights left out."
     return [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and ".lora_" not in name and not m.weight.requires_grad]
 
-# %% ../nbs/01e_fast.ipynb #6b440671
+# %% ../nbs/01e_fast.ipynb #08192d4d
 class Decoder:
     "Forward passes without gradient, each weight read in its quickest form."
     def __init__(
@@ -118,7 +119,7 @@ class Decoder:
     @contextlib.contextmanager
     def on(self):
         "Forward passes inside are quick ones, in the decoder's number format."
-        adapters = {m: _beside(m, self.dtype, self.quick.get(m.base_layer, m.base_layer)) for m in self.model.modules() if _is_plain_lora(m)}
+        adapters = {m: _beside(m, self.dtype, self.quick.get(m.base_layer, m.base_layer)) for m in self.model.modules() if _is_thin(m)}
         changed = self.quick | adapters
         try:
             for m, forward in changed.items(): m.forward = forward
@@ -128,17 +129,26 @@ class Decoder:
 
     def _complete(self, adapters: dict) -> bool:
         "Whether everything computes in `dtype` without autocast."
-        inside = {id(p) for m in adapters for p in m.parameters()} | {id(p) for m in self.quick for p in m.parameters()}
+        shared = [v for m in adapters if isinstance(m, TinyLoraLayer) for v in m.tinylora_v.values()]
+        inside = {id(p) for m in (*adapters, *self.quick) for p in m.parameters()} | {id(v) for v in shared}
         rest = [p for p in self.model.parameters() if id(p) not in inside]
         return all(p.dtype == self.dtype for p in rest) and all(m in adapters for m in self.model.modules() if isinstance(m, BaseTunerLayer))
 
-def _is_plain_lora(layer: nn.Module) -> bool:
-    return isinstance(layer, LoraLayer) and isinstance(getattr(layer, "base_layer", None), nn.Linear) and not any(layer.use_dora.values())
+def _is_thin(layer: nn.Module) -> bool:
+    "Whether this is an adapter of the form `base(x) + (x @ down) @ up`."
+    plain = isinstance(layer, TinyLoraLayer) or isinstance(layer, LoraLayer) and not any(layer.use_dora.values())
+    return plain and isinstance(getattr(layer, "base_layer", None), nn.Linear)
 
-def _beside(layer: LoraLayer, dtype: torch.dtype, base):
-    "A LoRA layer's forward pass: that of its base, and its active adapters in `dtype` beside it."
-    active = [] if layer.disable_adapters else [a for a in layer.active_adapters if a in layer.lora_A]
-    pairs = [(layer.lora_A[a].weight.detach().to(dtype).t().contiguous(), (layer.lora_B[a].weight.detach() * layer.scaling[a]).to(dtype).t().contiguous()) for a in active]
+def _thin(layer: LoraLayer | TinyLoraLayer, adapter: str) -> tuple[Tensor, Tensor]: # down (in, r), up (r, out)
+    "The two thin matrices of an adapter, its scale in the second."
+    if isinstance(layer, TinyLoraLayer): return layer.tinylora_A[adapter].t(), (layer.tinylora_B[adapter] @ layer.core(adapter)).t()
+    return layer.lora_A[adapter].weight.t(), (layer.lora_B[adapter].weight * layer.scaling[adapter]).t()
+
+@torch.no_grad()
+def _beside(layer: LoraLayer | TinyLoraLayer, dtype: torch.dtype, base):
+    "An adapter layer's forward pass: that of its base, and its active adapters in `dtype` beside it."
+    own = layer.tinylora_A if isinstance(layer, TinyLoraLayer) else layer.lora_A
+    pairs = [tuple(x.to(dtype).contiguous() for x in _thin(layer, a)) for a in layer.active_adapters if a in own and not layer.disable_adapters]
     def forward(x, *args, **kwargs):
         out, x = base(x), x.to(dtype)
         for down, up in pairs: out = torch.addmm(out.flatten(0, -2), x.flatten(0, -2) @ down, up).view(out.shape)
