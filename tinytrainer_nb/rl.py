@@ -95,7 +95,7 @@ class Policy(nn.Module):
         "Log-probabilities and entropies where the last hidden state is known."
         return token_logprobs(hidden, self.base().get_output_embeddings(), labels, temperature, with_entropy)
 
-# %% ../nbs/02d_rl.ipynb #5a0f9d63
+# %% ../nbs/02d_rl.ipynb #be256aea
 @dataclass
 class Round:
     "A round's completions; tensors are (B, T), T the longest completion, those of a prompt together."
@@ -109,6 +109,7 @@ class Round:
     advantages: Tensor = None
     returns: Tensor = None     # what the value head should have said
     idle: list = field(default_factory=list) # numbers of rows without a gradient, which need not be computed
+    present: dict = field(default_factory=dict) # log-probabilities of a row in its latest update, by its number
 
 # %% ../nbs/02d_rl.ipynb #d8753247
 class RolloutTrainer(RunTrainer, Trainer):
@@ -159,7 +160,7 @@ def _columns(prompt: dict) -> dict:
 
 def _mean(values: list[float]) -> float: return sum(values) / len(values)
 
-# %% ../nbs/02d_rl.ipynb #35dfce96
+# %% ../nbs/02d_rl.ipynb #d7b938c3
 @patch_to(RolloutTrainer)
 def scored(self, rows: list[dict], needs: set[str]) -> list[dict[str, Tensor]]: # of each completion, (T,) each
     "`logprobs`, `values` and `ref_logprobs` of every completion token, as far as they are among `needs`; without gradient."
@@ -184,14 +185,9 @@ def collect(self, prompts: list[dict], step: int) -> list[dict]: # one a complet
     with self.phase("rollout"): out = self.rollout(mine, places, step)
     with self.phase("judge"): scores, parts = self.judge(mine, out)
     rows = [dict(prompt=p, completion=c, group=place // n) for p, c, place in zip(out.prompt_ids, out.completion_ids, places)]
-    both, watched = {"logprobs", "ref_logprobs"}, [i for i, place in enumerate(places) if place % 8 == 0]
-    with self.phase("score"):
-        tokens = self.scored(rows, self.needs())
-        if both <= self.needs(): seen = dict(enumerate(tokens))
-        else: seen = dict(zip(watched, self.scored([rows[i] for i in watched], both)))
-    kl = {i: (x["logprobs"] - x["ref_logprobs"]).sum().item() for i, x in seen.items()}
+    with self.phase("score"): tokens = self.scored(rows, self.needs())
     return [dict(place=places[i], row=row, prompt=out.prompts[i][-1]["content"], completion=out.completions[i], reward=scores[i], parts={k: v[i] for k, v in parts.items()}, finished=out.finished[i],
-                 kl=kl.get(i), tokens=tokens[i] | dict(rollout_logprobs=torch.tensor(out.logprobs[i]))) for i, row in enumerate(rows)]
+                 tokens=tokens[i] | dict(rollout_logprobs=torch.tensor(out.logprobs[i]))) for i, row in enumerate(rows)]
 
 @patch_to(RolloutTrainer)
 def gather(self, prompts: list[dict], step: int) -> tuple[Round, dict]:
@@ -204,11 +200,12 @@ def gather(self, prompts: list[dict], step: int) -> tuple[Round, dict]:
     batch = Round([c["row"] | dict(index=i) for i, c in enumerate(found)], mask, torch.tensor(scores, device=device), **padded)
     self.advantages(batch)
     self.round = [{k: c[k] for k in ("prompt", "completion", "reward")} for c in found]
-    figures = dict(reward=_mean(scores), **{f"reward/{k}": _mean([c["parts"][k] for c in found]) for k in found[0]["parts"]}, kl=_mean([c["kl"] for c in found if c["kl"] is not None]),
+    figures = dict(reward=_mean(scores), **{f"reward/{k}": _mean([c["parts"][k] for c in found]) for k in found[0]["parts"]},
                    completion_length=lengths.float().mean().item(), **round_figures([c["row"]["completion"] for c in found], scores, [c["finished"] for c in found], self.settings.num_generations))
+    if batch.logprobs is not None and batch.ref_logprobs is not None: figures["kl"] = (kl_estimate(batch.logprobs, batch.ref_logprobs) * mask).sum(1).mean().item()
     return batch, figures
 
-# %% ../nbs/02d_rl.ipynb #0a4354fb
+# %% ../nbs/02d_rl.ipynb #636ff803
 @patch_to(RolloutTrainer)
 def plans(self, rows: list[dict], step: int) -> list[list[int]]: # numbers of rows
     "The minibatches of a round, from a generator of its own."
@@ -221,7 +218,7 @@ def plans(self, rows: list[dict], step: int) -> list[list[int]]: # numbers of ro
     return found
 
 @patch_to(RolloutTrainer)
-def update(self, model, batch: Round, picked: list[int]) -> dict:
+def update(self, model, batch: Round, picked: list[int], watch: bool = False) -> dict: # watch: measure the distance from the reference, too
     "Gradient of one minibatch, of which every process computes a part; returns its figures."
     (rank, count), sums = processes(), {}
     weights = torch.zeros_like(batch.mask)
@@ -233,9 +230,10 @@ def update(self, model, batch: Round, picked: list[int]) -> dict:
     for group in groups:
         loss_of = lambda: self.minibatch_loss(model, batch, weights * part, group, sums) * count # the processes' gradients are averaged
         self.backward(model, loss_of, last=group is groups[-1])
+        if watch: self.watch(group, batch, sums)
     total = dict(zip(sums, self.accelerator.reduce(torch.tensor(list(sums.values()), device=self.args.device) * part, "sum").tolist()))
-    tokens = max(total.pop("tokens"), 1.0)
-    return {k: v if k in ("loss", "policy_loss") else v / tokens for k, v in total.items()}
+    tokens, watched = max(total.pop("tokens"), 1.0), total.pop("watched", 0.0)
+    return (dict(kl=total.pop("kl") / max(watched, 1.0)) if watched else {}) | {k: v if k in ("loss", "policy_loss") else v / tokens for k, v in total.items()}
 
 @patch_to(RolloutTrainer)
 def minibatch_loss(self, model, batch: Round, weights: Tensor, group: list[dict], sums: dict) -> Tensor:
@@ -247,7 +245,19 @@ def minibatch_loss(self, model, batch: Round, weights: Tensor, group: list[dict]
     loss, weight = loss - self.settings.entropy_coef * entropy, flat(weights)
     seen = dict(loss=weight * loss, policy_loss=weight * figures.pop("policy_loss"), entropy=entropy, update_kl=kl_estimate(old, logp, "k3"), tokens=torch.ones_like(logp)) | figures
     for k, v in seen.items(): sums[k] = sums.get(k, 0.0) + v.detach().sum().item()
+    batch.present |= dict(zip((row["index"] for row in group), logp.detach().split([len(row["completion"]) for row in group])))
     return (weight * loss).sum()
+
+@patch_to(RolloutTrainer)
+def watch(self, group: list[dict], batch: Round, sums: dict) -> None:
+    "Add the distance of some completions from the reference to the sums."
+    some = group[::8] if batch.ref_logprobs is None else group
+    if batch.ref_logprobs is not None: ref = torch.cat([batch.ref_logprobs[row["index"], :len(row["completion"])] for row in some])
+    else:
+        with torch.no_grad(), compute_context(self.model, self.dtype), using_adapters(self.model.policy, self.reference):
+            ref, *_ = Policy.forward(self.model, **self._prepare_inputs(pack_trees(some)), temperature=self.settings.temperature)
+    sums["kl"] = sums.get("kl", 0.0) + (torch.cat([batch.present[row["index"]] for row in some]) - ref).sum().item()
+    sums["watched"] = sums.get("watched", 0) + len(some)
 
 @patch_to(RolloutTrainer)
 def training_step(self, model, inputs, num_items_in_batch=None):
@@ -260,10 +270,11 @@ def training_step(self, model, inputs, num_items_in_batch=None):
     with self.phase("update"):
         for picked in self.plans(batch.rows, step):
             if seen: self._clip_grad_norm(model); self.optimizer.step(); model.zero_grad()
-            seen.append(self.update(model, batch, picked))
+            seen.append(self.update(model, batch, picked, watch=not seen and "kl" not in figures))
             if 0 < self.settings.target_kl < seen[-1]["update_kl"]: break # this was the last one
     self.step_tokens = sum(len(row["prompt"]) + len(row["completion"]) for row in batch.rows)
-    self.figures |= figures | {k: _mean([s[k] for s in seen]) for k in seen[0] if k not in ("loss", "update_kl")}
+    self.figures |= figures | seen[0] | {k: _mean([s[k] for s in seen]) for k in seen[-1]}
+    for k in ("loss", "update_kl"): self.figures.pop(k)
     if self.settings.target_kl: self.figures |= dict(updates=len(seen), update_kl=seen[-1]["update_kl"])
     return torch.tensor(_mean([s["loss"] for s in seen]), device=self.args.device)
 

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['GenerateArgs', 'Rollouts', 'draw', 'Spoken', 'end_tokens', 'generate', 'prompt_room', 'fitting', 'stream']
 
-# %% ../nbs/01f_rollout.ipynb #0f832719
+# %% ../nbs/01f_rollout.ipynb #d56d3005
 import contextlib
 from dataclasses import dataclass
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from .core import TinyTrainerError, mix_seed, progress
 from .attention import SharedCache
@@ -46,7 +47,7 @@ class Rollouts:
     logprobs: list           # log-probability of each completion token under the temperature-scaled distribution, before top-k and top-p
     finished: list           # whether the end token or a stop text came within `max_new_tokens`
 
-# %% ../nbs/01f_rollout.ipynb #6a5bba0a
+# %% ../nbs/01f_rollout.ipynb #9857ace3
 def draw(
     logits: Tensor,       # of the next token (B, V)
     temperature: float,   # 0: the likeliest
@@ -58,9 +59,20 @@ def draw(
     logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
     if temperature == 0: tokens = logits.argmax(-1)
     else:
-        cumulative = _cut(logprobs, top_k, top_p).exp().double().cumsum(-1)
-        tokens = torch.searchsorted(cumulative, (uniform.to(cumulative) * cumulative[:, -1])[:, None], right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
+        tokens = _inverse(_cut(logprobs, top_k, top_p).exp(), uniform)
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+
+def _inverse(probabilities: Tensor, uniform: Tensor, block: int = 128) -> Tensor: # (B,)
+    "The token at which the cumulative sum passes `uniform` of the whole: first the block of tokens is found, then the place in it, so that only sums are taken of a whole vocabulary."
+    blocks = F.pad(probabilities, (0, -probabilities.shape[-1] % block)).unflatten(-1, (-1, block))           # (B, blocks, block)
+    upto = blocks.sum(-1).double().cumsum(-1)
+    target = uniform.to(upto)[:, None] * upto[:, -1:]
+    place = torch.searchsorted(upto, target, right=True).clamp_max(upto.shape[-1] - 1)                        # (B, 1)
+    before = torch.where(place > 0, upto.gather(-1, (place - 1).clamp_min(0)), 0.0)
+    inside = blocks.gather(1, place[..., None].expand(-1, -1, block))[:, 0]                                   # (B, block)
+    found = torch.searchsorted(inside.double().cumsum(-1), target - before, right=True)
+    last = torch.where(inside > 0, torch.arange(block, device=inside.device), 0).amax(-1, keepdim=True)       # rounding must not lead to a token that cannot be
+    return (place * block + torch.minimum(found, last))[:, 0]
 
 def _cut(logprobs: Tensor, top_k: int, top_p: float) -> Tensor:
     "Minus infinity for what `top_k` and then `top_p` leave out (B, V)."
