@@ -125,15 +125,16 @@ def test_loss_and_gradient_are_those_of_trl(tmp_path, monkeypatch, trained):
 def test_over_4_bits_the_adapter_stays_what_it_was(tmp_path, dtype):
     "TRL rounds such an adapter to bf16; here its numbers are handed back in fp32, the reference has them too, and nothing is left on the model in the end"
     model, tokenizer = policy(True, dtype, "nf4", dropout=0.1)
+    tokenizer.pad_token = model.config.pad_token_id = None
     before = {n: p.detach().clone() for n, p in trainable(model).items()}
-    run = dpo(model, tokenizer, pairs(4), DPOArgs(**SMALL | dict(max_steps=1, schedule="linear", warmup_steps=1), out=str(tmp_path / "run")))  # one step, of learning rate 0 or not
+    run = dpo(model, tokenizer, pairs(4), DPOArgs(**SMALL | dict(max_steps=2), out=str(tmp_path / "run")))
     first = events(run, "metrics")[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-7) and first["grad_norm"] > 0
     start = load_file(run.folder / "start/adapter_model.safetensors")
     assert all(torch.equal(start[n.replace(".default", "")], p) for n, p in before.items())
     assert all(p.dtype == torch.float32 for p in trainable(model).values()) and trainable(model).keys() == before.keys()
     assert list(model.peft_config) == ["default"] and "forward" not in model.get_base_model().__dict__
-    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.1}
+    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.1} and tokenizer.pad_token is None and model.config.pad_token_id is None
 
 
 def ask(monkeypatch, wishes: dict) -> None:
@@ -217,7 +218,9 @@ def test_what_is_left_out(tmp_path):
     _, tokenizer = policy()
     rows = pairs(3) + [dict(prompt="a", chosen="b", rejected="b"), dict(prompt="word " * 600, chosen="b", rejected="c"), dict(prompt="a", chosen=" ", rejected="c")]
     found, left_out = encode_pairs(tokenizer, load_examples(rows), 512)
-    assert len(found) == 3 and left_out == {"empty text": 1, "equal answers": 1, "too long": 1}
+    assert len(found) == 3 and left_out == {"equal answers": 1, "too long": 1}
+    run = dpo(*policy(), rows, DPOArgs(**SMALL | dict(max_steps=1), out=str(tmp_path / "run")))
+    assert "left out: 1 empty text, 1 equal answers, 1 too long" in next(e["message"] for e in events(run, "note"))
 
 
 FAULTS = {

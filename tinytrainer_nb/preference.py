@@ -78,7 +78,7 @@ def sample_pairs(
         if worth[best] > worth[worst] and said[best].strip() and said[worst].strip(): pairs.append(dict(prompt=p["messages"], chosen=said[best], rejected=said[worst]))
     return pairs
 
-# %% ../nbs/02g_preference.ipynb #cae96867
+# %% ../nbs/02g_preference.ipynb #e68ff3ef
 def encode_answer(
     tokenizer,            # with a chat template
     messages: list[dict], # the conversation before the answer
@@ -96,7 +96,7 @@ def encode_pairs(
     max_length: int,   # tokens of a conversation with its answer
 ) -> tuple[list[dict], dict]: # {"prompt_ids", "chosen_ids", "rejected_ids"} of each pair; how many were left out, by reason
     "Pairs as TRL wants them. Pairs of equal answers and those too long are left out."
-    pairs, left_out = [], {"empty text": len(empty_rows(examples)), "equal answers": 0, "too long": 0}
+    pairs, left_out = [], {"equal answers": 0, "too long": 0}
     for row in examples:
         chosen, rejected = (encode_answer(tokenizer, row["messages"], row[name]) for name in ("chosen", "rejected"))
         if chosen == rejected: left_out["equal answers"] += 1; continue
@@ -146,11 +146,12 @@ def answer_logprobs(
     none = torch.zeros_like(placed) # figures of TRL's that are not shown here
     return FusedCausalLMOutput(log_probs=placed, entropy=none, mean_logits=none, is_top1=none.bool())
 
-# %% ../nbs/02g_preference.ipynb #a1b96237
+# %% ../nbs/02g_preference.ipynb #f177769d
 class PairTrainer(RunTrainer):
     "Mixin for TRL's trainers on pairs: its loss and its figures, in the house's steps."
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args, tokenizer, **kwargs):
+        super().__init__(*args, processing_class=copy.deepcopy(tokenizer), **kwargs) # TRL gives it a padding token
+        self.tokenizer, self.processing_class = tokenizer, None # with one, Trainer would change the model's special tokens
         self.accelerator.gather = self.accelerator.gather_for_metrics = lambda x, *_: x # processes have different micro-batches; their figures are summed once a step
 
     def _prepare_dataset(self, dataset, *_): return dataset # encoded already, by `encode_pairs`
@@ -183,7 +184,7 @@ class PairTrainer(RunTrainer):
 
     def headline(self, logs: dict) -> str: return f"loss {logs['loss']:.3f}, accuracy {self.figures['accuracy']:.2f}"
 
-# %% ../nbs/02g_preference.ipynb #5a2b27c2
+# %% ../nbs/02g_preference.ipynb #c75a5671
 def _pairs_of(data) -> Dataset:
     "Examples with two answers each; raises `TinyTrainerError` for others."
     examples = as_examples(data)
@@ -220,26 +221,28 @@ def _start(run, trainer: type, model, tokenizer, train, pairs, held, args, live)
 
 @contextlib.contextmanager
 def as_it_was(model):
-    "Inside, TRL may switch dropout off, add a copy of the adapter and replace the forward pass; all of it is taken back."
-    rates = {m: m.p for m in model.modules() if isinstance(m, nn.Dropout)}
+    "Inside, TRL may switch dropout off, name a padding token, add a copy of the adapter and replace the forward pass; all of it is taken back."
+    base = model.get_base_model()
+    rates, pads = {m: m.p for m in model.modules() if isinstance(m, nn.Dropout)}, [(config, config.pad_token_id) for config in (base.config, base.generation_config)]
     try: yield model
     finally:
         for m, rate in rates.items(): m.p = rate
-        model.get_base_model().__dict__.pop("forward", None)
+        for config, pad in pads: config.pad_token_id = pad
+        base.__dict__.pop("forward", None)
         if "ref" in model.peft_config: model.delete_adapter("ref")
 
-# %% ../nbs/02g_preference.ipynb #23282827
+# %% ../nbs/02g_preference.ipynb #7749970c
 class DPOTrainer(PairTrainer, trl.DPOTrainer):
     "TRL's DPO; the reference is the policy as it was handed over."
     sample = SFTTrainer.sample # greedy answers to held-out questions
 
     def __init__(self, run, settings: DPOArgs, dtype, model, tokenizer, shown: list[dict], **kwargs):
         asked, room = [row["messages"] for row in shown[:20]], prompt_room(model, settings.sample_tokens)
-        self.questions, self.tokenizer = [a for a, fits in zip(asked, fitting(model, tokenizer, asked, room)) if fits][:2], tokenizer
+        self.questions = [a for a, fits in zip(asked, fitting(model, tokenizer, asked, room)) if fits][:2]
         fresh, handed_over = is_fresh(model), {name: p.data for name, p in trainable(model).items()}
         config = partial(trl.DPOConfig, beta=settings.beta, gradient_checkpointing=False)
         collator = PairCollator(dpo_trainer.DataCollatorForPreference(pad_token_id=0), settings.micro_batch_tokens)
-        super().__init__(run, settings, dtype, config, model=model, data_collator=collator, processing_class=tokenizer, **kwargs)
+        super().__init__(run, settings, dtype, config, model=model, tokenizer=tokenizer, data_collator=collator, **kwargs)
         for name, p in trainable(model).items(): p.data = handed_over[name] # TRL rounds an adapter on 4-bit weights to bf16
         if fresh: model.delete_adapter("ref") # TRL's copy of the adapter: the base alone is the same
         base = model.get_base_model()
@@ -262,7 +265,7 @@ def dpo(
     if isinstance(model.get_output_embeddings(), BaseTunerLayer): raise TinyTrainerError("this adapter is on the language head (lm_head) too, which TRL's DPO does not train. Leave lm_head out of target_modules.")
     return _begin("dpo", DPOTrainer, model, tokenizer, examples, args or DPOArgs(), live)
 
-# %% ../nbs/02g_preference.ipynb #37271c03
+# %% ../nbs/02g_preference.ipynb #dade4c4e
 class Scorer(nn.Module):
     "A language model's decoder with one number for a head: what a text is worth, said at its last token."
     def __init__(self, policy):
@@ -299,10 +302,11 @@ def scores(
 class RewardTrainer(PairTrainer, trl.RewardTrainer):
     "TRL's reward modelling."
     def __init__(self, run, settings: RewardModelArgs, dtype, model, tokenizer, shown: list[dict], **kwargs):
-        self.shown, self.tokenizer = shown[:2], tokenizer
+        self.shown = shown[:2]
         whole = reward_trainer.DataCollatorForPreference(pad_token_id=0)
         collate = lambda rows: whole([dict(chosen_ids=r["prompt_ids"] + r["chosen_ids"], rejected_ids=r["prompt_ids"] + r["rejected_ids"]) for r in rows])
-        super().__init__(run, settings, dtype, partial(trl.RewardConfig, gradient_checkpointing=False), model=Scorer(model), data_collator=PairCollator(collate, settings.micro_batch_tokens), processing_class=tokenizer, **kwargs)
+        super().__init__(run, settings, dtype, partial(trl.RewardConfig, gradient_checkpointing=False), model=Scorer(model), tokenizer=tokenizer,
+                         data_collator=PairCollator(collate, settings.micro_batch_tokens), **kwargs)
 
     @staticmethod
     def pair_figures(m: dict) -> dict: # TRL tells mean and difference of the two rewards
@@ -345,7 +349,7 @@ def resume_run(run: Run, live: bool = False) -> Run:
     train, held = (Dataset.from_list(read_json(run.folder / "data" / f"{name}.json")) for name in ("train", "heldout"))
     return _start(run, trainer, model, tokenizer, train, encode_pairs(tokenizer, train, args.max_length)[0], held, args, live)
 
-# %% ../nbs/02g_preference.ipynb #166fff67
+# %% ../nbs/02g_preference.ipynb #562ca2f6
 def model_reward(
     folder: Path | str, # of a run of `reward_model`
 ):                      # a function that PPO takes, called like the folder
@@ -362,5 +366,5 @@ def model_reward(
         "What the reward model says of each completion."
         asked = [p if isinstance(p, list) else [dict(role="user", content=p)] for p in prompts]
         return scores(scorer, tokenizer, asked, completions, dtype)
-    reward.__name__ = run.folder.name
+    reward.__name__ = run.folder.resolve().name
     return reward
