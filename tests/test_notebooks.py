@@ -15,7 +15,11 @@ SMALL = {
     "tutorials/02_first_sft": {"max_steps": 6},
     "tutorials/03_ppo_by_hand": {"max_steps": 2},
     "tutorials/04_live_panel": {"max_steps": 6, "live": False},
+    "tutorials/05_grpo": {"sft_steps": 6, "max_steps": 2, "eval_rows": 12},
+    "tutorials/06_thirteen": {"max_steps": 2, "sft_steps": 2, "eval_rows": 12},
+    "tutorials/07_chain_of_thought": {"sft_steps": 12, "cot_steps": 12, "eval_rows": 12},
     "benchmarks/01_quickstart_seeds": {"seeds": "0"},
+    "benchmarks/04_rl_accuracy": {"sft_steps": 4, "rounds": 1, "eval_rows": 12},
 }
 
 
