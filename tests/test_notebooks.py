@@ -15,6 +15,7 @@ SMALL = {
     "tutorials/02_first_sft": {"max_steps": 6},
     "tutorials/03_ppo_by_hand": {"max_steps": 2},
     "tutorials/04_live_panel": {"max_steps": 6, "live": False},
+    "tutorials/08_preferences": {"sft_steps": 20, "problems": 48, "max_steps": 2, "eval_rows": 12},
     "benchmarks/01_quickstart_seeds": {"seeds": "0"},
 }
 
