@@ -18,6 +18,7 @@ SMALL = {
     "tutorials/05_grpo": {"sft_steps": 6, "max_steps": 2, "eval_rows": 12},
     "tutorials/06_thirteen": {"max_steps": 2, "sft_steps": 2, "eval_rows": 12},
     "tutorials/07_chain_of_thought": {"sft_steps": 12, "cot_steps": 12, "eval_rows": 12},
+    "tutorials/08_preferences": {"sft_steps": 20, "problems": 48, "max_steps": 2, "eval_rows": 12},
     "benchmarks/01_quickstart_seeds": {"seeds": "0"},
     "benchmarks/04_rl_accuracy": {"sft_steps": 4, "rounds": 1, "eval_rows": 12},
 }

@@ -7,6 +7,7 @@ import pytest
 from tinytrainer_nb.grpo import GRPOArgs
 from tinytrainer_nb.notebooks import notebook_parameters
 from tinytrainer_nb.ppo import PPOArgs
+from tinytrainer_nb.preference import DPOArgs
 from tinytrainer_nb.settings import check_value, field_type
 from tinytrainer_nb.sft import SFTArgs
 from tinytrainer_nb.tinylora import TinyLoraArgs
@@ -14,18 +15,19 @@ from tinytrainer_nb.tinylora import TinyLoraArgs
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs" / "tutorials").glob("*.ipynb")) + sorted((ROOT / "nbs" / "benchmarks").glob("*.ipynb"))
 ALIASES = {"sft_steps": (SFTArgs, "max_steps"), "ppo_steps": (PPOArgs, "max_steps"), "cot_steps": (SFTArgs, "max_steps"), "sft_learning_rate": (SFTArgs, "learning_rate"), "u": (TinyLoraArgs, "u"), "n_tie": (TinyLoraArgs, "n_tie")}  # where one notebook drives two recipes
+RECIPES = {"ppo": PPOArgs, "grpo": GRPOArgs, "thirteen": GRPOArgs, "preferences": DPOArgs}  # a word of the notebook's name: its recipe; else SFT
 
 
 def setting_of(notebook: Path, name: str):
     "The dataclass field a parameter stands for, None if it is not a setting"
-    recipe, name = ALIASES.get(name, (next((args for word, args in (("ppo", PPOArgs), ("grpo", GRPOArgs), ("thirteen", GRPOArgs)) if word in notebook.stem), SFTArgs), name))
+    recipe, name = ALIASES.get(name, (next((args for word, args in RECIPES.items() if word in notebook.stem), SFTArgs), name))
     return {f.name: f for f in fields(recipe)}.get(name)
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
 def test_parameters_are_settings(notebook):
     parameters = notebook_parameters(notebook)
-    known = {"base", "data", "columns", "live", "eval_rows", "quick", "seeds", "results", "cases", "rounds", "turns", "instruction", "cot_data"}
+    known = {"base", "data", "columns", "problems", "live", "eval_rows", "quick", "seeds", "results", "cases", "rounds", "turns", "instruction", "cot_data"}
     for name, parameter in parameters.items():
         field = setting_of(notebook, name)
         if field is None: assert name in known, f"{notebook.name}: parameter {name} is neither a setting nor one of {sorted(known)}"
