@@ -125,7 +125,7 @@ class _Together:
             return out
         return forward
 
-# %% ../nbs/01e_fast.ipynb #499aa3f4
+# %% ../nbs/01e_fast.ipynb #1d172ae7
 class Decoder:
     "Forward passes without gradient, each weight read in its quickest form."
     def __init__(
@@ -145,7 +145,7 @@ class Decoder:
 
     @contextlib.contextmanager
     def on(self):
-        "Forward passes inside are quick ones, in the decoder's number format."
+        "Forward passes inside are quick ones, in the decoder's number format; gives the function that decodes one token of every slot."
         changed, handled = [], set()
         try:
             for family, product in self.quick:
@@ -155,7 +155,8 @@ class Decoder:
                 whole = _Together(forward, [getattr(m, "base_layer", m).out_features for m in family])
                 for i, m in enumerate(targets): m.forward = whole.part(i) if len(targets) > 1 else forward
                 changed += targets; handled |= {id(m) for m in targets}
-            with torch.no_grad(), contextlib.nullcontext() if self._complete(handled) else compute_context(self.model, self.dtype): yield self.model
+            complete = self._complete(handled)
+            with torch.no_grad(), contextlib.nullcontext() if complete else compute_context(self.model, self.dtype): yield _quick_step(self.model) if complete and _is_llama_like(self.model) else _plain_step(self.model)
         finally:
             for m in changed: m.__dict__.pop("forward", None)
 
@@ -197,6 +198,44 @@ def _beside(family: list, dtype: torch.dtype, product):
         out, x = product(x), x.to(dtype)
         return torch.addmm(out.flatten(0, -2), x.flatten(0, -2) @ down, up).view(out.shape)
     return forward
+
+# %% ../nbs/01e_fast.ipynb #a5cdae00
+def _base(model: nn.Module) -> nn.Module: return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+def _is_llama_like(model: nn.Module) -> bool: return type(_base(model)).__name__ in ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+def _plain_step(model: nn.Module):
+    "Decode by the model's own forward pass."
+    return lambda tokens, positions, cache: model(input_ids=tokens[None], position_ids=positions[None], shared_cache=cache, use_cache=False).logits[0]
+
+def _quick_step(model: nn.Module):
+    "Decode one token of every slot: tokens and positions (R,) to logits (R, V)."
+    base = _base(model)
+    layers = [_quick_layer(layer) for layer in base.model.layers]
+    def step(tokens: Tensor, positions: Tensor, cache) -> Tensor:
+        hidden = base.model.embed_tokens(tokens[None])
+        cos, sin = (x.transpose(0, 1) for x in base.model.rotary_emb(hidden, positions[None])) # (R, 1, head_dim)
+        for layer in layers: hidden = layer(hidden, cos, sin, cache)
+        return base.lm_head(base.model.norm.forward(hidden))[0]
+    return step
+
+def _quick_layer(layer: nn.Module):
+    "One block: attention and MLP, each behind its norm."
+    attention, mlp = layer.self_attn, layer.mlp
+    norms = [getattr(attention, name).forward if hasattr(attention, name) else None for name in ("q_norm", "k_norm")] # Qwen3 has them
+    def heads(x: Tensor) -> Tensor: return x.view(x.shape[1], -1, attention.head_dim) # (R, heads, head_dim)
+    def turned(x: Tensor, norm, cos: Tensor, sin: Tensor) -> Tensor:
+        x = heads(x) if norm is None else norm(heads(x))
+        first, second = x.chunk(2, dim=-1)
+        return (x * cos + torch.cat([-second, first], dim=-1) * sin).transpose(0, 1)[None] # (1, heads, R, head_dim)
+    def block(hidden: Tensor, cos: Tensor, sin: Tensor, cache) -> Tensor:
+        x = layer.input_layernorm.forward(hidden)
+        query, key, value = (part.forward(x) for part in (attention.q_proj, attention.k_proj, attention.v_proj))
+        out = cache.attend(attention.layer_idx, turned(query, norms[0], cos, sin), turned(key, norms[1], cos, sin), heads(value).transpose(0, 1)[None], attention.scaling)
+        hidden = hidden + attention.o_proj.forward(out.flatten(2))
+        x = layer.post_attention_layernorm.forward(hidden)
+        return hidden + mlp.down_proj.forward(mlp.act_fn(mlp.gate_proj.forward(x)) * mlp.up_proj.forward(x))
+    return block
 
 # %% ../nbs/01e_fast.ipynb #ec252085
 class _TokenLogprobs(torch.autograd.Function):

@@ -202,7 +202,7 @@ def _begin(recipe: str, trainer: type, model, tokenizer, data, args: PairArgs, l
     if empty := len(empty_rows(examples)): left_out = {"empty text": empty} | left_out
     reasons = ", ".join(f"{count:,} {why}" for why, count in left_out.items()) or "none"
     if not pairs: raise TinyTrainerError(f"no pair is left of {len(train)}: {reasons}, with max_length={args.max_length}. Raise max_length, or bring pairs whose answers differ.")
-    with Run.prepare(args.out, recipe, args, load=describe(model), data=data_origin(examples), may_change=may_change(args)) as run:
+    with Run.prepare(args.out, recipe, args, load=describe(model, tokenizer), data=data_origin(examples), may_change=may_change(args)) as run:
         for name, part in dict(train=train, heldout=held).items(): write_json(run.folder / "data" / f"{name}.json", part.select_columns(["messages", "chosen", "rejected"]).to_list())
         begin(run, model)
         if args.eval_steps and not len(held): tell(run, f"no pair is held back for an evaluation: that takes ten pairs, and there are {len(train)}")

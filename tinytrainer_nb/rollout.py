@@ -98,7 +98,7 @@ def _read_prompts(model, ids: list[list[int]], cache: SharedCache, most: int = 4
     if len(cache.layers) != model.config.num_hidden_layers: raise TinyTrainerError(f"{type(model).__name__}: {len(cache.layers)} of its {model.config.num_hidden_layers} layers use transformers' attention interface, so its cache cannot be kept here. Use a Llama- or Qwen-like model.")
     return torch.cat(found)
 
-# %% ../nbs/01f_rollout.ipynb #24fb4f02
+# %% ../nbs/01f_rollout.ipynb #4c6aa9f8
 class Spoken:
     "What the rows of a batch have said so far."
     def __init__(self, tokenizer, count: int, ends: set[int], stop: tuple[str, ...]):
@@ -120,7 +120,7 @@ class Spoken:
         text = self.tokenizer.decode(said[:-1] if said and said[-1] in self.ends else said, skip_special_tokens=True)
         return text[:min((text.index(s) for s in self.stop if s in text), default=len(text))]
 
-def _speak(model, ids: list[list[int]], args: GenerateArgs, seeds: list[int], spoken: Spoken):
+def _speak(model, step_of, ids: list[list[int]], args: GenerateArgs, seeds: list[int], spoken: Spoken): # step_of: tokens, positions, cache -> logits (R, V)
     "Decode all rows into `spoken`, one token each at a time; yields how many ended with each token."
     n, device = args.num_generations, next(model.parameters()).device
     cache = SharedCache([len(row) for row in ids], n, args.max_new_tokens)
@@ -140,7 +140,7 @@ def _speak(model, ids: list[list[int]], args: GenerateArgs, seeds: list[int], sp
             flat, there = slots.flatten(), slots.flatten().to(device)
             rows, alive, new, positions = rows[flat], alive[flat], new[there], positions[there]
         cache.advance(step)
-        logits = model(input_ids=new[None], position_ids=(positions + step)[None], shared_cache=cache, use_cache=False).logits[0]
+        logits = step_of(new, positions + step, cache)
 
 def _living(alive: Tensor, n: int, share: float = 0.75) -> Tensor | None:
     "The slots to keep, as many for each prompt that still has one alive; None while they are more than a `share` of all."
@@ -149,7 +149,7 @@ def _living(alive: Tensor, n: int, share: float = 0.75) -> Tensor | None:
     if len(going) * most > share * len(alive): return None
     return groups[going].long().argsort(dim=1, descending=True, stable=True)[:, :most] + going[:, None] * n
 
-# %% ../nbs/01f_rollout.ipynb #cf0b8dc7
+# %% ../nbs/01f_rollout.ipynb #ca7631c2
 def end_tokens(model, tokenizer) -> set[int]:
     "Ids that end a completion: the tokenizer's end token and those of the model's generation config."
     more = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
@@ -173,10 +173,10 @@ def generate(
     _check_lengths(model, ids, args.max_new_tokens)
     seeds = seeds or [mix_seed(args.seed, i, j) for i in range(len(prompts)) for j in range(n)]
     found, ends = [None] * len(ids), end_tokens(model, tokenizer)
-    with _decoding(model, dtype, decoder, min(args.batch_size, len(ids) * n)), progress(total=len(ids) * n, desc="completions", quiet=quiet) as bar:
+    with _decoding(model, dtype, decoder, min(args.batch_size, len(ids) * n)) as step, progress(total=len(ids) * n, desc="completions", quiet=quiet) as bar:
         for part in _parts(ids, max(1, args.batch_size // n)):
             spoken = Spoken(tokenizer, len(part) * n, ends, args.stop)
-            for ended in _speak(model, [ids[i] for i in part], args, [seeds[i * n + j] for i in part for j in range(n)], spoken):
+            for ended in _speak(model, step, [ids[i] for i in part], args, [seeds[i * n + j] for i in part for j in range(n)], spoken):
                 bar.update(ended)
                 if interrupt is not None: interrupt()
             for k, i in enumerate(part): found[i] = (spoken, range(k * n, (k + 1) * n))
@@ -185,13 +185,13 @@ def generate(
 
 @contextlib.contextmanager
 def _decoding(model, dtype: torch.dtype | None, decoder: Decoder | None, rows: int):
-    "The model in evaluation mode, decoding quickly, its attention ours; afterwards as it was."
+    "The model in evaluation mode, decoding quickly, its attention ours; afterwards as it was. Gives the function that decodes one token of every slot."
     was_training, attention = model.training, model.config._attn_implementation
     decoder = decoder or Decoder(model, dtype, rows)
     model.eval()
     model.config._attn_implementation = "packed"
     try:
-        with decoder.on(): yield
+        with decoder.on() as step: yield step
     finally:
         model.train(was_training)
         model.config._attn_implementation = attention
@@ -216,7 +216,7 @@ def _check_lengths(model, ids: list[list[int]], new: int) -> None:
         if not row: raise TinyTrainerError(f"prompt {i} is empty, and this tokenizer has no first token to start from.")
         if len(row) > prompt_room(model, new): raise TinyTrainerError(f"prompt {i} has {len(row)} tokens; with max_new_tokens={new} that is more than the model's context of {model.config.max_position_embeddings}. Shorten one of them.")
 
-# %% ../nbs/01f_rollout.ipynb #bb1ae79b
+# %% ../nbs/01f_rollout.ipynb #bd5f798d
 def stream(
     model,                     # a language model, with or without adapter
     tokenizer,                 # its tokenizer
@@ -230,8 +230,8 @@ def stream(
     args, ids = args or GenerateArgs(), prompt_ids(tokenizer, prompt)
     _check_lengths(model, [ids], args.max_new_tokens)
     spoken, shown = Spoken(tokenizer, 1, end_tokens(model, tokenizer), args.stop), 0
-    with _decoding(model, dtype, decoder, 1):
-        for _ in _speak(model, [ids], args, [mix_seed(args.seed, 0, 0) if seed is None else seed], spoken):
+    with _decoding(model, dtype, decoder, 1) as step:
+        for _ in _speak(model, step, [ids], args, [mix_seed(args.seed, 0, 0) if seed is None else seed], spoken):
             text = spoken.text(0)
             sure = len(text) - _unsure(text, args.stop)
             if sure > shown: yield text[shown:sure]; shown = sure
