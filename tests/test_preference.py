@@ -190,6 +190,7 @@ def test_a_reward_model_learns_its_pairs_and_teaches_ppo(tmp_path):
     model, tokenizer = policy(dtype="bf16")
     reward_model(model, tokenizer, rows, RewardModelArgs(**SMALL | dict(max_steps=12, batch_size=8, learning_rate=5e-3), out=str(tmp_path / "judge")))
     judge = model_reward(tmp_path / "judge")
+    with pytest.raises(TinyTrainerError, match="scores answers and does not speak"): load_model(tmp_path / "judge")
     asked = [r["prompt"][-1]["content"] for r in rows]
     good, bad = (find_reward(judge)(asked, [r[k] for r in rows], [dict(reference_answer="1")] * 8)[0] for k in ("chosen", "rejected"))
     assert all(a > b for a, b in zip(good, bad)) and all(map(math.isfinite, good + bad))

@@ -207,6 +207,7 @@ def with_adapter(model, folder: Path):
 def _load_run(folder: Path, quantization: str, dtype: str, device: str, verbose: bool) -> tuple:
     "A finished run's base with what was trained on it."
     made = read_json(folder / "run.json")
+    if made["recipe"] == "reward_model": raise TinyTrainerError(f"{folder}: this run trained a reward model, which scores answers and does not speak. Use it as a reward: model_reward({str(folder)!r}).")
     if (folder / "model" / "config.json").exists(): return load_model(folder / "model", quantization, dtype, device, verbose=verbose)
     if not (folder / "adapter").exists():
         again = f" --reward {made['reward']}" if ".py:" in made.get("reward", "") else ""
