@@ -205,7 +205,7 @@ def gather(self, prompts: list[dict], step: int) -> tuple[Round, dict]:
     if batch.logprobs is not None and batch.ref_logprobs is not None: figures["kl"] = (kl_estimate(batch.logprobs, batch.ref_logprobs) * mask).sum(1).mean().item()
     return batch, figures
 
-# %% ../nbs/02d_rl.ipynb #636ff803
+# %% ../nbs/02d_rl.ipynb #77800853
 @patch_to(RolloutTrainer)
 def plans(self, rows: list[dict], step: int) -> list[list[int]]: # numbers of rows
     "The minibatches of a round, from a generator of its own."
@@ -225,15 +225,18 @@ def update(self, model, batch: Round, picked: list[int], watch: bool = False) ->
     weights[picked] = self.token_weights(batch.mask[picked])
     busy = sorted(set(picked) - set(batch.idle))
     mine = busy[rank * len(busy) // count:(rank + 1) * len(busy) // count]
-    part = float(bool(mine)) # without a row of its own a process computes one with weight 0: all take part in the averaging
+    watched = set(busy[::8] or picked[:1]) if watch else set()
+    if not busy and rank: watched = set() # all processes compute the same row then
+    part, distance = float(bool(mine)), torch.zeros(2, device=self.args.device) # without a row of its own a process computes one with weight 0: all take part in the averaging
     groups = micro_trees([batch.rows[i] for i in mine or picked[:1]], self.settings.micro_batch_tokens)
     for group in groups:
         loss_of = lambda: self.minibatch_loss(model, batch, weights * part, group, sums) * count # the processes' gradients are averaged
         self.backward(model, loss_of, last=group is groups[-1])
-        if watch: self.watch(group, batch, sums)
+        if some := [row for row in group if row["index"] in watched]: distance += self.distance(some, batch)
     total = dict(zip(sums, self.accelerator.reduce(torch.tensor(list(sums.values()), device=self.args.device) * part, "sum").tolist()))
-    tokens, watched = max(total.pop("tokens"), 1.0), total.pop("watched", 0.0)
-    return (dict(kl=total.pop("kl") / max(watched, 1.0)) if watched else {}) | {k: v if k in ("loss", "policy_loss") else v / tokens for k, v in total.items()}
+    kl, rows = self.accelerator.reduce(distance, "sum").tolist()
+    tokens = max(total.pop("tokens"), 1.0)
+    return {k: v if k in ("loss", "policy_loss") else v / tokens for k, v in total.items()} | (dict(kl=kl / rows) if watch else {})
 
 @patch_to(RolloutTrainer)
 def minibatch_loss(self, model, batch: Round, weights: Tensor, group: list[dict], sums: dict) -> Tensor:
@@ -249,15 +252,14 @@ def minibatch_loss(self, model, batch: Round, weights: Tensor, group: list[dict]
     return (weight * loss).sum()
 
 @patch_to(RolloutTrainer)
-def watch(self, group: list[dict], batch: Round, sums: dict) -> None:
-    "Add the distance of some completions from the reference to the sums."
-    some = group[::8] if batch.ref_logprobs is None else group
+def distance(self, some: list[dict], batch: Round) -> Tensor: # (2,)
+    "The summed distance of some completions from the reference, and their number."
     if batch.ref_logprobs is not None: ref = torch.cat([batch.ref_logprobs[row["index"], :len(row["completion"])] for row in some])
     else:
         with torch.no_grad(), compute_context(self.model, self.dtype), using_adapters(self.model.policy, self.reference):
             ref, *_ = Policy.forward(self.model, **self._prepare_inputs(pack_trees(some)), temperature=self.settings.temperature)
-    sums["kl"] = sums.get("kl", 0.0) + (torch.cat([batch.present[row["index"]] for row in some]) - ref).sum().item()
-    sums["watched"] = sums.get("watched", 0) + len(some)
+    difference = kl_estimate(torch.cat([batch.present[row["index"]] for row in some]), ref).sum()
+    return torch.stack([difference, torch.full_like(difference, len(some))])
 
 @patch_to(RolloutTrainer)
 def training_step(self, model, inputs, num_items_in_batch=None):
