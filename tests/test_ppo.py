@@ -143,3 +143,13 @@ def test_price_holds_the_policy(tmp_path):
     free, held = (ppo(*tiny_policy(), load_prompts(data_file("rl.jsonl"))[:16], letters,
                       small(tmp_path / f"kl{beta}", max_steps=10, batch_size=8, learning_rate=3e-3, kl_coef=beta, epochs=2)).history("kl")[1] for beta in (0.0, 10.0))
     assert sum(map(abs, held[-3:])) < 0.3 * sum(map(abs, free[-3:])), (free, held)
+
+
+def test_a_value_adapter_begins_from_the_seed(tmp_path):
+    "Two runs of one process, whatever was drawn before: a run that died before its first checkpoint starts over with the same one"
+    found = []
+    for name in "ab":
+        torch.rand(len(found) + 3)
+        run = ppo(*tiny_policy(), load_prompts(data_file("rl.jsonl"))[:8], letters, small(tmp_path / name, value_adapter=True))
+        found.append((run.folder / "adapter" / "value_head.safetensors").read_bytes())
+    assert found[0] == found[1]

@@ -6,13 +6,13 @@
 __all__ = ['PPOArgs', 'gae', 'whiten', 'value_loss', 'token_rewards', 'adapted', 'PolicyWithValue', 'add_value_adapter',
            'PPOTrainer', 'ppo', 'resume_run']
 
-# %% ../nbs/02e_ppo.ipynb #ba143040
+# %% ../nbs/02e_ppo.ipynb #c5ca9c06
 from dataclasses import dataclass
 from safetensors.torch import save_file
 import torch
 from torch import Tensor, nn
 from .adapters import save_adapter, train_last, trainable, using_adapters
-from .core import quiet
+from .core import quiet, seed_everything
 from .rewards import find_reward
 from .rl import Policy, RolloutArgs, RolloutTrainer, Round, kl_estimate, policy_loss, prepare_rounds, resume_rounds, start_rounds
 from .run import Run, whole_folder
@@ -161,7 +161,7 @@ class PPOTrainer(RolloutTrainer):
             value = {name: p for name, p in trainable(self.model).items() if name.startswith("value_head.") or f".{self.model.adapter}." in name}
             save_file({name.removeprefix("value_head."): p.detach().cpu().contiguous() for name, p in value.items()}, folder / "value_head.safetensors")
 
-# %% ../nbs/02e_ppo.ipynb #58f64d1d
+# %% ../nbs/02e_ppo.ipynb #91cb026b
 def ppo(
     model,                 # with an adapter, fresh or fine-tuned: as handed over it is the reference
     tokenizer,             # its tokenizer
@@ -176,6 +176,7 @@ def ppo(
     return _start(run, model, tokenizer, prompts, find_reward(reward), args, live)
 
 def _start(run, model, tokenizer, prompts, judge, args, live) -> Run:
+    seed_everything(args.seed) # a run that starts over begins with the same value adapter
     own = [add_value_adapter(model)] if args.value_adapter else []
     return start_rounds(PPOTrainer, lambda policy: PolicyWithValue(policy, *own), run, model, tokenizer, prompts, judge, args, live, tuple(own))
 
