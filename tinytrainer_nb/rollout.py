@@ -59,7 +59,7 @@ def draw(
     logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
     if temperature == 0: tokens = logits.argmax(-1)
     else:
-        tokens = _inverse(_cut(logprobs, top_k, top_p).exp(), uniform)
+        tokens = _inverse(_cut(logprobs, top_k, top_p).softmax(-1), uniform)
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
 
 def _inverse(probabilities: Tensor, uniform: Tensor, block: int = 128) -> Tensor: # (B,)
