@@ -1,12 +1,16 @@
-"""4-bit weights keep their gradient: after generation, after an evaluation, after any forward pass in evaluation mode."""
+"""4-bit weights keep their gradient, after anything that is done in evaluation mode; adapters in fewer steps have PEFT's gradient."""
+import contextlib
+
 import pytest
 import torch
 
-from tinytrainer_nb.adapters import LoraArgs, add_lora, trainable
-from tinytrainer_nb.core import data_file
+from tinytrainer_nb.adapters import LoraArgs, add_lora, stack_adapter, trainable
+from tinytrainer_nb.core import DTYPES, data_file
 from tinytrainer_nb.evaluate import evaluate
-from tinytrainer_nb.models import load_model
+from tinytrainer_nb.fast import Decoder, thin_adapters
+from tinytrainer_nb.models import compute_context, load_model
 from tinytrainer_nb.rollout import GenerateArgs, generate
+from tinytrainer_nb.tinylora import TinyLoraArgs, add_tinylora
 from tinytrainer_nb.tokens import encode_chat, pack_row
 
 MESSAGES = [dict(role="user", content="Mia has 3 boxes with 24 pens in each box. How many pens has she?"), dict(role="assistant", content="3 * 24 = 72 pens.\n#### 72")]
@@ -59,3 +63,62 @@ def test_bitsandbytes_alone_loses_it(model):
     try: after = gradient(policy, tokenizer)
     except RuntimeError: return  # no gradient at all
     assert torch.cosine_similarity(before, after, dim=0) < 0.9999
+
+
+ADAPTERS = {
+    "LoRA": lambda m: add_lora(m, LoraArgs(r=4)),
+    "rsLoRA on two kinds of layer": lambda m: add_lora(m, LoraArgs(r=4, rslora=True, target_modules="q_proj,down_proj")),
+    "DoRA": lambda m: add_lora(m, LoraArgs(r=4, dora=True)),
+    "dropout": lambda m: add_lora(m, LoraArgs(r=4, dropout=0.3)),
+    "TinyLoRA": lambda m: add_tinylora(m, TinyLoraArgs(n_tie=4)),
+    "one on another": lambda m: stack_adapter(add_lora(m, LoraArgs(r=4)), LoraArgs(r=4)),
+}
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_thin_adapters_have_pefts_outputs_and_gradients(kind, quantization):
+    model, tokenizer = load_model("tiny", quantization=quantization, dtype="fp32", verbose=False)
+    model = ADAPTERS[kind](model)
+    with torch.no_grad():
+        for i, (name, p) in enumerate(model.named_parameters()):
+            if "lora_B" in name or "tinylora_v" in name: p.normal_(std=0.05, generator=torch.Generator().manual_seed(i))  # frozen ones below the stack, too
+    ids = torch.tensor([tokenizer("Mia has 3 boxes with 24 pens in each box.").input_ids])
+    def both():
+        torch.manual_seed(0)  # of the dropout
+        logits = model.train()(ids).logits
+        logits.square().mean().backward()
+        found = [p.grad for p in trainable(model).values()]
+        model.zero_grad()
+        return logits.detach(), found
+    logits, plain = both()
+    with thin_adapters(model):
+        inside, thin = both()
+        with model.disable_adapter(): base = model(ids).logits
+        with Decoder(model, torch.float32, 1).on(): decoded = model(ids).logits  # one replacement in another
+        again, _ = both()
+    assert not any("forward" in m.__dict__ for m in model.modules())  # all is put back
+    torch.testing.assert_close(inside, logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(again, logits, atol=1e-5, rtol=1e-5)
+    if kind != "dropout": torch.testing.assert_close(decoded, logits, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(base, logits, atol=1e-2)
+    for name, a, b in zip(trainable(model), thin, plain): assert b.norm() > 0 and (a - b).norm() < 1e-5 * b.norm(), name
+
+
+def test_thin_adapters_in_16_bits_are_no_further_from_the_truth():
+    "Against gradients in fp32, those in bf16 err as much as PEFT's, in the mean of thirty adapters; one alone may be a third better or worse"
+    nothing = lambda model: contextlib.nullcontext()
+    def gradients(dtype, context=nothing):
+        model, tokenizer = load_model("tiny", quantization="none", dtype=dtype, verbose=False)
+        model, ids, found = add_lora(model, LoraArgs(r=4)), torch.tensor([tokenizer("Mia has 3 boxes with 24 pens in each box.").input_ids]), []
+        for draw in range(30):
+            for i, p in enumerate(trainable(model).values()): p.data.normal_(std=0.05, generator=torch.Generator().manual_seed(100 * draw + i))
+            with context(model), compute_context(model, DTYPES[dtype]): logits = model(ids).logits
+            logits.float().square().mean().backward()
+            found.append(torch.cat([p.grad.flatten() for p in trainable(model).values()]))
+            model.zero_grad()
+        return found
+    exact = gradients("fp32")
+    error = lambda found: sum(((f - e).norm() / e.norm()).item() for f, e in zip(found, exact)) / 30
+    peft, thin = error(gradients("bf16")), error(gradients("bf16", thin_adapters))
+    assert 1e-3 < peft < 0.1 and thin < 1.15 * peft

@@ -30,7 +30,10 @@ def test_small_parameters_exist():
     assert not unknown, f"SMALL names parameters that the notebook does not have: {unknown}"
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
+LONG = ["benchmarks/02_tinyllama_size"] # each of its stages is a process of its own
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in NOTEBOOKS])
 def test_notebook(name, tmp_path, monkeypatch):
     monkeypatch.setenv("IN_TEST", "1")  # a module notebook's last cell then exports nothing
     executed = tmp_path / "executed.ipynb"
