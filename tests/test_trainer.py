@@ -1,8 +1,11 @@
-"""fp16, the best evaluation, an early end, interrupts and trackers: what a run is promised besides its loss."""
+"""fp16, the best evaluation, an early end, interrupts, trackers and memory: what a run is promised besides its loss."""
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -143,3 +146,41 @@ def test_a_gpu_that_is_not_used_is_told(monkeypatch, capsys):
     with pytest.raises(TinyTrainerError, match="PyTorch sees no GPU here .*is a CPU build"): load_model("tiny", device="cuda")
     monkeypatch.setattr(torch.version, "cuda", "12.6")
     assert core.unused_gpu() == ""
+
+
+def child(program: str, **environment) -> list[float]:
+    "The numbers that a Python of its own prints"
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "THP_"))}
+    return [float(x) for x in subprocess.check_output([sys.executable, "-c", program], env=clean | environment, text=True).split()]
+
+
+FAULTS = """
+import resource, sys, torch
+from tinytrainer_nb.core import keep_freed_memory
+if {kept}: assert keep_freed_memory()
+def work(): return [torch.empty(4 * 2**20).fill_(1.0) for _ in range(4)]
+for _ in range(3): work()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(60): work()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not os.confstr_names.get("CS_GNU_LIBC_VERSION"), reason="mallopt is glibc's")
+def test_freed_memory_is_kept_for_the_next_tensor(monkeypatch):
+    "60 times four tensors of 16 MiB: the kernel has to bring memory once, not 60 times. In small pages, where it is counted"
+    given_back, kept = [child(FAULTS.format(kept=kept), THP_MEM_ALLOC_ENABLE="0")[0] for kept in (False, True)]
+    assert given_back > 1000 and kept < given_back / 10
+    with monkeypatch.context() as m:
+        m.setenv("MALLOC_TRIM_THRESHOLD_", "1")
+        assert not core.keep_freed_memory()  # what a user has set stays
+
+
+LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(not LARGE_PAGES.exists() or "[never]" in LARGE_PAGES.read_text(), reason="this machine offers no large pages")
+def test_large_tensors_lie_in_large_pages():
+    program = "import tinytrainer_nb, torch; x = torch.ones(2**24); print(*[line.split()[1] for line in open('/proc/self/smaps_rollup') if line.startswith('AnonHugePages')])"
+    assert child(program)[0] > 2**16 / 2  # KiB, of 64 MiB
+    if "[madvise]" in LARGE_PAGES.read_text(): assert child(program, THP_MEM_ALLOC_ENABLE="0")[0] < 2**16 / 2  # the setting is what does it
