@@ -1,5 +1,6 @@
 """Alarms: each fires on a planted history and on nothing healthy, at the same step after a resume; the figures they read against counts by hand."""
 import json
+import math
 import random
 from dataclasses import asdict
 from pathlib import Path
@@ -208,3 +209,8 @@ def test_a_planted_reward_rings_in_a_real_run(tmp_path):
     rung = [(e["step"], e["name"]) for e in run.events if e["kind"] == "alarm"]
     assert "kl" in [name for _, name in rung] and rung == told(rounds(run.events))
     assert run.history("reward")[1][-1] > 1.5 * run.history("reward")[1][0]
+
+
+def test_a_missing_length_rings_nothing():
+    lengths = [math.nan, *[20.0] * 30]
+    assert told(dict(completion_length=lengths)) == [] and told(dict(completion_length=[*lengths[1:], math.nan])) == []

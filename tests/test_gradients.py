@@ -3,6 +3,7 @@ import contextlib
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from tinytrainer_nb.adapters import LoraArgs, add_lora, stack_adapter, trainable
 from tinytrainer_nb.core import DTYPES, data_file
@@ -122,3 +123,34 @@ def test_thin_adapters_in_16_bits_are_no_further_from_the_truth():
     error = lambda found: sum(((f - e).norm() / e.norm()).item() for f, e in zip(found, exact)) / 30
     peft, thin = error(gradients("bf16")), error(gradients("bf16", thin_adapters))
     assert 1e-3 < peft < 0.1 and thin < 1.15 * peft
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+def test_a_thin_adapter_takes_any_input(quantization, given):
+    "Layers of bitsandbytes answer in the format that they were asked in, and a LayerNorm on a GPU asks in fp32 within autocast"
+    model, _ = load_model("tiny", quantization=quantization, dtype="bf16", verbose=False)
+    model = add_lora(model, LoraArgs(r=4))
+    layer = model.get_base_model().model.layers[1].mlp.up_proj
+    layer.lora_B["default"].weight.data.normal_(std=0.05)
+    both = []
+    for context in (contextlib.nullcontext(), thin_adapters(model)):
+        x = torch.randn(1, 7, layer.in_features, generator=torch.Generator().manual_seed(0)).to(given).requires_grad_()
+        with context, torch.autocast("cpu", torch.bfloat16): out = layer(x)
+        out.float().square().sum().backward()
+        both.append((out.detach().float(), x.grad.float(), layer.lora_A["default"].weight.grad.clone(), layer.lora_B["default"].weight.grad.clone()))
+        model.zero_grad()
+    for thin, peft in zip(both[1], both[0]): assert (thin - peft).norm() < 0.02 * peft.norm()
+
+
+def test_adapters_with_a_bias_are_left_to_peft():
+    model, tokenizer = load_model("tiny", quantization="none", dtype="fp32", verbose=False)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "up_proj"], lora_bias=True))
+    for p in trainable(model).values(): p.data.normal_(std=0.05)
+    ids = torch.tensor([tokenizer("Mia has 3 boxes.").input_ids])
+    with torch.no_grad():
+        logits = model(ids).logits
+        with thin_adapters(model): inside = model(ids).logits
+        with Decoder(model, torch.float32, 1).on(): decoded = model(ids).logits
+    torch.testing.assert_close(inside, logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(decoded, logits, atol=1e-4, rtol=1e-4)

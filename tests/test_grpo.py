@@ -206,3 +206,21 @@ def test_a_reward_that_fails_ends_the_run_with_its_checkpoint(tmp_path):
     assert run.last_checkpoint()[1] == 2 and run.status == "failed"
     run.resume(reward=letters)
     assert run.status == "finished" and [e["step"] for e in run.events if e["kind"] == "metrics"] == [1, 2, 3, 4]
+
+
+def test_what_an_idle_round_does_not_know_it_does_not_say(tmp_path):
+    "An entropy of 0 would look like a collapse"
+    run = grpo(*policy(), PROMPTS, lambda prompt, completion, **row: 1.0, small(tmp_path / "idle"))
+    busy = grpo(*policy(), PROMPTS, only_some, small(tmp_path / "busy", batch_size=8, minibatches=4))
+    idle, busy = (next(e for e in r.events if e["kind"] == "metrics") for r in (run, busy))
+    assert not {"entropy", "mismatch", "clip_fraction"} & set(idle) and idle["no_signal"] == 1 and idle["loss"] == 0 and "kl" in idle
+    whole = grpo(*policy(), PROMPTS, letters, small(tmp_path / "whole", batch_size=8, minibatches=4))
+    assert 0 < busy["no_signal"] < 1 and busy["entropy"] == pytest.approx(next(e for e in whole.events if e["kind"] == "metrics")["entropy"], rel=0.3)
+
+
+def test_a_start_that_fails_leaves_the_model_as_it_was(tmp_path, monkeypatch):
+    model, tokenizer = policy()
+    before = list(model.peft_config)
+    monkeypatch.setattr("tinytrainer_nb.rl.Decoder", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError): grpo(model, tokenizer, PROMPTS, letters, small(tmp_path / "run"))
+    assert list(model.peft_config) == before

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tinytrainer_nb.adapters import LoraArgs, add_lora, trainable
-from tinytrainer_nb.core import data_file
+from tinytrainer_nb.core import TinyTrainerError, data_file
 from tinytrainer_nb.data import load_prompts
 from tinytrainer_nb.models import load_model
 from tinytrainer_nb.ppo import PPOArgs, PPOTrainer, adapted, gae, ppo, token_rewards, value_loss, whiten
@@ -153,3 +153,11 @@ def test_a_value_adapter_begins_from_the_seed(tmp_path):
         run = ppo(*tiny_policy(), load_prompts(data_file("rl.jsonl"))[:8], letters, small(tmp_path / name, value_adapter=True))
         found.append((run.folder / "adapter" / "value_head.safetensors").read_bytes())
     assert found[0] == found[1]
+
+
+def test_settings_are_the_callers(tmp_path):
+    "An adaptive price moves in the run, not in the settings that were handed over"
+    args = small(tmp_path / "run", kl_target=6.0, kl_coef=0.05, max_steps=2)
+    run = ppo(*tiny_policy(), load_prompts(data_file("rl.jsonl"))[:8], letters, args)
+    assert args.kl_coef == 0.05 and run.settings.kl_coef != 0.05
+    with pytest.raises(TinyTrainerError, match="kl_coef=0 stays 0"): PPOArgs(kl_target=6.0, kl_coef=0.0)

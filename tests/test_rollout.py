@@ -1,10 +1,10 @@
 """The rollout engine against plain forward passes, `transformers`' own generation, and itself in other company."""
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, TopKLogitsWarper, TopPLogitsWarper
+from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, TopKLogitsWarper, TopPLogitsWarper
 
 from tinytrainer_nb.adapters import LoraArgs, add_lora, trainable
-from tinytrainer_nb.core import data_file, mix_seed
+from tinytrainer_nb.core import TinyTrainerError, data_file, mix_seed
 from tinytrainer_nb.data import load_prompts
 from tinytrainer_nb.fast import Decoder, choose_forms, weight_forms
 from tinytrainer_nb.models import load_model
@@ -176,3 +176,49 @@ def test_thirteen_numbers_decode(quantization, dtype):
         with model.disable_adapter(): base = [plain_logprobs(model, p, c, 1.0) for p, c in zip(out.prompt_ids, out.completion_ids)]
     apart = lambda other: (torch.cat([torch.tensor(x) for x in out.logprobs]) - torch.cat(other)).abs().mean()
     assert apart(plain) < (1e-5 if dtype == "fp32" else 0.03) and apart(base) > 0.1, (apart(plain), apart(base))
+
+
+@pytest.mark.parametrize("stop", ["结束回答完毕", "🙂🙂🙂🙂", "apples and pears"])
+def test_a_stop_text_of_many_tokens_is_seen(exact, stop):
+    "A character may be several tokens; the row ends with the token that completes the text"
+    tokenizer = exact[1]
+    spoken = Spoken(tokenizer, 1, {2}, (stop,))
+    for t in tokenizer(f"Say it: {stop} and more", add_special_tokens=False).input_ids:
+        if not spoken.finished[0]: spoken.add(0, t, 0.0)
+    assert spoken.finished[0] and spoken.text(0) == "Say it: " and "more" not in tokenizer.decode(spoken.tokens[0])
+
+
+def test_forms_of_another_machine_are_chosen_anew(exact):
+    "A run's forms are kept; one that does not exist here, as on a GPU or in fp32, does no harm"
+    model, tokenizer = exact
+    decoder = Decoder(model, torch.float32, 4, {k: "packed" for k in choose_forms(model, torch.float32, 4)})
+    assert "packed" not in decoder.forms.values()
+    assert sampled(model, tokenizer, decoder=decoder).completion_ids == sampled(model, tokenizer).completion_ids
+    assert GenerateArgs(stop=None).stop == ()
+
+
+def random_model(tmp_path, exact, config):
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    exact[1].save_pretrained(tmp_path)
+    return load_model(tmp_path, "none", "fp32", verbose=False)
+
+
+def test_windows_and_caps_are_refused_not_ignored(tmp_path, exact):
+    "A text within the window is that of transformers; a longer one, and capped scores, are refused"
+    model, tokenizer = random_model(tmp_path / "mistral", exact, MistralConfig(**SMALL, sliding_window=64))
+    plain, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "mistral", dtype=torch.float32).eval(), torch.arange(3, 203)[None]
+    with torch.no_grad(): torch.testing.assert_close(model(ids[:, :60]).logits, plain(ids[:, :60]).logits, atol=1e-4, rtol=1e-4)
+    with pytest.raises(TinyTrainerError, match="sees the last 64 tokens alone, and a text here has 200"): model(ids)
+    with pytest.raises(TinyTrainerError, match="sees the last 64 tokens"): sampled(model, tokenizer, temperature=0.0, max_new_tokens=64)
+    model, tokenizer = random_model(tmp_path / "gemma", exact, Gemma2Config(**SMALL | dict(num_attention_heads=4), head_dim=16))
+    with pytest.raises(TinyTrainerError, match="caps its attention scores"): model(ids)
+
+
+def test_changed_logits_are_refused_where_they_would_be_wrong(tmp_path, exact):
+    from tinytrainer_nb.all import DPOArgs, GRPOArgs, dpo, grpo
+    model, tokenizer = random_model(tmp_path / "granite", exact, GraniteConfig(**SMALL, logits_scaling=8.0))
+    model = add_lora(model, LoraArgs(r=2))
+    with pytest.raises(TinyTrainerError, match=r"granite change their logits \(logits_scaling=8.0\)"): grpo(model, tokenizer, PROMPTS, "exact_answer", GRPOArgs(out=str(tmp_path / "grpo")))
+    with pytest.raises(TinyTrainerError, match="granite change their logits"): dpo(model, tokenizer, [dict(prompt="a", chosen="b", rejected="c")] * 4, DPOArgs(out=str(tmp_path / "dpo")))
+    assert not (tmp_path / "grpo").exists() and not (tmp_path / "dpo").exists()

@@ -407,3 +407,13 @@ def test_13_numbers_over_4_bits_of_tinyllama(shared, tmp_path):
     with compute_context(model, torch.bfloat16): logits_and_grad(model)
     grad = number(model).grad
     assert grad.isfinite().all() and (grad != 0).all()
+
+
+def test_a_line_over_4_bits_means_the_same_in_any_number_format():
+    "Made in bf16, read where fp16 or fp32 is computed in: the directions come from the 4-bit numbers themselves"
+    made = moved(add_tinylora(base("nf4", dtype="bf16")[0], TinyLoraArgs(n_tie=4)))
+    line = adapter_line(made)
+    for dtype in ("fp32", "fp16"):
+        read = from_line(base("nf4", dtype=dtype)[0], line)
+        for name, layer in layers(made).items():
+            for part in ("tinylora_A", "tinylora_B", "tinylora_P"): assert torch.equal(getattr(layer, part)["default"], getattr(layers(read)[name], part)["default"])

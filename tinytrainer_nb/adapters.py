@@ -189,13 +189,19 @@ def _fill(module: nn.Module, into: nn.Module, dtype: torch.dtype) -> None:
     for kind, p in module.named_parameters(recurse=False): getattr(into, kind).data = (written_out(module) if kind == "weight" else p).detach().to("cpu", dtype)
     for kind, b in module.named_buffers(recurse=False): getattr(into, kind).copy_(b)
 
-def written_out(module: nn.Module) -> torch.Tensor: # (out, in) of a linear layer
+def written_out(
+    module: nn.Module,                 # a linear layer
+    dtype: torch.dtype | None = None,  # to write 4-bit numbers out in; None: that of the layer's products
+) -> torch.Tensor:                     # (out, in)
     "The weight of a layer as the numbers that it computes with, in 4, 8 or 16 bits; the layer stays as it is."
     weight = module.weight.detach()
     if weight.dtype == torch.int8:
         scales = module.weight.SCB if module.weight.SCB is not None else module.state.SCB # where a forward pass moves them
         return weight.float() * scales[:, None] / 127
-    return dequantize_4bit(weight, module.weight.quant_state) if hasattr(module.weight, "quant_state") else weight
+    if not hasattr(module.weight, "quant_state"): return weight
+    state = copy.copy(module.weight.quant_state)
+    state.dtype = dtype or state.dtype
+    return dequantize_4bit(weight, state)
 
 def _sum(layer: BaseTunerLayer) -> torch.Tensor: # (out, in) in fp32
     "The weight of a layer with its active adapters; those of DoRA are scaled by the lengths of the rows of base and correction (Liu et al. 2024, eq. 5)."

@@ -7,7 +7,7 @@ __all__ = ['ROUNDS', 'LIMITS', 'round_figures', 'Alarm', 'find_alarms', 'new_ala
 
 # %% ../nbs/01h_alarms.ipynb #f5067e26
 from dataclasses import dataclass
-from math import nan
+from math import isnan, nan
 from .rewards import repeated_share
 
 # %% ../nbs/01h_alarms.ipynb #901a65d5
@@ -60,7 +60,7 @@ def _means(values: list[float]) -> list[float]:
 def _length(history: dict, limit: float) -> list[Alarm]:
     "Whether completions ran away from their first length, or collapsed."
     means = _means(history.get("completion_length", []))
-    if len(means) <= ROUNDS or means[0] / limit <= means[-1] <= means[0] * limit: return []
+    if len(means) <= ROUNDS or isnan(means[0] + means[-1]) or means[0] / limit <= means[-1] <= means[0] * limit: return []
     advice = ("Does length itself pay? Add length=0.2 to the reward, or raise kl_coef", "Does brevity itself pay? Change the reward, or raise kl_coef")[means[-1] < means[0]]
     return [Alarm("length", means[-1], means[0] * limit if means[-1] > means[0] else means[0] / limit, f"completions have {means[-1]:.0f} tokens and had {means[0]:.0f} in the first rounds: read the samples. {advice}.")]
 

@@ -9,6 +9,7 @@ __all__ = ['document_attention', 'branched_attention', 'SharedCache', 'packed_at
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from .core import TinyTrainerError
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -125,9 +126,17 @@ def _decode(cache: SharedCache, store: tuple, query: Tensor, key: Tensor, value:
 def packed_attention(module, query, key, value, attention_mask, document_lengths=None, shared_cache=None, scaling=None, **kwargs):
     "Attention within each document of a row, or with a cache (B=1, heads, T, head_dim); without `document_lengths` and `shared_cache` it is `transformers`' SDPA."
     scaling = scaling or query.shape[-1] ** -0.5
+    _need_plain(module, kwargs.get("softcap"), kwargs.get("sliding_window"), key, document_lengths, shared_cache)
     if shared_cache is not None: return shared_cache.attend(module.layer_idx, query, key, value, scaling), None
     if document_lengths is None: return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     return _side_by_side(query, key, value, document_lengths, scaling), None
+
+def _need_plain(module, softcap, window, key: Tensor, lengths, cache) -> None:
+    "Raise `TinyTrainerError` where a model wants more than causal attention: scores with a cap, or a window that hides a part of the text."
+    if softcap: raise TinyTrainerError(f"{type(module).__name__} caps its attention scores (softcap {softcap}), which is not computed here. Take another model, such as one of Llama's, Qwen's or Mistral's.")
+    if not window: return
+    longest = max(cache.lengths) + cache.stored + 1 if cache is not None else max(m[0] + max(m[1:]) if isinstance(m, tuple) else m for m in lengths or [key.shape[2]])
+    if longest > window: raise TinyTrainerError(f"{type(module).__name__} sees the last {window} tokens alone, and a text here has {longest}: windows are not computed here. Lower max_length or max_new_tokens, or take another model.")
 
 def _side_by_side(query: Tensor, key: Tensor, value: Tensor, lengths: list, scaling: float) -> Tensor: # (1, T, heads, head_dim)
     "Every document or tree for itself."

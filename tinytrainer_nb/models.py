@@ -8,7 +8,7 @@ __all__ = ['DEFAULT_BASE', 'SHAPES', 'find_base', 'base_hash', 'step_bytes', 'co
            'Preset', 'model_preset']
 
 # %% ../nbs/01a_models.ipynb #dfd88545
-import contextlib, re, sys, time
+import contextlib, os, re, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -187,9 +187,13 @@ def _no_pickle(path: str) -> None:
 def _load_weights(path: str, quantization: str, dtype: torch.dtype, device: str):
     "The model itself, frozen, in evaluation mode, with packed attention."
     model = _pretrained(AutoModelForCausalLM, path, dtype=dtype, quantization_config=_quantization_config(quantization, dtype),
-                        device_map={"": device}, use_safetensors=True)
+                        device_map={"": _own(device)}, use_safetensors=True)
     model.config._attn_implementation = "packed"
     return keep_gradients(model.requires_grad_(False).eval())
+
+def _own(device: str) -> str | torch.device:
+    "Of several processes, each takes its own GPU."
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if device == "cuda" else device
 
 def with_adapter(model, folder: Path):
     "`model` with a saved adapter or a stack of them on it, ready to be trained on."

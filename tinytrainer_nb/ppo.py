@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import torch
 from torch import Tensor, nn
 from .adapters import save_adapter, train_last, trainable, using_adapters
-from .core import quiet, seed_everything
+from .core import TinyTrainerError, quiet, seed_everything
 from .rewards import find_reward
 from .rl import Policy, RolloutArgs, RolloutTrainer, Round, kl_estimate, policy_loss, prepare_rounds, resume_rounds, start_rounds
 from .run import Run, whole_folder
@@ -32,6 +32,10 @@ class PPOArgs(RolloutArgs):
     value_coef: float = setting(0.1, "weight of the value loss (arXiv 1707.06347, eq. 9)", ge=0)
     value_adapter: bool = setting(False, "give the value head a LoRA adapter of its own: it then sees its own hidden states, at the price of a second pass")
     minibatches: int = setting(4, "updates a pass", ge=1)
+
+    def check(self):
+        super().check()
+        if self.kl_target and not self.kl_coef: raise TinyTrainerError("kl_target moves kl_coef by factors, and kl_coef=0 stays 0. Set kl_coef to a small number, such as 0.01.")
 
 # %% ../nbs/02e_ppo.ipynb #3fec754a
 def gae(

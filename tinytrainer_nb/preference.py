@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .adapters import is_fresh, trainable
 from .core import DTYPES, TinyTrainerError, read_json, seed_everything, write_json
 from .data import as_examples, data_origin, empty_rows, load_prompts
+from .fast import need_plain_logits
 from .models import compute_context
 from .rewards import find_reward
 from .rollout import GenerateArgs, fitting, generate, prompt_room
@@ -196,6 +197,7 @@ def _begin(recipe: str, trainer: type, model, tokenizer, data, args: PairArgs, l
     "Prepare the run and start it."
     examples = _pairs_of(data)
     need_trainable(model); ensure_template(tokenizer)
+    if recipe == "dpo": need_plain_logits(model.config)
     train, held = hold_out(examples, args.eval_rows if args.eval_steps else 0, args.seed)
     need_heldout(args, len(held))
     pairs, left_out = encode_pairs(tokenizer, train, args.max_length)
@@ -211,7 +213,7 @@ def _begin(recipe: str, trainer: type, model, tokenizer, data, args: PairArgs, l
 
 def _start(run, trainer: type, model, tokenizer, train, pairs, held, args, live) -> Run:
     "Build the trainer and let it go; what it does to the model besides training is taken back in the end."
-    run.model, run.tokenizer, run.settings = model, tokenizer, args
+    run.model, run.tokenizer, run.settings = model, tokenizer, trainer.settings
     heldout = encode_pairs(tokenizer, held, args.max_length)[0]
     data = dict(train_dataset=Dataset.from_list(pairs), eval_dataset=Dataset.from_list(heldout) if heldout else None)
     def work():

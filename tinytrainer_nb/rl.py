@@ -16,7 +16,7 @@ from .adapters import freeze_reference, save_adapter, using_adapters
 from .alarms import new_alarms, round_figures, rounds
 from .core import DTYPES, TinyTrainerError, gathered, mix_seed, processes, read_json, seed_everything, write_json
 from .data import load_prompts
-from .fast import Decoder, choose_forms, token_logprobs
+from .fast import Decoder, choose_forms, need_plain_logits, token_logprobs
 from .models import compute_context
 from .rewards import BUILT_IN, find_reward
 from .rollout import GenerateArgs, fitting, generate, prompt_room
@@ -42,7 +42,7 @@ class RolloutArgs(TrainArgs):
     missing_end_penalty: float = setting(0.0, "taken from the reward of a completion that did not end within max_new_tokens", ge=0)
     clip: float = setting(0.2, "a token's probability ratio is held within 1 - clip and 1 + clip (epsilon; Schulman et al. 2017, arXiv 1707.06347, eq. 7)", gt=0)
     entropy_coef: float = setting(0.0, "weight of the entropy bonus (arXiv 1707.06347, eq. 9)", ge=0, live=True)
-    target_kl: float = setting(0.0, "a round's updates end when the policy is so far from the one that rolled out, a token, by estimator k3; 0: never", "nats", ge=0)
+    target_kl: float = setting(0.0, "a round's updates end with the one that finds the policy so far from the one that rolled out, a token, by estimator k3; 0: never", "nats", ge=0)
     epochs: int = setting(1, "passes over a round", ge=1)
     minibatches: int = setting(1, "updates a pass", ge=1)
     eval_rows: int = setting(32, "prompts held back for the evaluation, at most a tenth of the data", "prompts", ge=0)
@@ -120,7 +120,7 @@ class RolloutTrainer(RunTrainer, Trainer):
     def __init__(self, *args, tokenizer, reward, reference: list[str], heldout: list[dict], **kwargs):
         self.tokenizer, self.reward, self.reference, self.heldout_prompts, self.round = tokenizer, reward, reference, heldout, []
         super().__init__(*args, eval_dataset=heldout or None, **kwargs)
-        self.decoder = Decoder(self.model.policy, self.dtype, 0, self.run.info["load"]["decoding"])
+        self.decoder = Decoder(self.model.policy, self.dtype, 0, self.run.info["load"].get("decoding"))
 
     def rollout(self, prompts: list[dict], places: list[int], step: int):
         "Completions of some of a round's prompts, each seeded by its place in the round."
@@ -187,7 +187,7 @@ def collect(self, prompts: list[dict], step: int) -> list[dict]: # one a complet
     rows = [dict(prompt=p, completion=c, group=place // n) for p, c, place in zip(out.prompt_ids, out.completion_ids, places)]
     with self.phase("score"): tokens = self.scored(rows, self.needs())
     return [dict(place=places[i], row=row, prompt=out.prompts[i][-1]["content"], completion=out.completions[i], reward=scores[i], parts={k: v[i] for k, v in parts.items()}, finished=out.finished[i],
-                 tokens=tokens[i] | dict(rollout_logprobs=torch.tensor(out.logprobs[i]))) for i, row in enumerate(rows)]
+                 tokens={name: x.cpu() for name, x in tokens[i].items()} | dict(rollout_logprobs=torch.tensor(out.logprobs[i]))) for i, row in enumerate(rows)]
 
 @patch_to(RolloutTrainer)
 def gather(self, prompts: list[dict], step: int) -> tuple[Round, dict]:
@@ -235,8 +235,8 @@ def update(self, model, batch: Round, picked: list[int], watch: bool = False) ->
         if some := [row for row in group if row["index"] in watched]: distance += self.distance(some, batch)
     total = dict(zip(sums, self.accelerator.reduce(torch.tensor(list(sums.values()), device=self.args.device) * part, "sum").tolist()))
     kl, rows = self.accelerator.reduce(distance, "sum").tolist()
-    tokens = max(total.pop("tokens"), 1.0)
-    return {k: v if k in ("loss", "policy_loss") else v / tokens for k, v in total.items()} | (dict(kl=kl / rows) if watch else {})
+    tokens, losses = total.pop("tokens"), {k: total.pop(k) for k in ("loss", "policy_loss")}
+    return losses | {k: v / tokens for k, v in total.items() if tokens} | (dict(kl=kl / rows) if watch else {}) # a minibatch without a gradient says nothing else
 
 @patch_to(RolloutTrainer)
 def minibatch_loss(self, model, batch: Round, weights: Tensor, group: list[dict], sums: dict) -> Tensor:
@@ -273,11 +273,11 @@ def training_step(self, model, inputs, num_items_in_batch=None):
         for picked in self.plans(batch.rows, step):
             if seen: self._clip_grad_norm(model); self.optimizer.step(); model.zero_grad()
             seen.append(self.update(model, batch, picked, watch=not seen and "kl" not in figures))
-            if 0 < self.settings.target_kl < seen[-1]["update_kl"]: break # this was the last one
+            if 0 < self.settings.target_kl < seen[-1].get("update_kl", 0.0): break # this was the last one
     self.step_tokens = sum(len(row["prompt"]) + len(row["completion"]) for row in batch.rows)
-    self.figures |= figures | seen[0] | {k: _mean([s[k] for s in seen]) for k in seen[-1]}
-    for k in ("loss", "update_kl"): self.figures.pop(k)
-    if self.settings.target_kl: self.figures |= dict(updates=len(seen), update_kl=seen[-1]["update_kl"])
+    self.figures |= figures | {k: _mean([s[k] for s in seen if k in s]) for k in dict.fromkeys(k for s in seen for k in s)}
+    for k in ("loss", "update_kl"): self.figures.pop(k, None)
+    if self.settings.target_kl: self.figures |= dict(updates=len(seen), update_kl=seen[-1].get("update_kl", 0.0))
     return torch.tensor(_mean([s["loss"] for s in seen]), device=self.args.device)
 
 # %% ../nbs/02d_rl.ipynb #675aed89
@@ -313,7 +313,7 @@ def save_result(self) -> None:
 def prepare_rounds(recipe: str, model, tokenizer, prompts, reward, args: RolloutArgs) -> tuple[Run, list[dict]]: # the run, its prompts
     "The folder of a run that learns from a reward. Raises `TinyTrainerError` for data, rewards or settings that cannot work."
     judge = find_reward(reward)
-    need_trainable(model); ensure_template(tokenizer)
+    need_trainable(model); need_plain_logits(model.config); ensure_template(tokenizer)
     found = load_prompts(prompts)
     prompts = _that_fit(model, tokenizer, found, args)
     need_heldout(args, held_out(prompts, args))
@@ -349,13 +349,16 @@ def start_rounds(trainer: type, module, run: Run, model, tokenizer, prompts: lis
     "Build the trainer around `module` and let it go; the reference and the recipe's own adapters leave the model in the end."
     seed_everything(args.seed)
     reference, held = freeze_reference(model), held_out(prompts, args)
-    trainer = trainer(run, args, DTYPES[run.info["load"]["dtype"]], model=module(model), train_dataset=prompts[held:], heldout=prompts[:held],
-                      data_collator=_as_they_are, tokenizer=tokenizer, reward=judge, reference=reference)
-    run.model, run.tokenizer, run.settings = model, tokenizer, args
+    def put_away():
+        for name in (*reference, *adapters): model.delete_adapter(name)
+    try:
+        trainer = trainer(run, args, DTYPES[run.info["load"]["dtype"]], model=module(model), train_dataset=prompts[held:], heldout=prompts[:held],
+                          data_collator=_as_they_are, tokenizer=tokenizer, reward=judge, reference=reference)
+    except BaseException: put_away(); raise
+    run.model, run.tokenizer, run.settings = model, tokenizer, trainer.settings
     def work():
         try: trainer.fit()
-        finally:
-            for name in (*reference, *adapters): model.delete_adapter(name)
+        finally: put_away()
     return launch(run, work, live)
 
 def _as_they_are(rows: list[dict]) -> dict:

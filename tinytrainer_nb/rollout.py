@@ -31,7 +31,7 @@ class GenerateArgs(Settings):
     batch_size: int = setting(256, "rows generated together", "rows", ge=1)
 
     def __post_init__(self):
-        self.stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        self.stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         super().__post_init__()
 
     def check(self):
@@ -104,7 +104,7 @@ class Spoken:
     def __init__(self, tokenizer, count: int, ends: set[int], stop: tuple[str, ...]):
         self.tokenizer, self.ends, self.stop = tokenizer, ends, stop
         self.tokens, self.logprobs, self.finished = [[] for _ in range(count)], [[] for _ in range(count)], [False] * count
-        self.look_back = max(map(len, stop), default=0) + 8 # tokens in which a stop text must stand; the 8 are for characters of several tokens
+        self.look_back = max((len(s.encode()) for s in stop), default=0) + 8 # tokens in which a stop text must stand: no token is less than a byte, and the 8 are for what the last one brings beside it
 
     def add(self, row: int, token: int, logprob: float) -> bool: # whether the row goes on
         "One more token."

@@ -184,7 +184,7 @@ class TinyLoraModel(_Saving):
         else: layer = target
         like = next((name for name in layer.r if self.peft_config[name] == config), None) # a copy for the reference
         if like: *parts, vague = layer.tinylora_A[like], layer.tinylora_B[like], layer.tinylora_P[like], layer.vague[like]
-        else: *parts, vague = subspace(written_out(layer.base_layer), config, index)
+        else: *parts, vague = subspace(written_out(layer.base_layer, torch.float32), config, index) # the same directions whatever is computed in
         for kind, part in zip((layer.tinylora_A, layer.tinylora_B, layer.tinylora_P), parts): kind[adapter_name] = part.to(layer.base_layer.weight.device)
         layer.r[adapter_name], layer.group[adapter_name], layer.vague[adapter_name] = len(parts[0]), self.groups[index], vague
         self.bar.update()

@@ -9,7 +9,7 @@ __all__ = ['TRACKERS', 'TrainArgs', 'trackers', 'may_change', 'training_argument
 
 # %% ../nbs/02a_trainer.ipynb #bee8a273
 import contextlib, shutil, signal, sys, threading, time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 import torch
@@ -103,7 +103,7 @@ class RunTrainer:
             arguments._n_gpu = min(1, arguments.n_gpu) # one process trains on one GPU; Trainer would spread it over all
             super().__init__(model=model, args=arguments, **kwargs)
         self.remove_callback(PrinterCallback)
-        self.run, self.settings, self.dtype = run, settings, dtype
+        self.run, self.settings, self.dtype = run, replace(settings), dtype # a copy: they may change in flight
         if dtype == torch.float16: self.accelerator.scaler = torch.amp.GradScaler(device)
         self.figures, self.tokens, self.seconds, self.stopped, self.best, self.interrupts = {}, 0, 0.0, False, {}, Interrupts()
         self._opened, self._began, self._paused = time.perf_counter(), None, 0.0 # this session, this step, seconds of pauses in the session
