@@ -69,8 +69,10 @@ class SharedCache:
         lengths: list[int], # tokens of each prompt
         n: int,             # completions a prompt
         capacity: int,      # tokens of the longest completion
+        few: int = 2**21,   # numbers of a layer's prompts, n times each, up to which every slot gets a copy: fewer calls then
     ):
         self.lengths, self.n, self.capacity = lengths, n, -(-capacity // 32) * 32
+        self.few, self.spread = few, False # spread: whether every slot has its prompt in front
         self.layers, self.reading, self.stored = {}, None, 0 # reading: (first, last + 1) of the prompts that are being read; stored: tokens in each slot before the present one
         self.unseen = torch.arange(-(-max(lengths) // 32) * 32) >= torch.tensor(lengths)[:, None] # where a prompt's part holds nothing (P, W)
 
@@ -80,35 +82,40 @@ class SharedCache:
         return (_read if self.reading else _decode)(self, self.layers[layer], query, key, value, scaling)
 
     def _allot(self, key: Tensor) -> tuple[Tensor, ...]:
-        "Room for one layer: keys and values of the prompts (P, heads, W, D) and of the slots (P * n, heads, capacity, D)."
-        P, W = self.unseen.shape
-        self.unseen = self.unseen.to(key.device)
-        prompts, slots = (P, key.shape[1], W, key.shape[3]), (P * self.n, key.shape[1], self.capacity, key.shape[3])
+        "Room for one layer: keys and values of the prompts (P, heads, W, D) and of the slots (P * n, heads, capacity, D); or of slots that begin with their prompt, keys (P * n, heads, D, W + capacity) and values (P * n, heads, W + capacity, D)."
+        (P, W), (_, heads, _, D) = self.unseen.shape, key.shape
+        self.unseen, self.dtype, self.spread = self.unseen.to(key.device), key.dtype, P * self.n * W * heads * D <= self.few
+        if self.spread: return key.new_zeros(P * self.n, heads, D, W + self.capacity), key.new_zeros(P * self.n, heads, W + self.capacity, D)
+        prompts, slots = (P, heads, W, D), (P * self.n, heads, self.capacity, D)
         return tuple(key.new_zeros(shape) for shape in (prompts, prompts, slots, slots))
 
     def advance(self, stored: int) -> None: # tokens in each slot
         "The next token follows so many; what is seen ends there, rounded up to 32, with the rest hidden."
         self.stored, self.end = stored, -(-(stored + 1) // 32) * 32
         own = torch.arange(self.end, device=self.unseen.device) > stored
-        self.hidden = torch.cat([self.unseen, own.expand(len(self.lengths), -1)], dim=1)[:, None, None, None] # (P, 1, 1, 1, W + end)
+        hidden = torch.cat([self.unseen, own.expand(len(self.lengths), -1)], dim=1)[:, None, None, None] # (P, 1, 1, 1, W + end)
+        if self.spread: hidden = hidden[:, 0].repeat_interleave(self.n, dim=0)
+        self.veil = torch.zeros(hidden.shape, dtype=self.dtype, device=hidden.device).masked_fill_(hidden, float("-inf")) # is added to the scores
 
     def keep(self, slots: Tensor) -> None: # (P', n') places of the slots to keep, those of a prompt in one row
         "Let go of all other slots, and of prompts without one: the living ones move together."
         prompts, flat = slots[:, 0] // self.n, slots.flatten()
-        for layer, store in self.layers.items(): self.layers[layer] = (*(x[prompts] for x in store[:2]), *(x[flat] for x in store[2:]))
+        for layer, store in self.layers.items(): self.layers[layer] = tuple(x[flat] for x in store) if self.spread else (*(x[prompts] for x in store[:2]), *(x[flat] for x in store[2:]))
         self.lengths, self.n, self.unseen = [self.lengths[i] for i in prompts.tolist()], slots.shape[1], self.unseen[prompts.to(self.unseen.device)]
 
 # %% ../nbs/00f_attention.ipynb #433ea7c3
 def _read(cache: SharedCache, store: tuple, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     "Keep the prompts' keys and values; each prompt attends to itself."
-    lengths = cache.lengths[slice(*cache.reading)]
+    lengths, copies = cache.lengths[slice(*cache.reading)], cache.n if cache.spread else 1
     if fill := key.shape[2] - sum(lengths): lengths = [*lengths, fill] # a row may be filled up behind the last prompt
-    for kept, new in zip(store[:2], (key, value)):
-        for place, part in zip(range(*cache.reading), new.split(lengths, dim=2)): kept[place, :, :part.shape[2]] = part[0]
+    prompt_keys = store[0].transpose(2, 3) if cache.spread else store[0]
+    for kept, new in zip((prompt_keys, store[1]), (key, value)):
+        for place, part in zip(range(*cache.reading), new.split(lengths, dim=2)): kept[place * copies:(place + 1) * copies, :, :part.shape[2]] = part
     return _side_by_side(query, key, value, lengths, scaling)
 
 def _decode(cache: SharedCache, store: tuple, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     "Keep one token's keys and values in every slot; each attends to its prompt and to what its slot holds."
+    if cache.spread: return _decode_spread(cache, store, query, key, value, scaling)
     prompt_key, prompt_value, own_key, own_value = store
     own_key[:, :, cache.stored], own_value[:, :, cache.stored] = key[0].transpose(0, 1), value[0].transpose(0, 1)
     P, n, groups, W, D, end = len(cache.lengths), cache.n, key.shape[1], prompt_key.shape[2], key.shape[3], cache.end
@@ -116,11 +123,20 @@ def _decode(cache: SharedCache, store: tuple, query: Tensor, key: Tensor, value:
     shared = (query.flatten(2, 3) @ prompt_key.transpose(2, 3)).view(*query.shape[:4], W)
     slots = query.transpose(1, 2).flatten(0, 1)                                            # (P * n, groups, heads / groups, D)
     own = (slots @ own_key[:, :, :end].transpose(2, 3)).view(P, n, groups, -1, end).transpose(1, 2)
-    scores = torch.cat([shared, own], dim=-1).masked_fill(cache.hidden, float("-inf")) # (P, groups, n, heads / groups, W + end)
+    scores = torch.cat([shared, own], dim=-1).add_(cache.veil) # (P, groups, n, heads / groups, W + end)
     weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
     from_prompt = (weights[..., :W].flatten(2, 3) @ prompt_value).view(query.shape).transpose(1, 2)
     from_own = (weights[..., W:].transpose(1, 2).flatten(0, 1) @ own_value[:, :, :end]).view(from_prompt.shape)
     return (from_prompt + from_own).reshape(1, P * n, -1, D)
+
+def _decode_spread(cache: SharedCache, store: tuple, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    "The same where each slot holds its prompt, too."
+    (keys, values), R, seen = store, key.shape[2], cache.unseen.shape[1] + cache.end
+    at = seen - cache.end + cache.stored
+    keys[..., at], values[:, :, at] = key[0].transpose(0, 1), value[0].transpose(0, 1)
+    query = (query[0] * scaling).transpose(0, 1).reshape(R, key.shape[1], -1, query.shape[3]) # (R, groups, heads / groups, D)
+    scores = (query @ keys[..., :seen]).add_(cache.veil)
+    return (scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ values[:, :, :seen]).view(1, R, -1, query.shape[3])
 
 # %% ../nbs/00f_attention.ipynb #9bc99c60
 def packed_attention(module, query, key, value, attention_mask, document_lengths=None, shared_cache=None, scaling=None, **kwargs):
