@@ -94,6 +94,7 @@ def test_thin_adapters_have_pefts_outputs_and_gradients(kind, quantization):
         return logits.detach(), found
     logits, plain = both()
     with thin_adapters(model):
+        assert any("forward" in m.__dict__ for m in model.modules()) == (kind != "DoRA")
         inside, thin = both()
         with model.disable_adapter(): base = model(ids).logits
         with Decoder(model, torch.float32, 1).on(): decoded = model(ids).logits  # one replacement in another
