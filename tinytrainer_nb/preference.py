@@ -213,7 +213,7 @@ def _begin(recipe: str, trainer: type, model, tokenizer, data, args: PairArgs, l
 
 def _start(run, trainer: type, model, tokenizer, train, pairs, held, args, live) -> Run:
     "Build the trainer and let it go; what it does to the model besides training is taken back in the end."
-    run.model, run.tokenizer, run.settings = model, tokenizer, trainer.settings
+    run.model, run.tokenizer = model, tokenizer
     heldout = encode_pairs(tokenizer, held, args.max_length)[0]
     data = dict(train_dataset=Dataset.from_list(pairs), eval_dataset=Dataset.from_list(heldout) if heldout else None)
     def work():

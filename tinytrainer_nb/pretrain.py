@@ -160,7 +160,7 @@ def _start(run, model, tokenizer, stream, args, live) -> Run:
     trainer = PretrainTrainer(run, args, DTYPES[run.info["load"]["dtype"]], model=model, train_dataset=train,
                               eval_dataset=[blocks[i] for i in range(len(blocks) - held, len(blocks))] if held else None, data_collator=BlockCollator(args.micro_batch_tokens))
     trainer.tokenizer = tokenizer
-    run.model, run.tokenizer, run.settings = model, tokenizer, trainer.settings
+    run.model, run.tokenizer = model, tokenizer
     return launch(run, trainer.fit, live)
 
 def resume_run(run: Run, live: bool = False) -> Run:

@@ -355,7 +355,7 @@ def start_rounds(trainer: type, module, run: Run, model, tokenizer, prompts: lis
         trainer = trainer(run, args, DTYPES[run.info["load"]["dtype"]], model=module(model), train_dataset=prompts[held:], heldout=prompts[:held],
                           data_collator=_as_they_are, tokenizer=tokenizer, reward=judge, reference=reference)
     except BaseException: put_away(); raise
-    run.model, run.tokenizer, run.settings = model, tokenizer, trainer.settings
+    run.model, run.tokenizer = model, tokenizer
     def work():
         try: trainer.fit()
         finally: put_away()

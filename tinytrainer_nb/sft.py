@@ -160,7 +160,7 @@ def _start(run, model, tokenizer, train, rows, held, args, live) -> Run:
     heldout = read_examples(tokenizer, held, args.max_length, args.train_on_all)[0] or None
     trainer = SFTTrainer(run, args, DTYPES[run.info["load"]["dtype"]], model=model, train_dataset=rows, eval_dataset=heldout,
                          data_collator=Collator(args.micro_batch_tokens), questions=_questions(held if len(held) else train), tokenizer=tokenizer)
-    run.model, run.tokenizer, run.settings = model, tokenizer, trainer.settings
+    run.model, run.tokenizer = model, tokenizer
     return launch(run, trainer.fit, live)
 
 def resume_run(run: Run, live: bool = False) -> Run:

@@ -104,6 +104,7 @@ class RunTrainer:
             super().__init__(model=model, args=arguments, **kwargs)
         self.remove_callback(PrinterCallback)
         self.run, self.settings, self.dtype = run, replace(settings), dtype # a copy: they may change in flight
+        run.settings = self.settings
         if dtype == torch.float16: self.accelerator.scaler = torch.amp.GradScaler(device)
         self.figures, self.tokens, self.seconds, self.stopped, self.best, self.interrupts = {}, 0, 0.0, False, {}, Interrupts()
         self._opened, self._began, self._paused = time.perf_counter(), None, 0.0 # this session, this step, seconds of pauses in the session
