@@ -6,7 +6,7 @@ import random
 import pytest
 
 from tinytrainer_nb.core import TinyTrainerError
-from tinytrainer_nb.evaluate import Z, Evaluation, compare, score_table, wilson
+from tinytrainer_nb.evaluate import Z, Evaluation, answer_table, compare, score_table, wilson
 from tinytrainer_nb.rewards import find_reward
 
 
@@ -94,3 +94,9 @@ def test_strict_and_flexible_are_both_reported():
 
 def test_a_loss_says_what_it_said():
     assert Evaluation("loss", 0.25, 9).to_dict() == dict(task="loss", score=0.25, n=9) and repr(Evaluation("loss", 0.25, 9)) == "loss: 0.2500 over 9 rows"
+
+
+def test_answers_that_changed_come_first():
+    before, after = (Evaluation("exact_answer", 0.5, 4, prompts=list("abcd"), completions=list("wxyz"), references=list("1234"), rewards=rewards) for rewards in ([1, 0, 1, 0], [1, 0, 0, 1]))
+    asked = [line.split("|")[1].strip() for line in answer_table(dict(before=before, after=after), count=3, changed=True)._repr_markdown_().splitlines()[2:]]
+    assert asked == ["c", "d", "a"]

@@ -10,6 +10,7 @@ from tinytrainer_nb.models import load_model
 from tinytrainer_nb.rl import Policy
 from tinytrainer_nb.run import Run
 from tinytrainer_nb.tokens import micro_trees, pack_trees
+from tinytrainer_nb.watch import summary_line
 
 PROMPTS = load_prompts(data_file("rl.jsonl"))[:8]
 
@@ -224,3 +225,16 @@ def test_a_start_that_fails_leaves_the_model_as_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr("tinytrainer_nb.rl.Decoder", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError): grpo(model, tokenizer, PROMPTS, letters, small(tmp_path / "run"))
     assert list(model.peft_config) == before
+
+
+def test_an_alarm_is_heard_while_it_trains_and_named_in_the_end(tmp_path, capsys):
+    run = grpo(*policy(), PROMPTS, lambda prompt, completion, **row: 0.0, small(tmp_path / "run", max_steps=6, max_new_tokens=6))
+    told = [line for line in capsys.readouterr().err.splitlines() if "alarm in round 5: " in line and "fine-tune first" in line]
+    assert len(told) == 1 and summary_line(run).endswith("; alarms: unfinished (step 5), no signal (step 5)")
+
+
+def test_an_adapter_that_was_not_taken_is_told(tmp_path):
+    model, tokenizer = load_model("tiny", quantization="none", dtype="fp32", verbose=False)
+    add_lora(model, LoraArgs(r=4))
+    with pytest.raises(TinyTrainerError, match=r"model = add_lora\(model"): grpo(model, tokenizer, PROMPTS, letters, small(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

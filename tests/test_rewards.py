@@ -229,3 +229,8 @@ def test_the_command_line_names_every_built_in_reward(capsys):
     main(["evaluate", "--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert ", ".join(BUILT_IN) in said
+
+
+def test_a_file_without_a_function_is_asked_for_one(tmp_path):
+    (tmp_path / "mine.py").write_text("def short(prompt, completion): return 1.0\n")
+    with pytest.raises(TinyTrainerError, match="which function of this file"): find_reward(str(tmp_path / "mine.py"))

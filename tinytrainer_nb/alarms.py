@@ -38,11 +38,11 @@ LIMITS = dict(length=2.5,          # times the first rounds' completion length, 
               reward_hacking=4.0)  # standard errors by which the reward rose and a witness fell
 
 _SAY = dict(
-    unfinished="{value:.0%} of the completions do not end by themselves: raise max_new_tokens, or add length=0.2 to the reward.",
+    unfinished="{value:.0%} of the completions do not end by themselves: read the samples. If they ramble, add length=0.2 to the reward or raise kl_coef; if they are cut short, raise max_new_tokens.",
     repetition="{value:.0%} of the completions' 4-grams are repetitions: raise kl_coef, or add repetition=0.2 to the reward.",
     kl="the policy is {value:.0f} nats a completion away from its reference, far enough to have forgotten what it knew: raise kl_coef, or lower learning_rate.",
     identical="{value:.0%} of the completions equal another one of their group, so there is nothing to compare: raise temperature or kl_coef.",
-    no_signal="{value:.0%} of the groups earn one and the same reward for all their completions and teach nothing: take prompts that are solved sometimes, raise num_generations, or let the reward tell answers apart.")
+    no_signal="{value:.0%} of the groups earn one and the same reward for all their completions and teach nothing: take prompts that are solved sometimes (if none is, fine-tune first), raise num_generations, or let the reward tell answers apart.")
 
 @dataclass
 class Alarm:

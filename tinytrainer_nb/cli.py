@@ -237,7 +237,7 @@ def resume_command(parser: Parser, given: dict) -> int:
     from tinytrainer_nb.run import Run
     folder = Path(given["folder"])
     run = Run.open(folder)
-    if run.status == "finished": print(f"{folder}: this run is finished, there is nothing to resume. `tinytrainer chat {folder}` talks to what it made."); return 0
+    if run.status == "finished": print(f"{folder}: this run is finished, there is nothing to resume. `tinytrainer chat {folder}` talks to what it made; `--base {folder}` trains on from it."); return 0
     if "reward" in given and "reward" not in run.info: raise TinyTrainerError(f"{folder}: a run of {run.info['recipe']} has no reward. Leave out --reward.")
     try: report(run.resume(**{k: given[k] for k in ("reward",) if k in given}))
     except KeyboardInterrupt: print(f"\ninterrupted: {run.how_to_resume()} goes on.", file=sys.stderr); return 130

@@ -122,12 +122,14 @@ def score_table(
 def answer_table(
     evaluations: dict[str, Evaluation], # by what the table shall call them; of the same questions
     count: int = 6,                     # questions, the first ones
+    changed: bool = False,              # whether those come first that do not earn the same in all
 ) -> Table:
     "Questions with the answers of each and a mark for what they earned: full reward, none, or the number."
     cell = lambda text: str(text).strip().replace("|", "\\|").replace("#", "\\#").replace("\n", "<br>")
     mark = lambda reward: {1: "✓", 0: "✗"}.get(reward, f"{reward:.2f}")
     first = next(iter(evaluations.values()))
-    rows = [[cell(first.prompts[i]), cell(first.references[i]), *(f"{cell(e.completions[i])}<br>{mark(e.rewards[i])}" for e in evaluations.values())] for i in range(min(count, first.n))]
+    same = [changed and len({e.rewards[i] for e in evaluations.values()}) == 1 for i in range(first.n)]
+    rows = [[cell(first.prompts[i]), cell(first.references[i]), *(f"{cell(e.completions[i])}<br>{mark(e.rewards[i])}" for e in evaluations.values())] for i in sorted(range(first.n), key=same.__getitem__)[:count]]
     return _table(["question", "right", *evaluations], rows)
 
 # %% ../nbs/02h_evaluate.ipynb #1f119564

@@ -137,7 +137,7 @@ def _pretrained(kind, path: str, **kwargs):
         with quiet(): return kind.from_pretrained(path, **kwargs)
     except Exception as e:
         first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        hint = "" if Path(path).is_dir() else " Without a network, use 'tiny' or a model's folder."
+        hint = "" if Path(path).is_dir() else f" There is no folder {path} here, so it was taken for a Hub id. Without a network, use 'tiny' or a model's folder."
         raise TinyTrainerError(f"{path}: cannot be loaded ({first:.200}).{hint}") from None
 
 def _stored_bytes(path: str, parameters: int) -> int:

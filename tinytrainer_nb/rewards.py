@@ -117,6 +117,7 @@ def _named(name: str) -> Callable:
     "The function of a built-in name or of `file.py:function`."
     if name in BUILT_IN: return BUILT_IN[name]
     if ".py:" in name: return _from_file(name)
+    if Path(name).is_file(): raise TinyTrainerError(f"reward {name!r}: which function of this file? Name it: {name}:function.")
     raise TinyTrainerError(f"reward {name!r}: no such reward. Known: {', '.join(BUILT_IN)}, or file.py:function.")
 
 def _in_batches(f: Callable) -> bool:

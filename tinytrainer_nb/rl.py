@@ -7,7 +7,7 @@ __all__ = ['RolloutArgs', 'policy_loss', 'kl_estimate', 'Policy', 'Round', 'Roll
            'start_rounds', 'resume_rounds']
 
 # %% ../nbs/02d_rl.ipynb #f092da0f
-import contextlib, hashlib, json, time
+import contextlib, hashlib, json, sys, time
 from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor, nn
@@ -291,7 +291,9 @@ def log(self, logs: dict, start_time=None) -> None:
     "A round's figures, and the alarms that they raise: pure functions of the journal, so a resumed run raises the same ones."
     super(RolloutTrainer, self).log(logs, start_time)
     if "loss" not in logs or not self.run.leads: return
-    for alarm in new_alarms(rounds(self.run.events), watched=self.reward.watched): self.run.log("alarm", self.state.global_step, **asdict(alarm))
+    for alarm in new_alarms(rounds(self.run.events), watched=self.reward.watched):
+        self.run.log("alarm", self.state.global_step, **asdict(alarm))
+        if not self.bar.disable: self.bar.write(f"alarm in round {self.state.global_step}: {alarm.message}", file=sys.stderr)
 
 @patch_to(RolloutTrainer)
 def headline(self, logs: dict) -> str: return f"reward {self.figures['reward']:.2f}, KL {self.figures['kl']:.2f}"

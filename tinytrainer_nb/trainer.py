@@ -21,6 +21,8 @@ from .fast import thin_adapters
 from .models import compute_context, keep_gradients, load_model, with_adapter
 from .run import Run, patch_to, remove_whole, whole_folder
 from .settings import Settings, check_value, setting
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PrinterCallback, TrainingArguments
 
 # %% ../nbs/02a_trainer.ipynb #4129022c
@@ -421,4 +423,5 @@ def need_heldout(args: TrainArgs, rows: int) -> None: # rows held back
 
 def need_trainable(model) -> None:
     "Raise `TinyTrainerError` if nothing is trained."
+    if any(isinstance(m, BaseTunerLayer) for m in model.modules()) and not isinstance(model, PeftModel): raise TinyTrainerError("the adapter is on the model's layers, but this is still the bare model. Take what add_lora gives back: model = add_lora(model, LoraArgs(r=16)).")
     if not trainable(model): raise TinyTrainerError("nothing of this model is trained. Put an adapter on it first: model = add_lora(model, LoraArgs(r=16)).")
