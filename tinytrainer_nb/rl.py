@@ -225,14 +225,14 @@ def update(self, model, batch: Round, picked: list[int], watch: bool = False) ->
     weights[picked] = self.token_weights(batch.mask[picked])
     busy = sorted(set(picked) - set(batch.idle))
     mine = busy[rank * len(busy) // count:(rank + 1) * len(busy) // count]
-    watched = set(busy[::8] or picked[:1]) if watch else set()
-    if not busy and rank: watched = set() # all processes compute the same row then
+    watched = set(picked[::8]) if watch else set()
     part, distance = float(bool(mine)), torch.zeros(2, device=self.args.device) # without a row of its own a process computes one with weight 0: all take part in the averaging
     groups = micro_trees([batch.rows[i] for i in mine or picked[:1]], self.settings.micro_batch_tokens)
     for group in groups:
         loss_of = lambda: self.minibatch_loss(model, batch, weights * part, group, sums) * count # the processes' gradients are averaged
         self.backward(model, loss_of, last=group is groups[-1])
-        if some := [row for row in group if row["index"] in watched]: distance += self.distance(some, batch)
+        if some := [row for row in group if row["index"] in watched & set(mine)]: distance += self.distance(some, batch)
+    for group in micro_trees([batch.rows[i] for i in sorted(watched & set(batch.idle))[rank::count]], self.settings.micro_batch_tokens): distance += self.distance(group, batch)
     total = dict(zip(sums, self.accelerator.reduce(torch.tensor(list(sums.values()), device=self.args.device) * part, "sum").tolist()))
     kl, rows = self.accelerator.reduce(distance, "sum").tolist()
     tokens, losses = total.pop("tokens"), {k: total.pop(k) for k in ("loss", "policy_loss")}
@@ -258,7 +258,8 @@ def distance(self, some: list[dict], batch: Round) -> Tensor: # (2,)
     else:
         with torch.no_grad(), compute_context(self.model, self.dtype), using_adapters(self.model.policy, self.reference):
             ref, *_ = Policy.forward(self.model, **self._prepare_inputs(pack_trees(some)), temperature=self.settings.temperature)
-    difference = kl_estimate(torch.cat([batch.present[row["index"]] for row in some]), ref).sum()
+    present = [batch.present.get(row["index"], batch.rollout_logprobs[row["index"], :len(row["completion"])]) for row in some] # of a row without a gradient the rollout's will do
+    difference = kl_estimate(torch.cat(present), ref).sum()
     return torch.stack([difference, torch.full_like(difference, len(some))])
 
 @patch_to(RolloutTrainer)
