@@ -154,29 +154,6 @@ def child(program: str, **environment) -> list[float]:
     return [float(x) for x in subprocess.check_output([sys.executable, "-c", program], env=clean | environment, text=True).split()]
 
 
-FAULTS = """
-import resource, sys, torch
-from tinytrainer_nb.core import keep_freed_memory
-if {kept}: assert keep_freed_memory()
-def work(i): return [torch.empty((3 + (2 * i + 3 * j) % 5) * 2**20).fill_(1.0) for j in range(4)]
-for i in range(10): work(i)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for i in range(60): work(i)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(not os.confstr_names.get("CS_GNU_LIBC_VERSION"), reason="mallopt is glibc's")
-def test_freed_memory_is_kept_for_the_next_tensor(monkeypatch):
-    "60 times four tensors of 12 to 28 MiB: the kernel brings memory once, not 60 times. In small pages, where it is counted"
-    faults = lambda kept: child(FAULTS.format(kept=kept), THP_MEM_ALLOC_ENABLE="0")[0]
-    given_back = next((n for n in (faults(False) for _ in range(6)) if n > 0), 0)  # something small behind the tensors may keep them by chance
-    assert given_back > 100_000 and faults(True) < given_back / 10
-    with monkeypatch.context() as m:
-        m.setenv("MALLOC_TRIM_THRESHOLD_", "1")
-        assert not core.keep_freed_memory()  # what a user has set stays
-
-
 LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'TinyTrainerError', 'num_threads', 'free_memory', 'peak_memory', 'matmul_seconds', 'default_device',
-           'probe_dtype', 'keep_freed_memory', 'unused_gpu', 'processes', 'share', 'gathered', 'dtype_name', 'hardware',
-           'versions', 'seed_everything', 'mix_seed', 'sync_folder', 'patiently', 'write_whole', 'plain', 'write_json',
-           'read_json', 'file_hash', 'shipped', 'data_file', 'progress', 'quiet']
+           'probe_dtype', 'unused_gpu', 'processes', 'share', 'gathered', 'dtype_name', 'hardware', 'versions',
+           'seed_everything', 'mix_seed', 'sync_folder', 'patiently', 'write_whole', 'plain', 'write_json', 'read_json',
+           'file_hash', 'shipped', 'data_file', 'progress', 'quiet']
 
 # %% ../nbs/00a_core.ipynb #81c9cf4f
-import contextlib, ctypes, hashlib, json, math, os, platform, random, shutil, sys, time, warnings
+import contextlib, hashlib, json, math, os, platform, random, shutil, sys, time, warnings
 from importlib.metadata import version
 from pathlib import Path
 import numpy as np, psutil, torch
@@ -85,17 +85,6 @@ def probe_dtype(device: str) -> tuple[torch.dtype, str]: # the compute dtype, an
     ratio = matmul_seconds(torch.float32) / matmul_seconds(torch.bfloat16)
     if ratio > 1.2: return torch.bfloat16, f"a bf16 product is {ratio:.1f}x as fast as fp32 on this CPU"
     return torch.float32, f"a bf16 product is only {ratio:.1f}x as fast as fp32 on this CPU"
-
-# %% ../nbs/00a_core.ipynb #a5465be1
-def keep_freed_memory(
-    largest: int = 32,  # MiB; freed tensors up to this size are kept
-    together: int = 256, # MiB; what is kept at most
-) -> bool:              # whether it could be asked
-    "Ask glibc to keep freed memory for the next tensors (mallopt(3)). Elsewhere, and where MALLOC_ variables are set, nothing is changed."
-    if any(name.startswith("MALLOC_") for name in os.environ): return False
-    try: mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError): return False # no glibc
-    return mallopt(-3, largest * 2**20) == mallopt(-1, together * 2**20) == 1 # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
 
 # %% ../nbs/00a_core.ipynb #b2d5eab2
 def unused_gpu() -> str:

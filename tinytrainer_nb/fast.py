@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .adapters import written_out
-from .core import TinyTrainerError, free_memory, keep_freed_memory
+from .core import TinyTrainerError, free_memory
 from .models import compute_context
 from .tinylora import TinyLoraLayer
 from bitsandbytes import functional as bnb
@@ -142,7 +142,6 @@ class Decoder:
         rows: int,                # completions decoded together
         forms: dict | None = None, # from `choose_forms`; None: probe now
     ):
-        keep_freed_memory()
         self.model, self.dtype = model, dtype or next(p.dtype for p in model.parameters() if p.is_floating_point())
         known = forms is not None and all(forms.get(key(m), "as it is") in weight_forms(m, self.dtype) for m in _linears(model)) # chosen on another machine, a form may not exist here
         self.forms = forms if known else choose_forms(model, self.dtype, rows)

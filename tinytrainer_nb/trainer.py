@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from .adapters import adapter_settings, count_trainable, save_adapter, trainable
-from .core import TinyTrainerError, file_hash, keep_freed_memory, peak_memory, processes, progress, quiet, read_json, share, write_json
+from .core import TinyTrainerError, file_hash, peak_memory, processes, progress, quiet, read_json, share, write_json
 from .fast import thin_adapters
 from .models import compute_context, keep_gradients, load_model, with_adapter
 from .run import Run, patch_to, remove_whole, whole_folder
@@ -339,7 +339,6 @@ class Interrupts:
 @patch_to(RunTrainer)
 def fit(self) -> None:
     "Train from the newest checkpoint, or from the start; leaves result, summary and figure in the run's folder."
-    keep_freed_memory()
     checkpoint, step = self.run.last_checkpoint()
     with self.run.session(step), quiet(), cache_setting_kept(self.model.config), thin_adapters(self.model), self.interrupts:
         self.bar = progress(total=self.settings.max_steps, desc=self.run.info["recipe"], quiet=not self.run.leads)
