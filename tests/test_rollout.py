@@ -1,9 +1,13 @@
 """The rollout engine against plain forward passes, `transformers`' own generation, and itself in other company."""
+from functools import partial
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, TopKLogitsWarper, TopPLogitsWarper
 
+from tinytrainer_nb import rollout
 from tinytrainer_nb.adapters import LoraArgs, add_lora, trainable
+from tinytrainer_nb.attention import SharedCache
 from tinytrainer_nb.core import TinyTrainerError, data_file, mix_seed
 from tinytrainer_nb.data import load_prompts
 from tinytrainer_nb.fast import Decoder, choose_forms, weight_forms
@@ -26,6 +30,12 @@ def policy(quantization="none", dtype="fp32"):
 def exact(): return policy()
 
 
+@pytest.fixture(params=["a copy for every slot", "each prompt once"])
+def storage(request, monkeypatch):
+    "Both ways in which a cache may hold its prompts; small ones would all take the first"
+    if request.param == "each prompt once": monkeypatch.setattr(rollout, "SharedCache", partial(SharedCache, few=0))
+
+
 def sampled(model, tokenizer, prompts=PROMPTS, seeds=None, decoder=None, **how):
     return generate(model, tokenizer, prompts, GenerateArgs(**dict(num_generations=4, max_new_tokens=48) | how), seeds=seeds, quiet=True, decoder=decoder)
 
@@ -36,7 +46,7 @@ def plain_logprobs(model, prompt, completion, temperature):
     return torch.log_softmax(logits / temperature, -1).gather(-1, torch.tensor(completion)[:, None])[:, 0]
 
 
-def test_logprobs_are_those_of_a_full_pass(exact):
+def test_logprobs_are_those_of_a_full_pass(exact, storage):
     model, tokenizer = exact
     out = sampled(model, tokenizer, temperature=0.7, top_k=50, top_p=0.9)
     assert len({len(c) for c in out.completion_ids}) > 3 and any(out.finished)  # rows ended at different times
@@ -46,7 +56,7 @@ def test_logprobs_are_those_of_a_full_pass(exact):
     for found, expected in zip(out.logprobs, plain): torch.testing.assert_close(torch.tensor(found), expected, atol=1e-4, rtol=0)
 
 
-def test_a_row_says_the_same_in_any_company(exact):
+def test_a_row_says_the_same_in_any_company(exact, storage):
     "All together, a few rows at a time, and each alone"
     model, tokenizer = exact
     together, apart = sampled(model, tokenizer), sampled(model, tokenizer, batch_size=4)
@@ -60,7 +70,7 @@ SMALL = dict(vocab_size=1032, hidden_size=64, intermediate_size=96, num_hidden_l
 
 
 @pytest.mark.parametrize("config", [LlamaConfig(**SMALL, tie_word_embeddings=True), Qwen2Config(**SMALL), Qwen3Config(**SMALL, head_dim=32)], ids=["llama", "qwen2", "qwen3"])
-def test_greedy_is_that_of_transformers(tmp_path, config, exact):
+def test_greedy_is_that_of_transformers(tmp_path, config, exact, storage):
     "Random weights of three architectures, prompts of four lengths, eight completions that end at different places"
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)

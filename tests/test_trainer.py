@@ -148,17 +148,14 @@ def test_a_gpu_that_is_not_used_is_told(monkeypatch, capsys):
     assert core.unused_gpu() == ""
 
 
-def child(program: str, **environment) -> list[float]:
-    "The numbers that a Python of its own prints"
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "THP_"))}
-    return [float(x) for x in subprocess.check_output([sys.executable, "-c", program], env=clean | environment, text=True).split()]
-
-
 LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 @pytest.mark.skipif(not LARGE_PAGES.exists() or "[never]" in LARGE_PAGES.read_text(), reason="this machine offers no large pages")
 def test_large_tensors_lie_in_large_pages():
     program = "import tinytrainer_nb, torch; x = torch.ones(2**24); print(*[line.split()[1] for line in open('/proc/self/smaps_rollup') if line.startswith('AnonHugePages')])"
-    assert child(program)[0] > 2**16 / 2  # KiB, of 64 MiB
-    if "[madvise]" in LARGE_PAGES.read_text(): assert child(program, THP_MEM_ALLOC_ENABLE="0")[0] < 2**16 / 2  # the setting is what does it
+    def large(**environment) -> int: # KiB
+        clean = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
+        return int(subprocess.check_output([sys.executable, "-c", program], env=clean | environment, text=True))
+    assert large() > 2**16 / 2  # of 64 MiB
+    if "[madvise]" in LARGE_PAGES.read_text(): assert large(THP_MEM_ALLOC_ENABLE="0") < 2**16 / 2  # the setting is what does it

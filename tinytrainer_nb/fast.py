@@ -294,7 +294,9 @@ def _thin_forward(layer: nn.Module):
         out, device = layer.base_layer(x), x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else out.dtype
         thins = [[thin.to(dtype) for thin in _thin(layer, adapter)] for adapter in active]
-        if out.dtype != dtype: return out + sum((x.to(dtype) @ down @ up for down, up in thins), torch.zeros((), device=out.device)).to(out.dtype) # bitsandbytes gives what it was given
+        if out.dtype != dtype: # bitsandbytes gives what it was given
+            for down, up in thins: out = out + (x.to(dtype) @ down @ up).to(out.dtype)
+            return out
         if not out.is_contiguous() or out._is_view(): out = out.clone()
         for down, up in thins: out = _AddThin.apply(out, x.to(dtype), down, up)
         return out

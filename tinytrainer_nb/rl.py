@@ -226,12 +226,13 @@ def update(self, model, batch: Round, picked: list[int], watch: bool = False) ->
     busy = sorted(set(picked) - set(batch.idle))
     mine = busy[rank * len(busy) // count:(rank + 1) * len(busy) // count]
     watched = set(picked[::8]) if watch else set()
+    seen = watched & set(mine)
     part, distance = float(bool(mine)), torch.zeros(2, device=self.args.device) # without a row of its own a process computes one with weight 0: all take part in the averaging
     groups = micro_trees([batch.rows[i] for i in mine or picked[:1]], self.settings.micro_batch_tokens)
     for group in groups:
         loss_of = lambda: self.minibatch_loss(model, batch, weights * part, group, sums) * count # the processes' gradients are averaged
         self.backward(model, loss_of, last=group is groups[-1])
-        if some := [row for row in group if row["index"] in watched & set(mine)]: distance += self.distance(some, batch)
+        if some := [row for row in group if row["index"] in seen]: distance += self.distance(some, batch)
     for group in micro_trees([batch.rows[i] for i in sorted(watched & set(batch.idle))[rank::count]], self.settings.micro_batch_tokens): distance += self.distance(group, batch)
     total = dict(zip(sums, self.accelerator.reduce(torch.tensor(list(sums.values()), device=self.args.device) * part, "sum").tolist()))
     kl, rows = self.accelerator.reduce(distance, "sum").tolist()

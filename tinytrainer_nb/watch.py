@@ -52,8 +52,10 @@ def summary_line(run: Run) -> str:
     name = "reward" if "first_reward" in s else "loss"
     change = "" if s.get(f"last_{name}") is None else f"{name} {s[f'first_{name}']:.3g} -> {s[f'last_{name}']:.3g}, "
     speed = f"{s['tokens_per_s']:,.0f} tokens/s, " if s["tokens_per_s"] else ""
-    alarms = {e["name"]: e["step"] for e in reversed(run.events) if e["kind"] == "alarm"} # where each rang first
-    rang = "; alarms: " + ", ".join(f"{name.replace('_', ' ')} (step {step})" for name, step in reversed(alarms.items())) if alarms else ""
+    alarms = {}
+    for e in run.events:
+        if e["kind"] == "alarm": alarms.setdefault(e["name"].replace("_", " "), e["step"]) # where each rang first
+    rang = "; alarms: " + ", ".join(f"{name} (step {step})" for name, step in alarms.items()) if alarms else ""
     return f"{s['recipe']} {s['status']}: {s['steps']} step{'s' * (s['steps'] != 1)}, {change}{duration(s['seconds'])}, {speed}{s['peak_memory_gb']:.2f} GiB{rang}"
 
 def news(run: Run, since: float) -> list[str]:
