@@ -238,3 +238,27 @@ def test_an_adapter_that_was_not_taken_is_told(tmp_path):
     add_lora(model, LoraArgs(r=4))
     with pytest.raises(TinyTrainerError, match=r"model = add_lora\(model"): grpo(model, tokenizer, PROMPTS, letters, small(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_distance_counts_rows_without_a_gradient(tmp_path, monkeypatch):
+    "Every eighth completion of a round that teaches nothing, under the moved policy and under the reference, each by a plain pass"
+    model, tokenizer = policy()
+    before, seen = {n: p.detach().clone() for n, p in trainable(model).items()}, {}
+    rollout, update = GRPOTrainer.rollout, GRPOTrainer.update
+    def moved(self, *args):
+        with torch.no_grad():
+            for i, p in enumerate(trainable(self.model.policy).values()): p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+        return rollout(self, *args)
+    def keep(self, model, batch, picked, watch=False):
+        seen.update(rows=[batch.rows[i] for i in picked[::8]], idle=len(batch.idle))
+        return update(self, model, batch, picked, watch)
+    monkeypatch.setattr(GRPOTrainer, "rollout", moved); monkeypatch.setattr(GRPOTrainer, "update", keep)
+    run = grpo(model, tokenizer, PROMPTS, lambda prompt, completion, **row: 1.0, small(tmp_path / "run"))
+    def said():
+        with torch.no_grad(): return torch.stack([plain_logprobs(model, row).sum() for row in seen["rows"]])
+    now = said()
+    with torch.no_grad():
+        for n, p in trainable(model).items(): p.copy_(before[n])
+    expected = (now - said()).mean().item()
+    assert seen["idle"] == 16 and len(seen["rows"]) == 2 and abs(expected) > 0.1
+    assert run.history("kl")[1] == pytest.approx([expected], abs=1e-3)
