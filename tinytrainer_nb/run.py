@@ -5,18 +5,20 @@
 # %% auto #0
 __all__ = ['STATES', 'ROOMS', 'Journal', 'Lock', 'Run', 'patch_to', 'recipe_module', 'whole_folder', 'remove_whole']
 
-# %% ../nbs/01c_run.ipynb #95c5ebd2
+# %% ../nbs/01c_run.ipynb #dfa89909
 import builtins, contextlib, errno, glob, json, os, re, shutil, sys, tempfile, threading, time
 from importlib import import_module
 from pathlib import Path
 import psutil
 from filelock import FileLock
-from .core import TinyTrainerError, hardware, plain, processes, read_json, share, sync_folder, versions, write_json, write_whole
+from .core import TinyTrainerError, give_back, hardware, plain, processes, read_json, share, sync_folder, versions, write_json, write_whole
 
-# %% ../nbs/01c_run.ipynb #9f4122cd
+# %% ../nbs/01c_run.ipynb #6f1908c3
 class Journal:
     "An append-only file of events; reading is incremental, so asking often costs little."
-    def __init__(self, path: Path): self.path, self._events, self._read, self._lock = Path(path), [], 0, threading.Lock()
+    def __init__(self, path: Path): self.path, self._lock = Path(path), threading.Lock(); self._forget()
+
+    def _forget(self) -> None: self._events, self._columns, self._read = [], {}, 0
 
     def append(self, kind: str, step: int, **values) -> dict:
         "Write one event; returns it."
@@ -44,20 +46,37 @@ class Journal:
 
     def events(self) -> list[dict]:
         "All events that count, oldest first."
-        with self._lock:
-            if not self.path.exists(): return []
-            if self.path.stat().st_size < self._read: self._events, self._read = [], 0 # a torn line was cut off
-            with open(self.path, "rb") as f:
-                f.seek(self._read); data = f.read()
-            whole = data[:data.rfind(b"\n") + 1]
-            self._read += len(whole)
-            for line in whole.splitlines():
-                with contextlib.suppress(ValueError): self._add(json.loads(line))
-            return list(self._events)
+        with self._lock: self._catch_up(); return list(self._events)
+
+    def columns(self, kind: str) -> dict[str, tuple[list, list]]: # by name: steps, values
+        "All figures of one kind of event; what is not a number (None among it) is left out."
+        with self._lock: self._catch_up(); return {name: (list(steps), list(values)) for name, (steps, values) in self._columns.get(kind, {}).items()}
+
+    def _catch_up(self) -> None:
+        "Read what was written since."
+        if not self.path.exists(): return
+        if self.path.stat().st_size < self._read: self._forget() # a torn line was cut off
+        with open(self.path, "rb") as f:
+            f.seek(self._read); data = f.read()
+        whole = data[:data.rfind(b"\n") + 1]
+        self._read += len(whole)
+        for line in whole.splitlines():
+            with contextlib.suppress(ValueError): self._add(json.loads(line))
 
     def _add(self, event: dict) -> None:
-        if event["kind"] == "status" and event.get("value") == "running": self._events = [e for e in self._events if e["step"] <= event["step"]]
+        if event["kind"] == "status" and event.get("value") == "running" and any(e["step"] > event["step"] for e in reversed(self._events)):
+            before, self._events, self._columns = self._events, [], {}
+            for e in before:
+                if e["step"] <= event["step"]: self._note(e)
+        self._note(event)
+
+    def _note(self, event: dict) -> None:
         self._events.append(event)
+        found = self._columns.setdefault(event["kind"], {})
+        for name, value in event.items():
+            if type(value) in (int, float) and name not in ("time", "step"):
+                steps, values = found.setdefault(name, ([], []))
+                steps.append(event["step"]); values.append(value)
 
 # %% ../nbs/01c_run.ipynb #74c49297
 def _me() -> dict:
@@ -88,7 +107,7 @@ class Lock:
     def release(self) -> None:
         with contextlib.suppress(FileNotFoundError): self.path.unlink()
 
-# %% ../nbs/01c_run.ipynb #f3b6e168
+# %% ../nbs/01c_run.ipynb #b9688355
 STATES = ("running", "paused", "stopped", "finished", "failed", "interrupted")
 
 def _free_sibling(folder: Path, allowed: tuple[str, ...] = ()) -> Path:
@@ -214,10 +233,9 @@ class Run:
 
     def history(self, name: str, kind: str = "metrics") -> tuple[list[int], list[float]]:
         "Steps and values of one figure."
-        found = [(e["step"], e[name]) for e in self.events if e["kind"] == kind and e.get(name) is not None]
-        return [s for s, _ in found], [v for _, v in found]
+        return self.journal.columns(kind).get(name, ([], []))
 
-# %% ../nbs/01c_run.ipynb #9ad0859e
+# %% ../nbs/01c_run.ipynb #29aceabb
 def patch_to(cls):
     "Add the decorated function to `cls` as a method, so that a class can be told in pieces; a name outside keeps its meaning."
     def add(f):
@@ -231,12 +249,12 @@ def log(self, kind: str, step: int, **values) -> dict:
     return self.journal.append(kind, step, **values) if self.leads else {}
 
 @patch_to(Run)
-def set_status(self, value: str, step: int) -> None:
+def set_status(self, value: str, step: int, **why) -> None:
     "Write the status to run.json and to the journal."
     assert value in STATES, value
     if not self.leads: return
     write_json(self.folder / "run.json", self.info | dict(status=value, process=_me()))
-    self.log("status", step, value=value)
+    self.log("status", step, value=value, **why)
 
 @patch_to(Run)
 def update_info(self, **values) -> None:
@@ -274,12 +292,21 @@ def _full(folder: Path, error: BaseException, then: str = "") -> TinyTrainerErro
     if not said and (free > 2**20 or isinstance(error, TinyTrainerError)): return None
     return TinyTrainerError(f"{folder}: the disk is full ({free / 1e6:,.1f} MB free). Make room, then {then or f'{Run(folder).how_to_resume()} goes on from the last whole checkpoint'}.")
 
-# %% ../nbs/01c_run.ipynb #677f2bb1
+# %% ../nbs/01c_run.ipynb #59e8d255
 @patch_to(Run)
 def request(self, action: str, **values) -> None:
     "Leave a request: pause, unpause, stop, save, or set."
     if self.status not in ("running", "paused"): raise TinyTrainerError(f"{self.folder}: this run is {self.status}, there is nobody to {action} it. `run.resume()` goes on with it.")
-    write_json(self.folder / "requests" / f"{time.time_ns():020d}-{action}.json", dict(action=action, **values))
+    now = time.time_ns()
+    write_json(self.folder / "requests" / f"{now:020d}-{action}.json", dict(action=action, asked=round(now / 1e9, 3), **values))
+
+@patch_to(Run)
+def waiting(self) -> list[dict]:
+    "Requests that nobody has taken yet, oldest first: `action`, `asked` (the time), and `changes` of settings."
+    found = []
+    for path in sorted((self.folder / "requests").glob("*.json")):
+        with contextlib.suppress(FileNotFoundError): found.append(read_json(path)) # taken at this moment
+    return found
 
 @patch_to(Run)
 def asked(self, action: str) -> bool:
@@ -324,7 +351,7 @@ def set(self, **changes) -> None:
         if self.settings is not None: type(self.settings)(**{**self.settings.to_dict(), name: value}) # raises what validation says
     self.request("set", changes=changes)
 
-# %% ../nbs/01c_run.ipynb #1bc7ca7e
+# %% ../nbs/01c_run.ipynb #c44257f2
 @patch_to(Run)
 def wait(self, timeout: float | None = None) -> "Run": # seconds; None: as long as it takes
     "Wait until the run ends; raises what its worker raised."
@@ -373,10 +400,17 @@ def save_figure(self) -> Path:
     return write_whole(self.folder / "figure.png", self.figure().png(dpi=110))
 
 @patch_to(Run)
-def panel(self):
-    "The live panel."
+def panel(self, **resume): # what a resume needs, such as `reward` if it was a function
+    "The live panel, whose Continue also goes on with a run that was stopped or interrupted."
     from tinytrainer_nb.panels import run_panel
-    return run_panel(self)
+    return run_panel(self, **resume)
+
+@patch_to(Run)
+def close(self) -> None:
+    "Give back the memory of the model that was trained here; what is on the disk stays. Raises `TinyTrainerError` while it is being trained."
+    if self.worker is not None and not self.worker.done.is_set(): raise TinyTrainerError(f"{self.folder}: this run goes on. `run.stop()` and `run.wait()` first.")
+    self.model = self.tokenizer = self.worker = None
+    give_back()
 
 @patch_to(Run)
 def _repr_html_(self) -> str:

@@ -7,7 +7,7 @@ __all__ = ['TRACKERS', 'TrainArgs', 'trackers', 'may_change', 'training_argument
            'set_learning_rate', 'load_trained', 'Interrupts', 'cache_setting_kept', 'summarize', 'begin', 'tell',
            'describe', 'rebuild', 'need_heldout', 'need_trainable']
 
-# %% ../nbs/02a_trainer.ipynb #bee8a273
+# %% ../nbs/02a_trainer.ipynb #9e76fa22
 import contextlib, shutil, signal, sys, threading, time
 from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from .adapters import adapter_settings, count_trainable, save_adapter, trainable
-from .core import TinyTrainerError, file_hash, peak_memory, processes, progress, quiet, read_json, share, write_json
+from .core import TinyTrainerError, file_hash, memory, peak_memory, processes, progress, quiet, read_json, share, write_json
 from .fast import thin_adapters
 from .models import compute_context, keep_gradients, load_model, with_adapter
 from .run import Run, patch_to, remove_whole, whole_folder
@@ -82,7 +82,7 @@ def training_arguments(args: TrainArgs, folder: Path, device: str, evaluates: bo
         use_cpu=device == "cpu", dataloader_drop_last=drop_last, dataloader_num_workers=0, dataloader_pin_memory=False, optim="adamw_torch_fused",
         ddp_find_unused_parameters=False, ddp_broadcast_buffers=False)
 
-# %% ../nbs/02a_trainer.ipynb #638db270
+# %% ../nbs/02a_trainer.ipynb #e42b2918
 class Shared:
     "A collator for one of several processes: its share of each step's rows, with the counts of all of them."
     def __init__(self, collator): self.collator, (self.rank, self.count) = collator, processes()
@@ -109,6 +109,7 @@ class RunTrainer:
         run.settings = self.settings
         if dtype == torch.float16: self.accelerator.scaler = torch.amp.GradScaler(device)
         self.figures, self.tokens, self.seconds, self.stopped, self.best, self.interrupts = {}, 0, 0.0, False, {}, Interrupts()
+        self.saving, self.ending = {}, {} # when the checkpoint and the end that come now were asked for
         self._opened, self._began, self._paused = time.perf_counter(), None, 0.0 # this session, this step, seconds of pauses in the session
         self.label_names = []
 
@@ -153,7 +154,7 @@ class RunTrainer:
         "Note what this step cost, its optimiser step included."
         seconds = self.clock() - self._began
         self.tokens += self.step_tokens
-        self.figures |= dict(tokens=self.tokens, tokens_per_s=round(self.step_tokens / seconds, 1), seconds=round(seconds, 4))
+        self.figures |= dict(tokens=self.tokens, tokens_per_s=round(self.step_tokens / seconds, 1), seconds=round(seconds, 4), memory_gb=round(memory(self.args.device), 3))
 
 # %% ../nbs/02a_trainer.ipynb #3ff17675
 @patch_to(RunTrainer)
@@ -203,7 +204,7 @@ def mean_loss(model, batch: dict, dtype: torch.dtype) -> float:
     model.train(was_training)
     return total
 
-# %% ../nbs/02a_trainer.ipynb #c795b79f
+# %% ../nbs/02a_trainer.ipynb #6605fc50
 @patch_to(RunTrainer)
 def log(self, logs: dict, start_time=None) -> None:
     "Write a step's figures to the journal. Trackers get them too; the trainer's own history would repeat the journal in every checkpoint."
@@ -240,18 +241,19 @@ def obey(self, between_steps: bool = True) -> bool: # whether a checkpoint is wa
         requests = share(self.run.take_requests(None if between_steps else ("pause", "unpause")) if self.run.leads else None)
         if between_steps and share(self.interrupts.asked): requests = [*requests, dict(action="stop")]
         for request in requests:
-            action = request["action"]
-            if action == "pause" and not paused: paused = True; self.run.set_status("paused", step)
-            if action in ("unpause", "stop") and paused: paused = False; self.run.set_status("running", step)
-            if action == "set": self.change(request["changes"])
-            if action == "stop": self.stopped = self.control.should_training_stop = True
+            action, asked = request["action"], dict(asked=request.get("asked"))
+            if action == "pause" and not paused: paused = True; self.run.set_status("paused", step, **asked)
+            if action in ("unpause", "stop") and paused: paused = False; self.run.set_status("running", step, **asked if action == "unpause" else {})
+            if action == "set": self.change(request["changes"], **asked)
+            if action == "stop": self.stopped = self.control.should_training_stop = True; self.ending = asked
+            if action == "save": self.saving = asked
             save |= action in ("set", "stop", "save")
         if paused and not between_steps and self.run.asked("stop"): paused = False; self.run.set_status("running", step)
         if not paused: return save
         since = time.perf_counter(); time.sleep(0.1); self._paused += time.perf_counter() - since
 
 @patch_to(RunTrainer)
-def change(self, changes: dict) -> None:
+def change(self, changes: dict, **asked) -> None: # asked: the time
     "Set settings in flight, each with an event that says what it was."
     for name, new in changes.items():
         old = getattr(self.settings, name)
@@ -259,7 +261,7 @@ def change(self, changes: dict) -> None:
         except TinyTrainerError as e: self.run.log("note", self.state.global_step, message=f"not changed: {e}"); continue
         setattr(self.settings, name, new)
         if name == "learning_rate": set_learning_rate(self.optimizer, self.lr_scheduler, new)
-        self.run.log("change", self.state.global_step, setting=name, old=old, new=new)
+        self.run.log("change", self.state.global_step, setting=name, old=old, new=new, **asked)
 
 def set_learning_rate(optimizer, scheduler, value: float) -> None:
     "Change the height of the schedule, which keeps its shape: base rates, initial rates and the present ones."
@@ -268,11 +270,12 @@ def set_learning_rate(optimizer, scheduler, value: float) -> None:
         group["initial_lr"], group["lr"] = value, value * factor(scheduler.last_epoch)
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
-# %% ../nbs/02a_trainer.ipynb #c3e96380
+# %% ../nbs/02a_trainer.ipynb #27e01211
 @patch_to(RunTrainer)
 def _save_checkpoint(self, model, trial) -> None:
     step, folder = self.state.global_step, self.run.folder / "checkpoints"
-    self.run.log("checkpoint", step, path=f"checkpoints/step-{step:06d}")
+    self.run.log("checkpoint", step, path=f"checkpoints/step-{step:06d}", **self.saving)
+    self.saving = {}
     self.run.journal.sync()
     with whole_folder(folder / f"step-{step:06d}") if self.run.leads else contextlib.nullcontext() as staging:
         self._staging = Path(share(staging and str(staging.with_name(staging.name + ".trainer"))))
@@ -335,7 +338,7 @@ class Interrupts:
         self.asked = True
         print("\ninterrupted: ends when this step is done and saved. Again: at once.", file=sys.stderr)
 
-# %% ../nbs/02a_trainer.ipynb #926e0dbf
+# %% ../nbs/02a_trainer.ipynb #bc5e4523
 @patch_to(RunTrainer)
 def fit(self) -> None:
     "Train from the newest checkpoint, or from the start; leaves result, summary and figure in the run's folder."
@@ -372,7 +375,7 @@ def finish(self, step: int, status: str) -> None:
     "Write summary and figure, then the status."
     write_json(self.run.folder / "summary.json", summarize(self.run, status, step, count_trainable(self.model), self.seconds + self.clock(), self.args.device))
     self.run.save_figure()
-    self.run.set_status(status, step)
+    self.run.set_status(status, step, **self.ending)
 
 # %% ../nbs/02a_trainer.ipynb #1d7ecc88
 def summarize(run: Run, status: str, step: int, trained: int, seconds: float, device) -> dict:
@@ -391,7 +394,7 @@ def _speed(metrics: list[dict]) -> float | None:
     seconds = sum(e["seconds"] for e in metrics[1:])
     return round((metrics[-1]["tokens"] - metrics[0]["tokens"]) / seconds, 1) if seconds else None
 
-# %% ../nbs/02a_trainer.ipynb #337a5448
+# %% ../nbs/02a_trainer.ipynb #043eb794
 def begin(run: Run, model) -> None:
     "Keep the adapter as it was handed over: a resume starts from it."
     with whole_folder(run.folder / "start") as folder: save_adapter(model, folder)
