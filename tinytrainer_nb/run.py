@@ -48,9 +48,13 @@ class Journal:
         "All events that count, oldest first."
         with self._lock: self._catch_up(); return list(self._events)
 
-    def columns(self, kind: str) -> dict[str, tuple[list, list]]: # by name: steps, values
-        "All figures of one kind of event; what is not a number (None among it) is left out."
-        with self._lock: self._catch_up(); return {name: (list(steps), list(values)) for name, (steps, values) in self._columns.get(kind, {}).items()}
+    def names(self, kind: str) -> list[str]:
+        "Names of all figures that one kind of event has."
+        with self._lock: self._catch_up(); return list(self._columns.get(kind, ()))
+
+    def column(self, kind: str, name: str) -> tuple[list[int], list[float]]: # steps, values
+        "One figure of one kind of event; what is not a number (None among it) is left out."
+        with self._lock: self._catch_up(); steps, values = self._columns.get(kind, {}).get(name, ((), ())); return list(steps), list(values)
 
     def _catch_up(self) -> None:
         "Read what was written since."
@@ -60,8 +64,7 @@ class Journal:
             f.seek(self._read); data = f.read()
         whole = data[:data.rfind(b"\n") + 1]
         self._read += len(whole)
-        for line in whole.splitlines():
-            with contextlib.suppress(ValueError): self._add(json.loads(line))
+        for event in _parsed(whole.splitlines()): self._add(event)
 
     def _add(self, event: dict) -> None:
         if event["kind"] == "status" and event.get("value") == "running" and any(e["step"] > event["step"] for e in reversed(self._events)):
@@ -71,12 +74,20 @@ class Journal:
         self._note(event)
 
     def _note(self, event: dict) -> None:
+        "Keep an event, and its figures by name."
         self._events.append(event)
         found = self._columns.setdefault(event["kind"], {})
         for name, value in event.items():
             if type(value) in (int, float) and name not in ("time", "step"):
                 steps, values = found.setdefault(name, ([], []))
                 steps.append(event["step"]); values.append(value)
+
+def _parsed(lines: list[bytes]):
+    "The events of some lines, all at once, which is twice as fast; one by one if a line among them is broken."
+    try: yield from json.loads(b"[" + b",".join(lines) + b"]")
+    except ValueError:
+        for line in lines:
+            with contextlib.suppress(ValueError): yield json.loads(line)
 
 # %% ../nbs/01c_run.ipynb #74c49297
 def _me() -> dict:
@@ -233,7 +244,7 @@ class Run:
 
     def history(self, name: str, kind: str = "metrics") -> tuple[list[int], list[float]]:
         "Steps and values of one figure."
-        return self.journal.columns(kind).get(name, ([], []))
+        return self.journal.column(kind, name)
 
 # %% ../nbs/01c_run.ipynb #29aceabb
 def patch_to(cls):
