@@ -14,10 +14,11 @@ from .rl import Policy, RolloutArgs, RolloutTrainer, Round, kl_estimate, policy_
 from .run import Run
 from .settings import setting
 
-# %% ../nbs/02f_grpo.ipynb #26204cc6
+# %% ../nbs/02f_grpo.ipynb #ea7ac562
 @dataclass
 class GRPOArgs(RolloutArgs):
     "Settings of GRPO. A step is a round."
+    presets = RolloutArgs.presets | {"as published": dict(loss_type="grpo", kl_coef=0.04, importance_cap=0.0), "Dr. GRPO": dict(loss_type="dr_grpo", scale_rewards="none")}
     out: str = setting("runs/grpo", "folder of the run")
     num_generations: int = setting(8, "completions a prompt, which are compared with each other", ge=2)
     batch_size: int = setting(8, "prompts a round, all processes together", "prompts", ge=1)

@@ -6,7 +6,7 @@
 __all__ = ['PPOArgs', 'gae', 'whiten', 'value_loss', 'token_rewards', 'adapted', 'PolicyWithValue', 'add_value_adapter',
            'PPOTrainer', 'ppo', 'resume_run']
 
-# %% ../nbs/02e_ppo.ipynb #c5ca9c06
+# %% ../nbs/02e_ppo.ipynb #897e11b7
 from dataclasses import dataclass
 from safetensors.torch import save_file
 import torch
@@ -18,10 +18,11 @@ from .rl import Policy, RolloutArgs, RolloutTrainer, Round, kl_estimate, policy_
 from .run import Run, whole_folder
 from .settings import setting
 
-# %% ../nbs/02e_ppo.ipynb #11805b93
+# %% ../nbs/02e_ppo.ipynb #76703fc9
 @dataclass
 class PPOArgs(RolloutArgs):
     "Settings of PPO. A step is a round."
+    presets = RolloutArgs.presets | {"a billion parameters": dict(learning_rate=1.41e-5, max_new_tokens=256, temperature=0.7)}
     out: str = setting("runs/ppo", "folder of the run")
     kl_coef: float = setting(0.01, "price of a nat of distance from the reference, a token (beta; Ouyang et al. 2022, arXiv 2203.02155, eq. 2)", ge=0, live=True)
     kl_estimator: str = setting("k1", "how that distance is estimated (Schulman 2020, joschu.net/blog/kl-approx.html)", choices=("k1", "k3"))

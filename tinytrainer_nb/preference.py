@@ -7,7 +7,7 @@ __all__ = ['SCORE', 'TRAINERS', 'PairArgs', 'DPOArgs', 'RewardModelArgs', 'sampl
            'PairCollator', 'packed_hidden', 'unpadded', 'answer_logprobs', 'PairTrainer', 'as_it_was', 'DPOTrainer',
            'dpo', 'Scorer', 'scores', 'RewardTrainer', 'reward_model', 'resume_run', 'model_reward']
 
-# %% ../nbs/02g_preference.ipynb #5d2e96b5
+# %% ../nbs/02g_preference.ipynb #60753a07
 import contextlib, copy
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +37,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from trl.trainer import dpo_trainer, reward_trainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-# %% ../nbs/02g_preference.ipynb #0c94dab1
+# %% ../nbs/02g_preference.ipynb #2c38bcc3
 @dataclass
 class PairArgs(TrainArgs):
     "Settings of everything that learns from pairs."
@@ -48,16 +48,18 @@ class PairArgs(TrainArgs):
 @dataclass
 class DPOArgs(PairArgs):
     "Settings of DPO."
+    presets = TrainArgs.presets | {"a billion parameters": dict(learning_rate=2e-5)}
     out: str = setting("runs/dpo", "folder of the run")
-    learning_rate: float = setting(5e-4, "size of the largest step; models of a billion parameters take about 2e-5", gt=0, le=1, live=True)
+    learning_rate: float = setting(5e-4, "size of the largest step; models of a billion parameters take about 2e-5", gt=0, le=1, live=True, log=1e-7)
     beta: float = setting(0.1, "how dear it is to leave the reference: the larger, the nearer the policy stays (beta in eq. 7 of Rafailov et al. 2023)", gt=0)
     sample_tokens: int = setting(96, "length of a sample", "tokens", ge=1)
 
 @dataclass
 class RewardModelArgs(PairArgs):
     "Settings of a reward model."
+    presets = TrainArgs.presets | {"a billion parameters": dict(learning_rate=1e-4)}
     out: str = setting("runs/reward_model", "folder of the run")
-    learning_rate: float = setting(1e-3, "size of the largest step; models of a billion parameters take about 1e-4", gt=0, le=1, live=True)
+    learning_rate: float = setting(1e-3, "size of the largest step; models of a billion parameters take about 1e-4", gt=0, le=1, live=True, log=1e-7)
 
 # %% ../nbs/02g_preference.ipynb #9a217c6d
 def sample_pairs(
@@ -185,7 +187,7 @@ class PairTrainer(RunTrainer):
 
     def headline(self, logs: dict) -> str: return f"loss {logs['loss']:.3f}, accuracy {self.figures['accuracy']:.2f}"
 
-# %% ../nbs/02g_preference.ipynb #c75a5671
+# %% ../nbs/02g_preference.ipynb #1c446f8c
 def _pairs_of(data) -> Dataset:
     "Examples with two answers each; raises `TinyTrainerError` for others."
     examples = as_examples(data)

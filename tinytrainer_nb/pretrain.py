@@ -6,7 +6,7 @@
 __all__ = ['PIECES', 'train_tokenizer', 'new_model', 'token_stream', 'Blocks', 'BlockCollator', 'PretrainArgs', 'PretrainTrainer',
            'save_base', 'pretrain', 'resume_run']
 
-# %% ../nbs/02c_pretrain.ipynb #2d387e45
+# %% ../nbs/02c_pretrain.ipynb #39b3a205
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,14 +85,15 @@ class BlockCollator:
         count = ids.shape[0] * (ids.shape[1] - 1)
         return dict(micro_batches=cut, num_items=count, num_tokens=count)
 
-# %% ../nbs/02c_pretrain.ipynb #c1afd7ba
+# %% ../nbs/02c_pretrain.ipynb #386c8ca0
 @dataclass
 class PretrainArgs(TrainArgs):
     "Settings of pretraining. The defaults are those the embedded base was made with."
+    presets = TrainArgs.presets | {"as TinyLlama": dict(batch_size=1024, max_length=2048, learning_rate=4e-4, warmup_steps=2000, schedule="cosine")}
     out: str = setting("runs/pretrain", "folder of the run")
     max_steps: int = setting(3000, "how long to train", "steps", ge=1)
     batch_size: int = setting(16, "blocks a step", "blocks", ge=1)
-    learning_rate: float = setting(2e-3, "size of the largest step", gt=0, le=1, live=True)
+    learning_rate: float = setting(2e-3, "size of the largest step", gt=0, le=1, live=True, log=1e-7)
     warmup_steps: int = setting(100, "steps in which the learning rate rises from 0", "steps", ge=0)
     schedule: str = setting("wsd", "how the learning rate goes on after the warm-up; all but constant fall to 0", choices=("linear", "cosine", "constant", "wsd"))
     weight_decay: float = setting(0.1, "pull of the weights towards 0 (AdamW)", ge=0)
@@ -127,7 +128,7 @@ def save_base(model, tokenizer, folder: Path, dtype: torch.dtype = torch.bfloat1
     saved.load_state_dict(weights)
     saved.save_pretrained(folder); tokenizer.save_pretrained(folder)
 
-# %% ../nbs/02c_pretrain.ipynb #28605e19
+# %% ../nbs/02c_pretrain.ipynb #f377d89b
 def pretrain(
     model,                     # from `new_model`, or a loaded model to go on with
     tokenizer,                 # its tokenizer

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SFTArgs', 'Reading', 'read_examples', 'encode_rows', 'hold_out', 'SFTTrainer', 'sft', 'resume_run']
 
-# %% ../nbs/02b_sft.ipynb #93157cd5
+# %% ../nbs/02b_sft.ipynb #c8a9604e
 import hashlib, random
 from dataclasses import dataclass, field
 from datasets import Dataset
@@ -19,12 +19,13 @@ from .trainer import RunTrainer, TrainArgs, begin, describe, may_change, need_he
 from .worker import launch
 from transformers import Trainer
 
-# %% ../nbs/02b_sft.ipynb #24812fac
+# %% ../nbs/02b_sft.ipynb #fd741ecb
 @dataclass
 class SFTArgs(TrainArgs):
     "Settings of supervised fine-tuning."
+    presets = TrainArgs.presets | {"a billion parameters": dict(learning_rate=2e-4, max_length=1024)}
     out: str = setting("runs/sft", "folder of the run")
-    learning_rate: float = setting(1e-3, "size of the largest step; models of a billion parameters take about 2e-4", gt=0, le=1, live=True)
+    learning_rate: float = setting(1e-3, "size of the largest step; models of a billion parameters take about 2e-4", gt=0, le=1, live=True, log=1e-7)
     eval_rows: int = setting(64, "rows held back from training for the evaluation, at most a tenth of the data", "rows", ge=0)
     train_on_all: bool = setting(False, "learn the questions too, not only the answers")
     sample_tokens: int = setting(96, "length of a sample", "tokens", ge=1)
@@ -54,7 +55,7 @@ class Reading:
         cut = f"{len(self.windows):,} into {sum(self.windows.values()):,}" if self.windows else "none"
         return f"{self.rows:,} rows, {self.tokens:,} tokens, {self.learned:,} of them learned; left out: {self.reasons()}; cut into windows: {cut}; duplicates: {len(self.duplicates):,}"
 
-# %% ../nbs/02b_sft.ipynb #a324fc82
+# %% ../nbs/02b_sft.ipynb #4bbc5f43
 def _windows(tokenizer, row: dict, max_length: int, train_on_all: bool) -> list[dict]:
     "Token rows of one row: a conversation is one, a text may be several."
     if row.get("messages") is None: return encode_text(tokenizer, row["text"], max_length)
@@ -127,7 +128,7 @@ def _questions(table: Dataset, count: int = 2) -> list[list[dict]]:
     rows = [r["messages"][:-1] for r in table if r.get("messages")]
     return [r for r in rows if r][:count]
 
-# %% ../nbs/02b_sft.ipynb #6481befb
+# %% ../nbs/02b_sft.ipynb #7a0bff9a
 def sft(
     model,                  # with an adapter: `add_lora(model)`
     tokenizer,              # its tokenizer

@@ -25,14 +25,19 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PrinterCallback, TrainingArguments
 
-# %% ../nbs/02a_trainer.ipynb #4129022c
+# %% ../nbs/02a_trainer.ipynb #9fdbd896
 @dataclass
 class TrainArgs(Settings):
     "What every recipe can be told."
+    groups = {"The run": "out max_steps batch_size learning_rate num_generations max_new_tokens seed",
+              "Schedule and optimiser": "warmup_steps schedule weight_decay max_grad_norm",
+              "Data and memory": "max_length micro_batch_tokens train_on_all",
+              "Checkpoints and evaluations": "save_steps keep_checkpoints eval_steps eval_rows eval_blocks keep_best patience sample_steps sample_tokens report_to"}
+    presets = {"a first look": dict(max_steps=20, save_steps=10, eval_steps=10, sample_steps=10)}
     out: str = setting("runs/run", "folder of the run")
     max_steps: int = setting(100, "how long to train", "steps", ge=1)
     batch_size: int = setting(16, "examples a step, all processes together", "examples", ge=1)
-    learning_rate: float = setting(2e-4, "size of the largest step", gt=0, le=1, live=True)
+    learning_rate: float = setting(2e-4, "size of the largest step", gt=0, le=1, live=True, log=1e-7)
     warmup_steps: int = setting(5, "steps in which the learning rate rises from 0", "steps", ge=0)
     schedule: str = setting("linear", "how the learning rate goes on after the warm-up; all but constant fall to 0", choices=("linear", "cosine", "constant", "wsd"))
     weight_decay: float = setting(0.0, "pull of the weights towards 0 (AdamW)", ge=0)
