@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['Chat', 'chat_loop']
 
-# %% ../nbs/03b_chat.ipynb #123d8231
+# %% ../nbs/03b_chat.ipynb #ee24c05b
+from contextlib import closing
 from .core import TinyTrainerError, mix_seed
 from .fast import Decoder
 from .rollout import GenerateArgs, stream
 from .tokens import ensure_template, prompt_ids
 
-# %% ../nbs/03b_chat.ipynb #6bf6b13e
+# %% ../nbs/03b_chat.ipynb #26a5558f
 class Chat:
     "A conversation with a model; what no longer fits into its context is kept in `messages`, but not shown to it."
     def __init__(
@@ -29,15 +30,22 @@ class Chat:
 
     def reset(self) -> None:
         "Begin a new conversation."
-        self.messages, self.forgotten = ([dict(role="system", content=self.system)] if self.system else []), 0
+        self.messages, self.forgotten, self.tokens = ([dict(role="system", content=self.system)] if self.system else []), 0, 0
 
     def pieces(self, text: str):
-        "Yield the model's answer piece by piece, as it comes; then it joins the conversation. Raises `TinyTrainerError` if the question alone is too long."
+        "Yield the model's answer piece by piece, as it comes; then it joins the conversation, and so does the beginning of one that is closed before its end. Raises `TinyTrainerError` if the question alone is too long."
         shown, forgotten = self._window([*self.messages, dict(role="user", content=text)])
         self.decoder, answer = self.decoder or Decoder(self.model, None, rows=1), ""
-        for piece in stream(self.model, self.tokenizer, shown, self.args, mix_seed(self.args.seed, len(self.messages)), decoder=self.decoder): yield piece; answer += piece
-        self.messages += [shown[-1], dict(role="assistant", content=answer)]
-        self.forgotten = forgotten
+        with closing(stream(self.model, self.tokenizer, shown, self.args, mix_seed(self.args.seed, len(self.messages)), decoder=self.decoder)) as pieces:
+            try:
+                for piece in pieces: answer += piece; yield piece
+            except GeneratorExit: pass # nobody listens any more
+        self.add(text, answer)
+        self.forgotten, self.tokens = forgotten, len(prompt_ids(self.tokenizer, [*shown, self.messages[-1]]))
+
+    def add(self, text: str, answer: str) -> None:
+        "A turn joins the conversation."
+        self.messages += [dict(role="user", content=text), dict(role="assistant", content=answer)]
 
     def ask(self, text: str) -> str:
         "The model's whole answer. Raises `TinyTrainerError` if the question alone is too long."

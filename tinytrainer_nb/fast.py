@@ -6,7 +6,7 @@
 __all__ = ['SIBLINGS', 'weight_forms', 'seconds_of', 'choose_forms', 'key', 'Decoder', 'thin_adapters', 'need_plain_logits',
            'token_logprobs']
 
-# %% ../nbs/01e_fast.ipynb #e44a3765
+# %% ../nbs/01e_fast.ipynb #edd18fff
 import contextlib, copy, time
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from bitsandbytes import functional as bnb
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-# %% ../nbs/01e_fast.ipynb #bf959061
+# %% ../nbs/01e_fast.ipynb #9354392f
 def weight_forms(
     layer: nn.Linear,      # of 16 bits, or quantized by bitsandbytes
     dtype: torch.dtype,    # computed in
@@ -65,7 +65,7 @@ def _packed(layer: nn.Linear, few: int = 96):
         return out if bias is None else out + bias
     return forward
 
-# %% ../nbs/01e_fast.ipynb #565dc035
+# %% ../nbs/01e_fast.ipynb #9f12b31e
 def seconds_of(forward, x: Tensor, others: Tensor, tries: int = 3) -> float:
     "The shortest of some tries, each after `others` went through the processor's cache."
     found = []
@@ -91,7 +91,7 @@ def choose_forms(
     for name, layer in layers.items():
         forms = weight_forms(layer, dtype)
         if layer.in_features * layer.out_features < small: chosen[name] = next(form for form in ("blocked", "copy", "as it is") if form in forms); continue
-        x = torch.randn(rows, layer.in_features, device=device).to(dtype)
+        x = torch.ones(rows, layer.in_features, device=device, dtype=dtype) # drawing numbers would disturb a run that trains
         chosen[name] = min(forms, key=lambda form: seconds_of(forms[form](), x, others))
     need = sum(_bytes(m, chosen[key(m)], dtype) for m in _linears(model))
     return chosen if need <= free_memory(device.type) / 4 else dict.fromkeys(chosen, "as it is")
@@ -132,7 +132,7 @@ class _Together:
             return out
         return forward
 
-# %% ../nbs/01e_fast.ipynb #1d172ae7
+# %% ../nbs/01e_fast.ipynb #353a7ce6
 class Decoder:
     "Forward passes without gradient, each weight read in its quickest form."
     def __init__(
@@ -174,7 +174,7 @@ class Decoder:
         rest = [p for p in self.model.parameters() if id(p) not in inside]
         return all(p.dtype == self.dtype for p in rest) and all(id(m) in handled for m in modules if isinstance(m, BaseTunerLayer))
 
-# %% ../nbs/01e_fast.ipynb #b3fcfe63
+# %% ../nbs/01e_fast.ipynb #078595d6
 def _replace(modules: list[nn.Module], forwards: list) -> list[tuple]:
     "Give modules another forward pass; what `_put_back` needs to know."
     before = [(m, m.__dict__.get("forward")) for m in modules]
@@ -186,7 +186,7 @@ def _put_back(before: list[tuple]) -> None:
         if forward is None: m.__dict__.pop("forward", None)
         else: m.forward = forward
 
-# %% ../nbs/01e_fast.ipynb #50f04287
+# %% ../nbs/01e_fast.ipynb #327a2f2b
 def _products(family: list, bases: list[nn.Linear], forms: list[str], dtype: torch.dtype) -> list[tuple]:
     "Members that are computed together, with the function that does it; without siblings where 4-bit weights stay packed, or stay as they are."
     alike = len(bases) > 1 and len(set(m.bias is None for m in bases)) == 1 and "packed" not in forms
@@ -265,7 +265,7 @@ def _quick_layer(layer: nn.Module):
         return hidden + mlp.down_proj.forward(mlp.act_fn(mlp.gate_proj.forward(x)) * mlp.up_proj.forward(x))
     return block
 
-# %% ../nbs/01e_fast.ipynb #fdd04b07
+# %% ../nbs/01e_fast.ipynb #26c910a7
 class _AddThin(torch.autograd.Function):
     "`out` + (`x` @ `down`) @ `up`, written over `out`."
     @staticmethod
@@ -312,7 +312,7 @@ def thin_adapters(
     try: yield
     finally: _put_back(before)
 
-# %% ../nbs/01e_fast.ipynb #ec252085
+# %% ../nbs/01e_fast.ipynb #27835d96
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, temperature, chunk):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PIECES', 'train_tokenizer', 'new_model', 'token_stream', 'Blocks', 'BlockCollator', 'PretrainArgs', 'PretrainTrainer',
-           'save_base', 'pretrain', 'resume_run']
+           'save_base', 'pretrain', 'rebuild_whole', 'resume_run']
 
 # %% ../nbs/02c_pretrain.ipynb #39b3a205
 import hashlib
@@ -164,10 +164,13 @@ def _start(run, model, tokenizer, stream, args, live) -> Run:
     run.model, run.tokenizer = model, tokenizer
     return launch(run, trainer.fit, live)
 
+def rebuild_whole(run: Run):
+    "Model and tokenizer as they were when the run began."
+    made, tokenizer = run.info["load"], AutoTokenizer.from_pretrained(run.folder / "start")
+    if made["base"].startswith("new:"): return new_model(made["base"][4:], made["seed"], made["dtype"], made["device"]), tokenizer
+    return load_model("tiny" if made["base"] == "tiny" else made["path"], "none", made["dtype"], verbose=False)[0].float(), tokenizer
+
 def resume_run(run: Run, live: bool = False) -> Run:
     "Go on with an interrupted run."
-    args, made = PretrainArgs(**run.info["settings"]), run.info["load"]
-    tokenizer = AutoTokenizer.from_pretrained(run.folder / "start")
-    if made["base"].startswith("new:"): model = new_model(made["base"][4:], made["seed"], made["dtype"], made["device"])
-    else: model = load_model("tiny" if made["base"] == "tiny" else made["path"], "none", made["dtype"], verbose=False)[0].float()
-    return _start(run, model, tokenizer, np.load(run.folder / "data" / "tokens.npy"), args, live)
+    model, tokenizer = rebuild_whole(run)
+    return _start(run, model, tokenizer, np.load(run.folder / "data" / "tokens.npy"), PretrainArgs(**run.info["settings"]), live)

@@ -17,7 +17,7 @@ from .fast import Decoder
 from .settings import Settings, setting
 from .tokens import micro_batches, prompt_ids
 
-# %% ../nbs/01f_rollout.ipynb #613324d1
+# %% ../nbs/01f_rollout.ipynb #c2becf47
 @dataclass
 class GenerateArgs(Settings):
     "How to generate."
@@ -47,7 +47,7 @@ class Rollouts:
     logprobs: list           # log-probability of each completion token under the temperature-scaled distribution, before top-k and top-p
     finished: list           # whether the end token or a stop text came within `max_new_tokens`
 
-# %% ../nbs/01f_rollout.ipynb #9857ace3
+# %% ../nbs/01f_rollout.ipynb #6677ebda
 def draw(
     logits: Tensor,       # of the next token (B, V)
     temperature: float,   # 0: the likeliest
@@ -98,7 +98,7 @@ def _read_prompts(model, ids: list[list[int]], cache: SharedCache, most: int = 4
     if len(cache.layers) != model.config.num_hidden_layers: raise TinyTrainerError(f"{type(model).__name__}: {len(cache.layers)} of its {model.config.num_hidden_layers} layers use transformers' attention interface, so its cache cannot be kept here. Use a Llama- or Qwen-like model.")
     return torch.cat(found)
 
-# %% ../nbs/01f_rollout.ipynb #4c6aa9f8
+# %% ../nbs/01f_rollout.ipynb #ba1de061
 class Spoken:
     "What the rows of a batch have said so far."
     def __init__(self, tokenizer, count: int, ends: set[int], stop: tuple[str, ...]):
@@ -149,7 +149,7 @@ def _living(alive: Tensor, n: int, share: float = 0.75) -> Tensor | None:
     if len(going) * most > share * len(alive): return None
     return groups[going].long().argsort(dim=1, descending=True, stable=True)[:, :most] + going[:, None] * n
 
-# %% ../nbs/01f_rollout.ipynb #ca7631c2
+# %% ../nbs/01f_rollout.ipynb #897b7e2f
 def end_tokens(model, tokenizer) -> set[int]:
     "Ids that end a completion: the tokenizer's end token and those of the model's generation config."
     more = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
@@ -186,14 +186,14 @@ def generate(
 @contextlib.contextmanager
 def _decoding(model, dtype: torch.dtype | None, decoder: Decoder | None, rows: int):
     "The model in evaluation mode, decoding quickly, its attention ours; afterwards as it was. Gives the function that decodes one token of every slot."
-    was_training, attention = model.training, model.config._attn_implementation
+    modes, attention = [(m, m.training) for m in model.modules()], model.config._attn_implementation
     decoder = decoder or Decoder(model, dtype, rows)
     model.eval()
     model.config._attn_implementation = "packed"
     try:
         with decoder.on() as step: yield step
     finally:
-        model.train(was_training)
+        for m, mode in modes: m.training = mode
         model.config._attn_implementation = attention
 
 def _parts(ids: list[list[int]], size: int) -> list[list[int]]:

@@ -118,7 +118,7 @@ class Lock:
     def release(self) -> None:
         with contextlib.suppress(FileNotFoundError): self.path.unlink()
 
-# %% ../nbs/01c_run.ipynb #b9688355
+# %% ../nbs/01c_run.ipynb #66447e19
 STATES = ("running", "paused", "stopped", "finished", "failed", "interrupted")
 
 def _free_sibling(folder: Path, allowed: tuple[str, ...] = ()) -> Path:
@@ -147,6 +147,7 @@ class Run:
     def __init__(self, folder: Path | str):
         self._at(Path(folder))
         self.model = self.tokenizer = self.worker = self.settings = None # set where the run is made
+        self.still = threading.Lock() # who holds it while the run is paused has `model` to himself: the trainer goes on when it is free
         self.leads = processes()[0] == 0 # of several processes that train together, one writes
 
     def _at(self, folder: Path) -> None: self.folder, self.journal, self.lock = folder, Journal(folder / "events.jsonl"), Lock(folder / "lock")

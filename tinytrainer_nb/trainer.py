@@ -7,7 +7,7 @@ __all__ = ['TRACKERS', 'TrainArgs', 'trackers', 'may_change', 'training_argument
            'set_learning_rate', 'load_trained', 'Interrupts', 'cache_setting_kept', 'summarize', 'begin', 'tell',
            'describe', 'rebuild', 'need_heldout', 'need_trainable']
 
-# %% ../nbs/02a_trainer.ipynb #9e76fa22
+# %% ../nbs/02a_trainer.ipynb #335bbe89
 import contextlib, shutil, signal, sys, threading, time
 from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
@@ -21,6 +21,7 @@ from .fast import thin_adapters
 from .models import compute_context, keep_gradients, load_model, with_adapter
 from .run import Run, patch_to, remove_whole, whole_folder
 from .settings import Settings, check_value, setting
+from .tinylora import few_numbers
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PrinterCallback, TrainingArguments
@@ -209,7 +210,7 @@ def mean_loss(model, batch: dict, dtype: torch.dtype) -> float:
     model.train(was_training)
     return total
 
-# %% ../nbs/02a_trainer.ipynb #6605fc50
+# %% ../nbs/02a_trainer.ipynb #e8089d0a
 @patch_to(RunTrainer)
 def log(self, logs: dict, start_time=None) -> None:
     "Write a step's figures to the journal. Trackers get them too; the trainer's own history would repeat the journal in every checkpoint."
@@ -217,7 +218,8 @@ def log(self, logs: dict, start_time=None) -> None:
     super(RunTrainer, self).log(logs | (self.figures if "loss" in logs else {}), start_time)
     self.state.log_history.clear()
     if "loss" not in logs: return
-    self.run.log("metrics", self.state.global_step, **dict(loss=logs["loss"], learning_rate=logs["learning_rate"], grad_norm=logs.get("grad_norm")) | self.figures)
+    few = few_numbers(self.run.model)
+    self.run.log("metrics", self.state.global_step, **dict(loss=logs["loss"], learning_rate=logs["learning_rate"], grad_norm=logs.get("grad_norm")) | self.figures | (dict(numbers=few) if few else {}))
     if self.bar is not None: self.bar.set_postfix_str(self.headline(logs), refresh=False); self.bar.update(self.state.global_step - self.bar.n)
 
 RunTrainer.bar = None
@@ -254,8 +256,10 @@ def obey(self, between_steps: bool = True) -> bool: # whether a checkpoint is wa
             if action == "save": self.saving = asked
             save |= action in ("set", "stop", "save")
         if paused and not between_steps and self.run.asked("stop"): paused = False; self.run.set_status("running", step)
+        since = time.perf_counter()
+        with contextlib.nullcontext() if paused else self.run.still: time.sleep(0.1 * paused) # nobody trains while an answer comes from the model
+        self._paused += time.perf_counter() - since
         if not paused: return save
-        since = time.perf_counter(); time.sleep(0.1); self._paused += time.perf_counter() - since
 
 @patch_to(RunTrainer)
 def change(self, changes: dict, **asked) -> None: # asked: the time
