@@ -132,7 +132,7 @@ def test_closing_a_panel_closes_what_is_in_it(tmp_path):
     run = train(tmp_path / "run", max_steps=1)
     before = len(ipywidgets.widgets.widget._instances)
     panel = RunPanel(run)
-    for name in panel.rooms: panel.open(name)
+    for name in panel.rooms: panel.unfold(name)
     assert len(ipywidgets.widgets.widget._instances) > before
     panel.close()
     assert len(ipywidgets.widgets.widget._instances) == before

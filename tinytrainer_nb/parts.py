@@ -39,6 +39,7 @@ class Panel(widgets.VBox):
     "A box of widgets that `look` keeps up to date, over a static twin that is seen where widgets are dead."
     def __init__(self, children, every: float = 1.0): # seconds between two looks, at least
         self.every, self.thread, self._closed, self._rest = every, None, threading.Event(), every
+        self._began, self._spent = time.monotonic(), 0.0
         self.mark, self._twins, self._kept, self._since = f"tinytrainer-{uuid.uuid4().hex[:12]}", [], "", 0.0
         self.trouble, hiding = widgets.HTML(), widgets.HTML(f"<style>.{self.mark}{{display:none}}</style>", layout=widgets.Layout(display="none"))
         super().__init__([*children, self.trouble, hiding])
@@ -59,11 +60,12 @@ class Panel(widgets.VBox):
             self.thread.start()
 
     def _look(self) -> bool:
-        "`look`, whose cost decides when the next one comes; what goes wrong is told."
+        "`look`, and when the next one may come; what goes wrong is told."
         began = time.thread_time()
         try: more = self.look()
         except Exception as e: self.trouble.value, more = complaint(e), False # the run's folder may be gone
-        self._rest = max(self.every, 40 * (time.thread_time() - began))
+        self._spent += time.thread_time() - began
+        self._rest = max(self.every, self._began + 40 * (self._spent - 1.0) - time.monotonic())
         return more and not self._closed.is_set()
 
     def _watch(self) -> None:
@@ -106,7 +108,7 @@ def _twin(self) -> HTML: return HTML(f"<div class='{self.mark}'>{self.twin()}</d
 @patch_to(Panel)
 def keep(self) -> None:
     "Write the static twin into the notebook, if it has changed since."
-    self._since, now = time.monotonic(), self._twin()
-    if now.data == self._kept: return
+    self._since = time.monotonic()
+    if not self._twins or (now := self._twin()).data == self._kept: return
     self._kept = now.data
     for shown in self._twins: shown.update(now)
