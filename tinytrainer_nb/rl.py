@@ -6,7 +6,7 @@
 __all__ = ['RolloutArgs', 'policy_loss', 'kl_estimate', 'Policy', 'Round', 'RolloutTrainer', 'prepare_rounds', 'held_out',
            'start_rounds', 'resume_rounds']
 
-# %% ../nbs/02d_rl.ipynb #f092da0f
+# %% ../nbs/02d_rl.ipynb #81456a19
 import contextlib, hashlib, json, sys, time
 from dataclasses import asdict, dataclass, field
 import torch
@@ -27,7 +27,7 @@ from .trainer import RunTrainer, TrainArgs, begin, describe, may_change, need_he
 from .worker import launch
 from transformers import Trainer
 
-# %% ../nbs/02d_rl.ipynb #b334938c
+# %% ../nbs/02d_rl.ipynb #e1e9cb48
 @dataclass
 class RolloutArgs(TrainArgs):
     "What PPO and GRPO can be told. A step is a round."
@@ -111,7 +111,7 @@ class Round:
     idle: list = field(default_factory=list) # numbers of rows without a gradient, which need not be computed
     present: dict = field(default_factory=dict) # log-probabilities of a row in its latest update, by its number
 
-# %% ../nbs/02d_rl.ipynb #d8753247
+# %% ../nbs/02d_rl.ipynb #4cd8fca8
 class RolloutTrainer(RunTrainer, Trainer):
     "One round a step. A recipe says which passes it needs (`needs`), what the advantages are (`advantages`) and the loss of each token (`token_losses`)."
     drop_last = True # a round has `batch_size` prompts, at the end of the data too
@@ -160,7 +160,7 @@ def _columns(prompt: dict) -> dict:
 
 def _mean(values: list[float]) -> float: return sum(values) / len(values)
 
-# %% ../nbs/02d_rl.ipynb #d7b938c3
+# %% ../nbs/02d_rl.ipynb #af92b5e7
 @patch_to(RolloutTrainer)
 def scored(self, rows: list[dict], needs: set[str]) -> list[dict[str, Tensor]]: # of each completion, (T,) each
     "`logprobs`, `values` and `ref_logprobs` of every completion token, as far as they are among `needs`; without gradient."
@@ -199,13 +199,14 @@ def gather(self, prompts: list[dict], step: int) -> tuple[Round, dict]:
     mask = (torch.arange(int(lengths.max()), device=device) < lengths[:, None]).float()
     batch = Round([c["row"] | dict(index=i) for i, c in enumerate(found)], mask, torch.tensor(scores, device=device), **padded)
     self.advantages(batch)
-    self.round = [{k: c[k] for k in ("prompt", "completion", "reward")} for c in found]
+    worth, n = (batch.advantages * mask).sum(1) / lengths, self.settings.num_generations
+    self.round = [{k: c[k] for k in ("prompt", "completion", "reward", "parts", "finished")} | dict(group=c["place"] // n, index=c["place"] % n, advantage=a, tokens=t) for c, a, t in zip(found, worth.tolist(), lengths.tolist())]
     figures = dict(reward=_mean(scores), **{f"reward/{k}": _mean([c["parts"][k] for c in found]) for k in found[0]["parts"]},
                    completion_length=lengths.float().mean().item(), **round_figures([c["row"]["completion"] for c in found], scores, [c["finished"] for c in found], self.settings.num_generations))
     if batch.logprobs is not None and batch.ref_logprobs is not None: figures["kl"] = (kl_estimate(batch.logprobs, batch.ref_logprobs) * mask).sum(1).mean().item()
     return batch, figures
 
-# %% ../nbs/02d_rl.ipynb #77800853
+# %% ../nbs/02d_rl.ipynb #06a2c441
 @patch_to(RolloutTrainer)
 def plans(self, rows: list[dict], step: int) -> list[list[int]]: # numbers of rows
     "The minibatches of a round, from a generator of its own."
@@ -282,11 +283,12 @@ def training_step(self, model, inputs, num_items_in_batch=None):
     if self.settings.target_kl: self.figures |= dict(updates=len(seen), update_kl=seen[-1].get("update_kl", 0.0))
     return torch.tensor(_mean([s["loss"] for s in seen]), device=self.args.device)
 
-# %% ../nbs/02d_rl.ipynb #675aed89
+# %% ../nbs/02d_rl.ipynb #4735e8b9
 @patch_to(RolloutTrainer)
 def sample(self) -> None:
-    "The last round's first completions, with their rewards."
-    for row in self.round[:: self.settings.num_generations][:4]: self.run.log("sample", self.state.global_step, **row)
+    "Of the last round's first two prompts all completions, of two more the first, with what each was worth (`advantage`: the mean over its tokens)."
+    for row in self.round:
+        if row["group"] < 2 or row["group"] < 4 and row["index"] == 0: self.run.log("sample", self.state.global_step, **row)
 
 @patch_to(RolloutTrainer)
 def log(self, logs: dict, start_time=None) -> None:
@@ -313,7 +315,7 @@ def save_result(self) -> None:
     "The policy's adapter, in PEFT's format."
     with whole_folder(self.run.folder / "adapter") as folder: save_adapter(self.model.policy, folder)
 
-# %% ../nbs/02d_rl.ipynb #489f5cdc
+# %% ../nbs/02d_rl.ipynb #31443714
 def prepare_rounds(recipe: str, model, tokenizer, prompts, reward, args: RolloutArgs) -> tuple[Run, list[dict]]: # the run, its prompts
     "The folder of a run that learns from a reward. Raises `TinyTrainerError` for data, rewards or settings that cannot work."
     judge = find_reward(reward)
@@ -348,7 +350,7 @@ def _reward_name(reward, judge) -> str:
     if isinstance(reward, str): return reward
     return next((name for name, function in BUILT_IN.items() if function is reward), f"function {list(judge.parts)[0]}")
 
-# %% ../nbs/02d_rl.ipynb #7bbdcc21
+# %% ../nbs/02d_rl.ipynb #788e8ce1
 def start_rounds(trainer: type, module, run: Run, model, tokenizer, prompts: list[dict], judge, args: RolloutArgs, live: bool, adapters: tuple[str, ...] = ()) -> Run: # adapters: of the recipe's own
     "Build the trainer around `module` and let it go; the reference and the recipe's own adapters leave the model in the end."
     seed_everything(args.seed)
