@@ -200,7 +200,8 @@ def gather(self, prompts: list[dict], step: int) -> tuple[Round, dict]:
     mask = (torch.arange(int(lengths.max()), device=device) < lengths[:, None]).float()
     batch = Round([c["row"] | dict(index=i) for i, c in enumerate(found)], mask, torch.tensor(scores, device=device), **padded)
     self.advantages(batch)
-    self.round = [{k: c[k] for k in ("prompt", "completion", "reward")} for c in found]
+    worth, n = (batch.advantages * mask).sum(1) / lengths, self.settings.num_generations
+    self.round = [{k: c[k] for k in ("prompt", "completion", "reward", "parts", "finished")} | dict(group=c["place"] // n, index=c["place"] % n, advantage=a, tokens=t) for c, a, t in zip(found, worth.tolist(), lengths.tolist())]
     figures = dict(reward=_mean(scores), **{f"reward/{k}": _mean([c["parts"][k] for c in found]) for k in found[0]["parts"]},
                    completion_length=lengths.float().mean().item(), **round_figures([c["row"]["completion"] for c in found], scores, [c["finished"] for c in found], self.settings.num_generations))
     if batch.logprobs is not None and batch.ref_logprobs is not None: figures["kl"] = (kl_estimate(batch.logprobs, batch.ref_logprobs) * mask).sum(1).mean().item()
@@ -286,8 +287,9 @@ def training_step(self, model, inputs, num_items_in_batch=None):
 # %% ../nbs/02d_rl.ipynb #ad05126f
 @patch_to(RolloutTrainer)
 def sample(self) -> None:
-    "The last round's first completions, with their rewards."
-    for row in self.round[:: self.settings.num_generations][:4]: self.run.log("sample", self.state.global_step, **row)
+    "Of the last round's first two prompts all completions, of two more the first, with what each was worth (`advantage`: the mean over its tokens)."
+    for row in self.round:
+        if row["group"] < 2 or row["group"] < 4 and row["index"] == 0: self.run.log("sample", self.state.global_step, **row)
 
 @patch_to(RolloutTrainer)
 def log(self, logs: dict, start_time=None) -> None:
