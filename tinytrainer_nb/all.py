@@ -22,7 +22,11 @@ from .data import load_examples, load_prompts
 from .export import save_merged
 from .evaluate import Evaluation, answer_table, compare, evaluate, score_table
 from .models import load_model, model_preset
-from .panels import has_front_end, launch_panel, run_panel, settings_form
+from .dials import dial_panel
+from .forms import as_command, as_parameters, as_python, run_settings, settings_form
+from .groups import rollout_panel
+from .overlay import compare_panel
+from .panels import follow, has_front_end, launch_panel, run_panel
 from .plots import run_figure, story_figure
 from .ppo import PPOArgs, ppo
 from .grpo import GRPOArgs, group_advantages, grpo
@@ -33,6 +37,7 @@ from .rewards import Reward, exact_answer, find_reward, flexible_answer, format_
 from .rollout import GenerateArgs, Rollouts, generate, stream
 from .run import Run
 from .sft import SFTArgs, encode_rows, sft
+from .talk import chat_panel
 from .tinylora import TinyLoraArgs, adapter_line, add_tinylora, from_line
 from .tinyworld import CORPUS_PROMPT
 
