@@ -17,11 +17,11 @@ from .parts import Panel, complaint, small
 from .run import Run, patch_to, recipe_module
 from .settings import Settings, check_value, field_type, grouped, parse_value
 
-# %% ../nbs/04b_forms.ipynb #440a740a
+# %% ../nbs/04b_forms.ipynb #573837a8
 def field_widget(field, value) -> widgets.Widget:
     "The widget that suits a field: a list of choices, a box to tick, a whole number, a number, else text."
     number = {int: widgets.IntText, float: widgets.FloatText}.get(field.type)
-    common = dict(description=field.name, tooltip=field.metadata["help"], style=dict(description_width="11em"), layout=widgets.Layout(width="18.5em" if number else "26.5em", margin="2px 0"))
+    common = dict(description=field.name, tooltip=field.metadata["help"], style=dict(description_width="11em"), layout=widgets.Layout(width="18em" if number else "26.5em", margin="2px 0"))
     if field.metadata["choices"]: return widgets.Dropdown(options=field.metadata["choices"], value=value, **common)
     if number: return number(value=value, **common)
     return widgets.Checkbox(value=value, **common) if field.type is bool else widgets.Text(value=_text(value), continuous_update=False, **common)
