@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 
 from tinytrainer_nb.core import TinyTrainerError, write_json
 from tinytrainer_nb.grpo import GRPOArgs
-from tinytrainer_nb.overlay import ABSENT, OverlayPanel, common_axes, common_titles, compare_panel, difference_html, final_figures, final_html, find_runs, overlay_figure, run_names, settings_difference, telling
+from tinytrainer_nb.overlay import ABSENT, MovingOverlay, OverlayPanel, common_axes, common_titles, compare_panel, difference_html, final_figures, final_html, find_runs, overlay_figure, run_names, settings_difference, telling
 from tinytrainer_nb.plots import smooth
 from tinytrainer_nb.ppo import PPOArgs
 from tinytrainer_nb.preference import DPOArgs
@@ -93,9 +93,23 @@ def test_the_curves_are_the_journals(tmp_path):
         for line, run, by in zip(lines(axes), runs, unit, strict=True):
             steps, values = run.history("loss")
             assert np.allclose(line.get_xdata(), by * np.asarray(steps)) and np.allclose(line.get_ydata(), smooth(values, max(1, len(steps) // 20)))
-        marks, = [line for line in axes.lines if line.get_linestyle() == "None"]
+        marks, none = [line for line in axes.lines if line.get_linestyle() == "None"]
+        assert not len(none.get_xdata())
         assert np.allclose(marks.get_xydata(), [[10 * unit[0], 10.3], [20 * unit[0], 20.3]])
     with pytest.raises(TinyTrainerError, match="step, tokens, seconds"): overlay_figure(runs, "parsecs")
+
+
+def test_the_picture_that_moves_is_the_one_made_anew(tmp_path):
+    runs, moving = [make(tmp_path / "a", steps=40, seed=1), make(tmp_path / "b", steps=10, seed=2, status="running")], MovingOverlay()
+    first = moving.html(runs, "tokens", [0, 1])
+    kept = moving.figure
+    for step in range(11, 60): runs[1].log("metrics", step, loss=9 / step, learning_rate=1e-3, tokens=100 * step, seconds=0.5)
+    runs[1].log("evaluation", 50, loss=0.1)
+    assert moving.html(runs, "tokens", [0, 1]) != first and moving.figure is kept
+    for old, new in zip(moving.figure.axes, overlay_figure(runs, "tokens").axes, strict=True):
+        assert all(np.array_equal(a.get_xydata(), b.get_xydata()) for a, b in zip(old.lines, new.lines, strict=True)) and old.get_xlim() == new.get_xlim() and old.get_ylim() == new.get_ylim()
+    moving.html(runs, "step", [0, 1])
+    assert moving.figure is not kept
 
 
 def test_runs_are_told_apart_without_colour(tmp_path):
@@ -130,14 +144,14 @@ def test_the_best_is_said_in_a_word(tmp_path):
 
 def test_names_are_text(tmp_path):
     evil = "<img src=x onerror=alert(1)>$\\frac{$\x1b[2J\u202e"
-    runs = [make(tmp_path / evil, SFTArgs(report_to="none"), steps=3), make(tmp_path / "_under", SFTArgs(seed=1), steps=3), make(tmp_path / "$a_$", SFTArgs(seed=2), steps=3, load=LOAD | dict(base="<script>alert(1)</script>"))]
+    runs = [make(tmp_path / evil, SFTArgs(report_to="none"), steps=3), make(tmp_path / "_under", SFTArgs(seed=1), steps=3), make(tmp_path / "$a_$", SFTArgs(seed=2), steps=3, load=LOAD | dict(base="<script>x"))]
     figure = overlay_figure(runs)
     figure.png()
     said = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert len(said) == 3 and "_under" in said[1] and "$a_$" in said[2] and "\\x1b" in said[0]
+    assert len(said) == 3 and "_under" in said[1] and "$a_$" in said[2] and "\x1b" not in said[0]
     panel = compare_panel(runs)
     pages = [panel.twin(), difference_html(runs), final_html(runs)]
-    assert all("&lt;img" in page for page in pages) and "&lt;script&gt;" in pages[1]
+    assert all("&lt;img" in page for page in pages) and "&lt;script&gt;x" in pages[1]
     assert not any(bad in page for page in pages for bad in ("<img src=x", "<script", "\x1b", "\u202e"))
     assert not any(box.description_allow_html or "\u202e" in box.description for box in panel.boxes)
     panel.close()

@@ -17,11 +17,11 @@ from .parts import Panel, complaint, small
 from .run import Run, patch_to, recipe_module
 from .settings import Settings, check_value, field_type, grouped, parse_value
 
-# %% ../nbs/04b_forms.ipynb #6ce5e766
+# %% ../nbs/04b_forms.ipynb #573837a8
 def field_widget(field, value) -> widgets.Widget:
     "The widget that suits a field: a list of choices, a box to tick, a whole number, a number, else text."
     number = {int: widgets.IntText, float: widgets.FloatText}.get(field.type)
-    common = dict(description=field.name, tooltip=field.metadata["help"], style=dict(description_width="10.5em"), layout=widgets.Layout(width="18em" if number else "26em", margin="2px 0"))
+    common = dict(description=field.name, tooltip=field.metadata["help"], style=dict(description_width="11em"), layout=widgets.Layout(width="18em" if number else "26.5em", margin="2px 0"))
     if field.metadata["choices"]: return widgets.Dropdown(options=field.metadata["choices"], value=value, **common)
     if number: return number(value=value, **common)
     return widgets.Checkbox(value=value, **common) if field.type is bool else widgets.Text(value=_text(value), continuous_update=False, **common)
@@ -39,7 +39,7 @@ def field_slider(field, entry) -> widgets.Widget | None: # None: the range has n
     if low is None or high is None: return None
     log = "log" in said or low > 0 and high / low >= 100
     base = 2 if whole else 10
-    common = dict(description=field.name, continuous_update=False, readout_format="d" if whole else ".1e" if log else ".2f", style=dict(description_width="0px"), layout=widgets.Layout(width="15.5em", margin="0 0 0 10.5em"))
+    common = dict(description=field.name, continuous_update=False, readout_format="d" if whole else ".1e" if log else ".2f", style=dict(description_width="0px"), layout=widgets.Layout(width="15.5em", margin="0 0 0 11em"))
     ends = dict(min=math.log(low, base), max=math.log(high, base), base=base, step=1 if whole else 0.02) if log else dict(min=low, max=high, step=1 if whole else (high - low) / 100)
     slider = (widgets.FloatLogSlider if log else widgets.FloatSlider)(**ends, **common)
     least, most = (base**slider.min, base**slider.max) if log else (low, high)

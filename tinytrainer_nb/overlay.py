@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ABSENT', 'MARKS', 'AXES', 'find_runs', 'run_names', 'run_facts', 'settings_difference', 'difference_html', 'telling',
            'common_titles', 'common_axes', 'overlay_figure', 'final_figures', 'final_html', 'overlay_alt',
-           'OverlayPanel', 'compare_panel']
+           'MovingOverlay', 'OverlayPanel', 'compare_panel']
 
 # %% ../nbs/04f_overlay.ipynb #ac6296ab
 import os, threading
@@ -82,7 +82,7 @@ def telling(runs) -> list[str]: # of each run; empty texts if there is nothing t
             return [", ".join(f"{n}={different[n][i]}" for n in best) for i in range(len(runs))]
     return [""] * len(runs)
 
-# %% ../nbs/04f_overlay.ipynb #80246ef5
+# %% ../nbs/04f_overlay.ipynb #057d71ff
 MARKS = ("o", "s", "^", "D", "v", "P")
 AXES = {"step": "step", "tokens": "tokens", "seconds": "seconds of training"} # pauses and evaluations are no training
 
@@ -120,23 +120,28 @@ def overlay_figure(
     looks, titles = looks or range(len(runs)), common_titles(runs)
     if x not in common_axes(runs): raise TinyTrainerError(f"x={x!r} is not allowed: these runs can be drawn over {', '.join(common_axes(runs))}.")
     columns, rows = min(2, max(1, len(titles))), max(1, -(-len(titles) // 2))
-    figure = Picture(figsize=(width, 2.8 * rows + 0.19 * len(runs) + 0.3), layout="constrained")
+    figure = Picture(figsize=(width, 2.8 * rows + 0.21 * len(runs) + 0.3), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, title in zip(grid, titles): drawn = [_draw_run(axes, run, title, x, look) for run, look in zip(runs, looks)]
     for axes in grid[len(titles):]: axes.set_axis_off()
     if not titles: figure.text(0.5, 0.5, "These runs have no figure in common.", ha="center"); return figure
-    legend = figure.legend(drawn, [_label(*both) for both in zip(run_names(runs), telling(runs))], loc="outside lower left", fontsize=8, frameon=False, handlelength=4, title="lines: running means; marks: held out", title_fontsize=8, alignment="left")
+    legend = figure.legend(drawn, [_label(*both) for both in zip(run_names(runs), telling(runs))], loc="outside lower left", fontsize=9, frameon=False, handlelength=4, title="lines: running means; marks: held out", title_fontsize=9, alignment="left")
     for text in legend.get_texts(): text.set_parse_math(False) # a folder may be called $x$
     return figure
 
+def _points(run: Run, title: str, x: str) -> tuple[tuple, tuple]: # of the curve, of what was held out
+    "What a run draws in a panel."
+    name, place = PANELS[title][0][0], _places(run, x)
+    (steps, values), (at, held) = run.history(name), run.history(name, "evaluation")
+    window = 1 if title == "learning rate" else max(1, len(steps) // (8 if title == "reward" else 20))
+    return thin(place(steps), smooth(values, window)), (place(at), held)
+
 def _draw_run(axes, run: Run, title: str, x: str, i: int): # the line
     "One run in one panel."
-    (name,), label = PANELS[title]
-    place, (steps, values), (at, held) = _places(run, x), run.history(name), run.history(name, "evaluation")
-    window = 1 if title == "learning rate" else max(1, len(steps) // (8 if title == "reward" else 20))
-    line, = axes.plot(*thin(place(steps), smooth(values, window)), **_style(i))
-    if held: axes.plot(place(at), held, linestyle="none", marker=MARKS[i % 6], markersize=4, color=COLOURS[i % 6])
-    axes.set(xlabel=AXES[x], ylabel=label); axes.grid(alpha=0.25)
+    curve, held = _points(run, title, x)
+    line, = axes.plot(*curve, **_style(i))
+    axes.plot(*held, linestyle="none", marker=MARKS[i % 6], markersize=4, color=COLOURS[i % 6])
+    axes.set(xlabel=AXES[x], ylabel=PANELS[title][1]); axes.grid(alpha=0.25)
     return line
 
 # %% ../nbs/04f_overlay.ipynb #8589bfbf
@@ -169,17 +174,40 @@ def final_html(runs) -> str:
     runs = find_runs(runs)
     return table_html(["figure", *run_names(runs)], [[name, *texts] for name, texts in final_figures(runs).items()], "last figures")
 
-# %% ../nbs/04f_overlay.ipynb #85e14c03
+# %% ../nbs/04f_overlay.ipynb #993985f9
 def overlay_alt(runs: list[Run]) -> str:
     "The picture in words."
     said = [f"{title}: " + ", ".join(f"{name} {values[-1]:.4g}" for name, run in zip(run_names(runs), runs) if (values := run.history(PANELS[title][0][0])[1])) for title in common_titles(runs)]
     return f"curves of {len(runs)} run{'s' * (len(runs) > 1)}, last values; {'; '.join(said)}" if said else "these runs have no figure in common"
 
+class MovingOverlay:
+    "The curves of runs that go on; the layout is made anew only when there is something else to see."
+    def __init__(self): self.kind = None
+
+    def html(self, runs: list[Run], x: str, looks: list) -> str:
+        "The picture as it is now, told in words, too."
+        kind = [run.folder for run in runs], x, common_titles(runs)
+        if kind != self.kind: self._begin(kind, overlay_figure(runs, x, looks=looks))
+        else: self._move(runs, x, kind[-1])
+        return image_html(self.figure.png(90), overlay_alt(runs), *(int(90 * inches) for inches in self.figure.get_size_inches()))
+
+    def _begin(self, kind, figure: Picture) -> None:
+        self.kind, self.figure = kind, figure
+        figure.draw_without_rendering(); figure.set_layout_engine("none")
+
+    def _move(self, runs: list[Run], x: str, titles: list[str]) -> None:
+        for axes, title in zip(self.figure.axes, titles):
+            for line, points in zip(axes.lines, (points for run in runs for points in _points(run, title, x)), strict=True): line.set_data(*points)
+            axes.relim(); axes.autoscale_view()
+
+# %% ../nbs/04f_overlay.ipynb #c3d5ac35
 class OverlayPanel(Panel):
     "Several runs over one another."
     def __init__(self, runs, every: float = 2.0): # seconds between two looks, at least
         self.runs, self._drawn, self._drawing = find_runs(runs), None, threading.Lock()
+        self.picture = MovingOverlay()
         self.differences, self.curves, self.finals = (widgets.HTML() for _ in range(3))
+        for table in (self.differences, self.finals): table.add_class("jp-RenderedHTMLCommon") # as the front end shows tables elsewhere
         self.boxes = [widgets.Checkbox(value=True, description=name, indent=False, layout=widgets.Layout(width="auto", margin="0 1em 0 0")) for name in run_names(self.runs)]
         self.axis = widgets.Dropdown(description="curves over", options=list(AXES), style=dict(description_width="initial"), layout=widgets.Layout(width="14em"))
         for choice in (*self.boxes, self.axis): choice.observe(lambda _: threading.Thread(target=self.wake, name="tinytrainer-overlay", daemon=True).start(), "value")
@@ -201,9 +229,7 @@ class OverlayPanel(Panel):
         runs = [self.runs[i] for i in looks]
         if not runs: self.differences.value, self.curves.value, self.finals.value = small("All runs are hidden: tick one."), "", ""; return
         x = self.axis.value if self.axis.value in common_axes(runs) else "step"
-        figure = overlay_figure(runs, x, looks=looks)
-        self.differences.value, self.finals.value = difference_html(runs), final_html(runs)
-        self.curves.value = image_html(figure.png(90), overlay_alt(runs), *(int(90 * inches) for inches in figure.get_size_inches()))
+        self.differences.value, self.curves.value, self.finals.value = difference_html(runs), self.picture.html(runs, x, looks), final_html(runs)
         self.trouble.value = small(f"Not all of these runs say their {self.axis.value}: the curves are drawn over steps.") if x != self.axis.value else ""
 
     def twin(self) -> str: return f"<div>{self.differences.value}{self.curves.value}{self.finals.value}</div>"
