@@ -122,14 +122,14 @@ def test_who_paused_stays_paused_and_nobody_goes_on_meanwhile(recipes, tmp_path)
     until(lambda: run.step >= 1)
     with held_still(run):
         step, weights = run.step, {n: p.clone() for n, p in trainable(run.model).items()}
-        run.unpause(); time.sleep(0.5)
+        run.unpause(); until(lambda: not run.asked("unpause")); time.sleep(3)  # somebody presses Continue
         with pytest.raises(TinyTrainerError, match="stopped before"):  # a second panel does not get in, and can give up
             give_up = threading.Event(); give_up.set()
             with held_still(run, give_up): pass
         assert run.step == step and all(torch.equal(p, weights[n]) for n, p in trainable(run.model).items())
     until(lambda: run.step > step)
     run.pause(); until(lambda: run.status == "paused")
-    with held_still(run): run.stop(); time.sleep(0.3); assert run.status in ("paused", "running") and not run.worker.done.is_set()  # it ends after the answer
+    with held_still(run): run.stop(); until(lambda: not run.asked("stop")); time.sleep(1); assert not run.worker.done.is_set()  # it ends after the answer
     run.wait(60)
     assert run.status == "stopped"
     with held_still(run): assert not run.still.acquire(blocking=False)
