@@ -199,7 +199,7 @@ def test_one_answer_at_a_time_and_each_trouble_a_line(alone, monkeypatch):
     alone.post(); slow.more.release()
     until(lambda: "One." in alone.shown.value)
     with pytest.raises(TinyTrainerError, match="an answer is coming already"): alone.answer("And I?")
-    alone.clear(); assert "press Stop first" in alone.trouble.value and alone.turns
+    alone.clear(); assert "press Stop answer first" in alone.trouble.value and alone.turns
     alone.stop(); slow.more.release(); alone.answering.join(10)
     assert alone.turns[0]["answer"] == "One. Two. " == alone.chats["answer"].messages[-1]["content"] and alone.say.value == ""
     alone.temperature.value, alone.say.value = -1.0, "Again!"

@@ -167,7 +167,7 @@ def story_figure(
 def table_html(head: list[str], rows: list[list], label: str) -> str: # numbers and texts; label: what a screen reader calls it
     "A table as HTML; line breaks within a cell are kept, everything is escaped, and a text's direction ends with its cell."
     text = lambda value: "" if value is None else f"{value:.4g}" if isinstance(value, float) else value
-    cell = lambda value, tag: f"<{tag} style='text-align:left;vertical-align:top;white-space:pre-wrap;unicode-bidi:isolate'>{escaped(text(value))}</{tag}>"
+    cell = lambda value, tag: f"<{tag} style='text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.4;padding:2px 12px 2px 0;unicode-bidi:isolate'>{escaped(text(value))}</{tag}>"
     line = lambda values, tag: f"<tr>{''.join(cell(value, tag) for value in values)}</tr>"
     return f"<table aria-label='{escaped(label)}'>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
 
@@ -223,7 +223,7 @@ class LivePicture:
         self.drawn = [axes.lines[:len(labels)] for axes, (_, labels) in zip(self.figure.axes, kind[0])]
         for axes, drawn, lines in zip(self.figure.axes, self.drawn, now):
             (low, high), last = axes.get_ylim(), _bounds(lines)[2]
-            axes.set(xlim=(0, total if total >= last else 1.3 * last), ylim=(low - 0.1 * (high - low), high + 0.1 * (high - low)))
+            axes.set(xlim=(0, total if last <= total < 3 * last else 2 * last), ylim=(low - 0.1 * (high - low), high + 0.1 * (high - low)))
             for line in drawn: line.set_animated(True)
         self.canvas.draw()
         self._still = self.canvas.copy_from_bbox(self.figure.bbox)

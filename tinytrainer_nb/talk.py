@@ -153,8 +153,8 @@ class Conversation(Panel):
         self.say = widgets.Textarea(description="say", rows=2, placeholder="a question, to all sides", layout=widgets.Layout(width="100%"), **named)
         self.temperature = widgets.FloatText(0.0, description="temperature", step=0.1, layout=widgets.Layout(width="11em"), **named)
         self.seed = widgets.IntText(0, description="seed", layout=widgets.Layout(width="9em"), **named)
-        self.longest = widgets.IntText(128, description="longest answer (tokens)", layout=widgets.Layout(width="16em"), **named)
-        self.send_button, self.stop_button, self.clear_button = button("Send", "paper-plane", "ask all sides", self.post), button("Stop", "stop", "end the answer that is coming; the run is not stopped", self.stop), button("Clear", "trash", "begin a new conversation", self.clear)
+        self.longest = widgets.IntText(128, description="longest answer (tokens)", layout=widgets.Layout(width="18em"), **named)
+        self.send_button, self.stop_button, self.clear_button = button("Send", "paper-plane", "ask all sides", self.post), button("Stop answer", "stop", "end the answer that is coming; the run is not stopped", self.stop, "9em"), button("Clear", "trash", "begin a new conversation", self.clear)
         self.stop_button.disabled = True
         self.head, self.said, self.shown = widgets.HTML(), widgets.HTML(), widgets.HTML()
         row = widgets.Box([self.send_button, self.stop_button, self.clear_button, self.temperature, self.seed, self.longest], layout=widgets.Layout(flex_flow="row wrap"))
@@ -204,7 +204,7 @@ def answer(self, text: str) -> dict[str, str]: # what each side said
 @contextlib.contextmanager
 def alone(self):
     "Inside, this panel asks nothing else."
-    if not self._busy.acquire(blocking=False): raise TinyTrainerError("an answer is coming already: wait for its end, or press Stop.")
+    if not self._busy.acquire(blocking=False): raise TinyTrainerError("an answer is coming already: wait for its end, or press Stop answer.")
     try: yield
     finally: self._busy.release()
 
@@ -237,7 +237,7 @@ def _turn(self, text: str) -> dict[str, str]:
 
 @patch_to(Conversation)
 def _listen(self, chat: Chat, turn: dict, name: str) -> None:
-    "One side's answer, shown as it comes, up to its end or to Stop."
+    "One side's answer, shown as it comes, up to its end or to Stop answer."
     if self._stop.is_set(): return chat.add(turn["you"], "")
     with contextlib.closing(chat.pieces(turn["you"])) as pieces:
         for piece in pieces:
@@ -279,7 +279,7 @@ def stop(self) -> None:
 @patch_to(Conversation)
 def clear(self) -> None:
     "Begin a new conversation; the model stays."
-    if self._busy.locked(): self.trouble.value = complaint(TinyTrainerError("an answer is coming: press Stop first.")); return
+    if self._busy.locked(): self.trouble.value = complaint(TinyTrainerError("an answer is coming: press Stop answer first.")); return
     self.chats, self.turns, self.said.value, self.trouble.value = {}, [], "", ""
     self.draw(); self.keep()
 
