@@ -74,7 +74,7 @@ def test_two_groups_are_whole_and_two_more_have_their_first(tmp_path):
     run = trained(tmp_path / "wide", batch_size=6, num_generations=2, max_new_tokens=4, max_steps=2, sample_steps=2)
     assert [(e["step"], e["group"], e["index"]) for e in run.events if e["kind"] == "sample"] == [(2, 0, 0), (2, 0, 1), (2, 1, 0), (2, 1, 1), (2, 2, 0), (2, 3, 0)]
     assert [e["group"] for e in sample_rows(run, 6)] == [3, 2, 1, 0]  # of each prompt one, as other views show them
-    assert sum("->" in line and "step 2:" in line for line in news(run, 0)) == 1  # in a terminal one line a step
+    assert sum("->" in line and "step 2:" in line for line in news(run, run.events)) == 1  # in a terminal one line a step
     assert [spread(g).startswith("1 of 2 completions") for g in groups_of(run)] == [False, False, True, True]
 
 

@@ -150,7 +150,8 @@ def _resume(self) -> None:
         self.run.resume(live=True, **self.resume_with)
         self.trouble.value = ""
     except Exception as e: self.trouble.value = complaint(e)
-    finally: self._busy.release(); self.wake()
+    finally: self._busy.release()
+    for panel in (self, *self.opened.values()): panel.wake()
 
 @patch_to(RunPanel)
 def unfold(self, name: str) -> None: # Chat, Rollouts or Numbers

@@ -17,11 +17,11 @@ BADGES = dict(running="#15803d", paused="#b45309", stopped="#475569", finished="
 
 def small(text: str) -> str: # HTML
     "A line of small text, escaped; nothing for an empty one."
-    return f"<span style='font-size:90%;line-height:1.3'>{escaped(text)}</span>" if text else ""
+    return f"<span style='display:inline-block;font-size:90%;line-height:1.3'>{escaped(text)}</span>" if text else ""
 
 def badge(text: str, kind: str) -> str: # a key of BADGES; HTML
     "Text on a coloured ground, escaped."
-    return f"<span style='background:{BADGES[kind]};color:#fff;border-radius:4px;padding:1px 8px;line-height:1.5'>{escaped(text)}</span>" if text else ""
+    return f"<span style='background:{BADGES[kind]};color:#fff;border-radius:4px;padding:1px 8px;display:inline-block;line-height:1.5'>{escaped(text)}</span>" if text else ""
 
 # %% ../nbs/04a_parts.ipynb #a81799c3
 def button(text: str, icon: str, help: str, act, width: str = "8em") -> widgets.Button: # act: without arguments

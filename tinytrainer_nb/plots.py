@@ -167,13 +167,14 @@ def story_figure(
 def table_html(head: list[str], rows: list[list], label: str) -> str: # numbers and texts; label: what a screen reader calls it
     "A table as HTML; line breaks within a cell are kept, everything is escaped, and a text's direction ends with its cell."
     text = lambda value: "" if value is None else f"{value:.4g}" if isinstance(value, float) else value
-    cell = lambda value, tag: f"<{tag} style='text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.4;padding:2px 12px 2px 0;unicode-bidi:isolate'>{escaped(text(value))}</{tag}>"
+    cell = lambda value, tag: f"<{tag} style='text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:{'anywhere' if tag == 'td' else 'normal'};line-height:1.4;padding:2px 12px 2px 0;unicode-bidi:isolate'>{escaped(text(value))}</{tag}>"
     line = lambda values, tag: f"<tr>{''.join(cell(value, tag) for value in values)}</tr>"
     return f"<table aria-label='{escaped(label)}'>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
 
 def image_html(png: bytes, alt: str, width: int, height: int) -> str: # size in the page, pixels
-    "A picture within a page; it never has more than the page's width."
-    return f"<img alt='{escaped(alt)}' decoding='sync' width='{width}' height='{height}' style='max-width:100%;height:auto' src='data:image/png;base64,{base64.b64encode(png).decode()}'>"
+    "A picture within a page, as wide as there is room; in a narrow one it is scrolled before its letters are too small."
+    img = f"<img alt='{escaped(alt)}' decoding='sync' width='{width}' height='{height}' style='max-width:100%;min-width:{min(width, 640)}px;height:auto' src='data:image/png;base64,{base64.b64encode(png).decode()}'>"
+    return f"<div style='overflow-x:auto'>{img}</div>"
 
 def sample_rows(run, count: int = 6) -> list[dict]:
     "The latest samples, newest step first."

@@ -9,6 +9,7 @@ __all__ = ['duration', 'seconds_left', 'run_line', 'sample_line', 'summary_line'
 import shutil, sys, textwrap, threading, time
 from statistics import median
 from pathlib import Path
+from .core import visible
 from .run import Run
 
 # %% ../nbs/03c_watch.ipynb #e50075b4
@@ -39,7 +40,7 @@ def run_line(run: Run) -> str:
 # %% ../nbs/03c_watch.ipynb #a92537c3
 def _one_line(text: str, width: int) -> str:
     "`text` without line breaks, at most `width` characters."
-    return textwrap.shorten(" ".join(str(text).split()), width, placeholder=" ...")
+    return textwrap.shorten(visible(" ".join(str(text).split())), width, placeholder=" ...")
 
 def sample_line(event: dict) -> str:
     "A question and its answer, in one line."
@@ -58,11 +59,10 @@ def summary_line(run: Run) -> str:
     rang = "; alarms: " + ", ".join(f"{name} (step {step})" for name, step in alarms.items()) if alarms else ""
     return f"{s['recipe']} {s['status']}: {s['steps']} step{'s' * (s['steps'] != 1)}, {change}{duration(s['seconds'])}, {speed}{s['peak_memory_gb']:.2f} GiB{rang}"
 
-def news(run: Run, since: float) -> list[str]:
-    "Lines to keep about what happened after the time `since`: evaluations, alarms, one sample a step, the end."
+def news(run: Run, events: list[dict]) -> list[str]: # some of the run's events
+    "Lines to keep about what happened: evaluations, alarms, one sample a step, the end."
     lines, sampled = [], set()
-    for e in run.events:
-        if e["time"] <= since: continue
+    for e in events:
         if e["kind"] == "sample" and e["step"] not in sampled: sampled.add(e["step"]); lines.append(sample_line(e))
         if e["kind"] == "evaluation":
             scores = {k: v for k, v in e.items() if k not in ("time", "step", "kind") and isinstance(v, float)}
@@ -72,6 +72,12 @@ def news(run: Run, since: float) -> list[str]:
     return lines
 
 # %% ../nbs/03c_watch.ipynb #84c51268
+def _told(events: list[dict], last: dict | None) -> int:
+    "How many events were told when `last` was the newest; one that a resumed run has dropped stands for all before the resume."
+    if last is None: return 0
+    resumed = (i for i, e in enumerate(events) if e["kind"] == "status" and e["value"] == "running")
+    return next((i + 1 for i in range(len(events) - 1, -1, -1) if events[i] == last), max(resumed, default=0))
+
 class Watch:
     "A context in which the runs that begin below `folders` are told as text."
     def __init__(self, folders: list[Path], stream=None):
@@ -100,8 +106,9 @@ class Watch:
         "Lines to keep since the last call."
         lines = []
         for path, run in self.runs.items():
-            now = max((e["time"] for e in run.events), default=0.0)
-            lines += news(run, self.told.get(path, 0.0)); self.told[path] = now
+            events = run.events
+            lines += news(run, events[_told(events, self.told.get(path)):])
+            self.told[path] = events[-1] if events else None
         return lines
 
 # %% ../nbs/03c_watch.ipynb #924736dc
