@@ -14,12 +14,15 @@ SMALL = {
     "tutorials/01_quickstart": {"sft_steps": 6, "ppo_steps": 2, "eval_rows": 12},
     "tutorials/02_first_sft": {"max_steps": 6},
     "tutorials/03_ppo_by_hand": {"max_steps": 2},
-    "tutorials/04_live_panel": {"max_steps": 6, "live": False},
+    "tutorials/04_live_panel": {"max_steps": 6},
     "tutorials/05_grpo": {"sft_steps": 6, "max_steps": 2, "eval_rows": 12},
     "tutorials/06_thirteen": {"max_steps": 2, "sft_steps": 2, "eval_rows": 12},
     "tutorials/07_chain_of_thought": {"sft_steps": 12, "cot_steps": 12, "eval_rows": 12},
     "tutorials/08_preferences": {"sft_steps": 20, "problems": 48, "max_steps": 2, "eval_rows": 12},
+    "tutorials/09_live_rewards": {"sft_steps": 6, "max_steps": 2},
+    "tutorials/10_by_hand": {"max_steps": 2},
     "benchmarks/01_quickstart_seeds": {"seeds": "0"},
+    "benchmarks/05_panel_cost": {"max_steps": 8, "history": 2000},
     "benchmarks/04_rl_accuracy": {"sft_steps": 4, "rounds": 1, "eval_rows": 12},
 }
 
@@ -30,6 +33,7 @@ def test_small_parameters_exist():
     assert not unknown, f"SMALL names parameters that the notebook does not have: {unknown}"
 
 
+LIVE = ["tutorials/04_live_panel", "tutorials/09_live_rewards", "tutorials/10_by_hand"]
 LONG = ["benchmarks/02_tinyllama_size"] # each of its stages is a process of its own
 
 
@@ -42,3 +46,18 @@ def test_notebook(name, tmp_path, monkeypatch):
     outputs = [o for c in nbformat.read(executed, as_version=4).cells for o in c.get("outputs", [])]
     errors = [o.ename for o in outputs if o.output_type == "error"]  # `sys.exit(0)` in a cell passes papermill
     assert not errors, f"{name}: cells ended in errors: {errors}"
+    if name in LIVE: assert_static(executed)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in LIVE])
+def test_a_live_lesson_unchanged(name, tmp_path):
+    "With its own parameters, by papermill: it trains at once, and what it leaves shows the curves and the answers without a widget"
+    executed = tmp_path / "executed.ipynb"
+    papermill.execute_notebook(ROOT / "nbs" / f"{name}.ipynb", executed, cwd=tmp_path, kernel_name="python3", execution_timeout=600, progress_bar=False)
+    assert_static(executed)
+
+
+def assert_static(executed: Path) -> None:
+    shown = [o.data["text/html"] for c in nbformat.read(executed, as_version=4).cells for o in c.get("outputs", []) if "data" in o and "text/html" in o.data]
+    assert sum("<img alt=" in html and "finished" in html and "data:image/png;base64," in html for html in shown) >= 2  # where it trained, and in the end
+    assert any("latest samples" in html for html in shown)
