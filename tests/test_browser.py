@@ -94,7 +94,7 @@ def scene(jupyter, browser):
     page.close()
     for kernel in json.load(urllib.request.urlopen(f"{url}/api/kernels")):
         urllib.request.urlopen(urllib.request.Request(f"{url}/api/kernels/{kernel['id']}", method="DELETE"))
-    outside = [a for a in asked if not a.startswith((url, url.replace("http", "ws"), "data:", "blob:"))]
+    outside = [a for a in asked if not a.startswith((url, url.replace("http", "ws"), "data:", "blob:")) and not a.endswith("/colab-badge.svg")]  # a lesson's first line
     assert not outside, outside  # nothing is fetched from anywhere else
 
 
@@ -187,6 +187,9 @@ model = add_lora(model, LoraArgs(r=4), seed=0)
 """
 
 
+QUESTION = "There are 96 boxes with 7 roses in each box. Zoe takes 159 roses out and sells them. How many roses are left?"
+
+
 def info(folder: Path) -> dict: return json.loads((folder / "run.json").read_text(encoding="utf-8"))
 
 
@@ -221,7 +224,7 @@ def test_start_pause_talk_change_continue_stop(scene):
     scene.picture("live_panel", keep=True)
 
     scene.press("Chat")
-    scene.fill("say", "Tom has 5 apples. Ann gives him 3 more. How many apples does Tom have?")
+    scene.fill("say", QUESTION)
     scene.press("Send")
     scene.wait(lambda: scene.page.get_by_role("table", name="conversation").locator("tr").count() == 2 and scene.button("Send").is_enabled(), "both sides have answered", 120)
     before, after = scene.page.get_by_role("table", name="conversation").locator("tr").last.locator("td").all_inner_texts()[-2:]
@@ -314,16 +317,15 @@ def test_rollouts_of_a_live_ppo_run(scene):
 def test_thirteen_numbers_by_hand(scene):
     scene.lesson("10_by_hand", max_steps=3)
     scene.press("all")
-    for field, value in dict(max_steps=3, batch_size=2, num_generations=4, max_new_tokens=32).items(): scene.fill(field, value)
+    for field, value in dict(max_steps=4, batch_size=4, num_generations=4, max_new_tokens=96).items(): scene.fill(field, value)
     scene.press("Start")
     scene.wait(lambda: "finished" in scene.head, "it ends", 180)
     scene.press("Numbers")
     sliders = scene.page.get_by_role("slider", name=re.compile(r"v\[\d+\]"))
     scene.wait(lambda: sliders.count() >= 13, "thirteen sliders with names", 60)
-    sliders.first.focus()
-    for _ in range(20): scene.page.keyboard.press("ArrowRight")
-    scene.shows(re.compile("Asked are"))
-    scene.fill("say", "Tom has 5 apples. Ann gives him 3 more. How many apples does Tom have?")
+    sliders.first.focus(); scene.page.keyboard.press("End")  # as far as it goes
+    scene.wait(lambda: "moved to" in scene.page.locator("img[alt^='trained numbers']").last.get_attribute("alt"), "the bar moves")
+    scene.fill("say", QUESTION)
     scene.press("Send")
     scene.wait(lambda: scene.page.get_by_role("table", name="conversation").last.locator("tr").count() == 2 and scene.button("Send").is_enabled(), "both sides have answered", 120)
     scene.picture("by_hand", keep=True, at="img[alt^='trained numbers']")
