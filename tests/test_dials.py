@@ -120,6 +120,23 @@ def test_a_run_that_was_turned_continues_bit_for_bit(tmp_path):
     panel.close()
 
 
+def test_a_page_that_rounds_is_no_hand():
+    "A slider in a page stands on the next of its steps, and says so"
+    model, tokenizer = thirteen()
+    v = random_numbers(model)
+    panel = dial_panel(model, tokenizer)
+    def page():
+        for slider in panel.sliders: slider.value = round(slider.value / slider.step) * slider.step
+    page(); assert not panel.moves and any(s.value != x for s, x in zip(panel.sliders, panel.trained))
+    panel.zero(); until(lambda: not any(s.value for s in panel.sliders)); page()
+    assert not trained_vector(from_line(base()[0], panel.as_line())).any()
+    panel.sliders[4].value = panel.sliders[4].step
+    assert len(panel.moves) == 13 and panel.moves[4] == panel.sliders[4].step
+    panel.reset(); until(lambda: [s.value for s in panel.sliders] == panel.trained); page()
+    assert torch.equal(trained_vector(from_line(base()[0], panel.as_line())), v)
+    panel.close()
+
+
 def test_locked_while_it_goes_on(tmp_path):
     run = start(tmp_path / "run", max_steps=60)
     panel = dial_panel(run)

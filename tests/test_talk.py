@@ -258,7 +258,7 @@ def test_a_models_memory_is_given_back(end, recipes, tmp_path):
         with pytest.raises(Exception): run.wait(60)
         del model, tokenizer
     else:
-        run = recipes("sft" if end == "finished" else "grpo", tmp_path / "run")
+        run = recipes("sft", tmp_path / "run", max_steps=3) if end == "finished" else recipes("grpo", tmp_path / "run")
         if end == "stopped": until(lambda: run.step >= 1); run.stop()
         run.wait(120)
     assert run.status == end

@@ -37,7 +37,7 @@ def has_dials(run: Run) -> bool:
     adapter = run.info.get("load", {}).get("adapter") or {}
     return "n_tie" in adapter and 0 < len(saved_numbers(run.folder / "start")) <= FEW
 
-# %% ../nbs/04e_dials.ipynb #f0e443a1
+# %% ../nbs/04e_dials.ipynb #27652c72
 def scale_of(values: list[float]) -> float: # at least 1, the size at which a number changes what a model says
     "A round number that leaves room to turn: twice the largest value, up to the next of 1, 2 or 5 times a power of ten."
     largest = max(1.0, *(2 * abs(v) for v in values))
@@ -57,7 +57,7 @@ def bars_picture(
     for label, (values, aside, colour, hatch) in shown.items():
         if not values: continue
         bars = axes.bar([i + aside for i in values], list(values.values()), 0.38, color=colour if not hatch else "white", edgecolor=colour, hatch=hatch, label=label)
-        if count <= 20: axes.bar_label(bars, [f"{v:+.2g}" for v in values.values()], fontsize=6, padding=1)
+        if count <= 20: axes.bar_label(bars, [f"{v:+.2g}" if hatch or i not in moved else "" for i, v in values.items()], fontsize=6, padding=1)
     largest = max([1e-6, *map(abs, trained), *map(abs, moved.values())])
     axes.axhline(0, color="#222222", linewidth=0.8)
     axes.set(xlim=(-0.7, count - 0.3), ylim=(-1.3 * largest, 1.3 * largest), xticks=range(0, count, 1 if count <= 20 else 4), xlabel="which number", ylabel="value")
@@ -85,12 +85,13 @@ def turned(
         torch.clear_autocast_cache()
         yield
 
-# %% ../nbs/04e_dials.ipynb #a45d8d20
+# %% ../nbs/04e_dials.ipynb #0726013a
 class DialPanel(Conversation):
     "The trained numbers as bars and sliders, and a conversation with the model as trained beside the model as moved."
     def __init__(self, source, every: float = 1.0):
-        self.moves, self.trained, self.sliders, self._seen, self._one, self._nudged = {}, [], [], None, threading.Lock(), threading.Event()
-        self.bars, self.line = widgets.HTML(), widgets.Textarea(description="one line", rows=3, layout=widgets.Layout(width="100%", display="none"))
+        self.moves, self.trained, self.sliders, self._told, self._seen = {}, [], [], [], None
+        self._one, self._nudged = threading.Lock(), threading.Event()
+        self.bars, self.line = widgets.HTML(), widgets.Textarea(description="one line", rows=3, style=dict(description_width="initial"), layout=widgets.Layout(width="100%", display="none"))
         self.box = widgets.Box([], layout=widgets.Layout(flex_flow="row wrap"))
         self.reset_button, self.zero_button, self.line_button = button("Reset", "undo", "all numbers as they were trained", self.reset), button("Zero all", "circle-o", "all numbers 0: the model without this adapter", self.zero), button("As one line", "font", "the numbers as a line of text, moved ones included", self.one_line, "9em")
         row = widgets.Box([self.reset_button, self.zero_button, self.line_button], layout=widgets.Layout(flex_flow="row wrap"))
@@ -115,29 +116,32 @@ class DialPanel(Conversation):
         if self.run is not None: return run_numbers(self.run) if has_dials(self.run) else []
         return few_numbers(self.voice.model) if isinstance(self.source, Voice) else []
 
-# %% ../nbs/04e_dials.ipynb #3605a951
+# %% ../nbs/04e_dials.ipynb #4aa6e1a6
 @patch_to(DialPanel)
 def look(self) -> bool:
     "Move bars and sliders; locked while the run goes on."
     with self._one: # the panel's thread and one that a slider has started
         if self.run is None and not isinstance(self.source, Voice): self.head.value = small("No run yet: this panel waits for one."); return True
         if self._busy.locked(): return True # while an answer comes, moved numbers may lie in the model, and a run that goes on is paused
-        going, self.trained = self.going(), self.numbers()
-        if going: self.moves.clear()
+        going, trained = self.going(), self.numbers()
+        settled = not going and (trained == self.trained or not self.sliders) # what a page says of the values before is not taken for a hand's
+        self.trained = trained
+        if not settled: self.moves = {}
         if not self.trained: self.head.value = small(f"This run does not train a TinyLoRA adapter of at most {FEW} numbers."); return False
-        if self._seen != (seen := (going, self.trained, dict(self.moves))): self._seen = seen; self._show(going)
-        return self.run is not None and (going or self.run.status == "paused")
+        if self._seen != (seen := (going, settled, trained, self.moves)): self._seen = seen; self._show(going, not settled)
+        return not settled or self.run is not None and self.run.status == "paused"
 
 @patch_to(DialPanel)
-def _show(self, locked: bool) -> None:
+def _show(self, going: bool, locked: bool) -> None:
     "Draw the bars, set the sliders."
     if len(self.sliders) != len(self.trained): self._make_sliders()
     limit = scale_of([*self.trained, *self.moves.values()])
-    for i, slider in enumerate(self.sliders):
-        with slider.hold_trait_notifications(): slider.min, slider.max, slider.step, slider.value = -limit, limit, limit / 200, self.moves.get(i, self.trained[i])
+    self._told = [self.moves.get(i, value) for i, value in enumerate(self.trained)]
+    for slider, value in zip(self.sliders, self._told):
+        with slider.hold_trait_notifications(): slider.min, slider.max, slider.step, slider.value = -limit, limit, limit / 200, value
     for widget in (*self.sliders, self.reset_button, self.zero_button, self.line_button): widget.disabled = locked
     self.bars.value = bars_html(self.trained, self.moves)
-    self.head.value = small("The run goes on: pause it to turn the numbers by hand." if locked else "Asked are: the model as it was trained, and the model with the numbers as the sliders have them.")
+    self.head.value = small("The run goes on: pause it to turn the numbers by hand." if going else "Asked are: the model as it was trained, and the model with the numbers as the sliders have them.")
 
 @patch_to(DialPanel)
 def _make_sliders(self) -> None:
@@ -148,9 +152,16 @@ def _make_sliders(self) -> None:
 
 @patch_to(DialPanel)
 def _note(self, i: int, value: float) -> None:
-    "A slider has another value: a hand's, unless it is the trained one."
-    if value == self.trained[i]: self.moves.pop(i, None)
-    else: self.moves[i] = value
+    "A slider has another value: a hand's, unless a page only says again what it was told, rounded to the slider's next step."
+    near = lambda told: abs(value - told) <= self.sliders[i].step / 2
+    if self.sliders[i].disabled or near(self._told[i]): return
+    self._told[i] = value
+    self._move({k: v for k, v in self.moves.items() if k != i} | ({} if near(self.trained[i]) else {i: value}))
+
+@patch_to(DialPanel)
+def _move(self, moves: dict[int, float]) -> None:
+    "Take these values for those that a hand has moved, and draw them soon."
+    self.moves = moves
     if not self._nudged.is_set(): self._nudged.set(); threading.Thread(target=self._redraw, name="tinytrainer-dials", daemon=True).start()
 
 @patch_to(DialPanel)
@@ -158,16 +169,16 @@ def _redraw(self) -> None:
     "Look once for all that a hand does in a tenth of a second."
     time.sleep(0.1); self._nudged.clear(); self.wake(); self.keep()
 
-# %% ../nbs/04e_dials.ipynb #eef3e2ce
+# %% ../nbs/04e_dials.ipynb #5a28fcbd
 @patch_to(DialPanel)
 def reset(self) -> None:
     "All numbers as they were trained."
-    for slider, value in zip(self.sliders, self.trained): slider.value = value
+    self._move({})
 
 @patch_to(DialPanel)
 def zero(self) -> None:
     "All numbers 0."
-    for slider in self.sliders: slider.value = 0.0
+    self._move({i: 0.0 for i, value in enumerate(self.trained) if value})
 
 @patch_to(DialPanel)
 def one_line(self) -> None:
@@ -176,6 +187,7 @@ def one_line(self) -> None:
 
 @patch_to(DialPanel)
 def _one_line(self) -> None:
+    self.trouble.value = ""
     try: self.line.value, self.line.layout.display = self.as_line(), None
     except Exception as e: self.trouble.value = complaint(e)
 

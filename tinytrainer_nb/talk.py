@@ -188,7 +188,7 @@ class Conversation(Panel):
         columns = [c for c in dict.fromkeys(name for turn in self.turns for name in turn) if any(turn.get(c) is not None for turn in self.turns)]
         return table_html(columns, [[turn.get(c) for c in columns] for turn in self.turns], "conversation") if self.turns else ""
 
-# %% ../nbs/04c_talk.ipynb #84c6248e
+# %% ../nbs/04c_talk.ipynb #b97bee2d
 @patch_to(Conversation)
 def answer(self, text: str) -> dict[str, str]: # what each side said
     "Ask all sides, and wait. Raises `TinyTrainerError` if nobody can be asked, if the question is too long, or while another answer is coming."
@@ -248,7 +248,7 @@ def _listen(self, chat: Chat, turn: dict, name: str) -> None:
 @patch_to(Conversation)
 def draw(self) -> None:
     "Show the conversation as it is now."
-    self.shown.value, self._drawn = self.table(), time.monotonic()
+    self.shown.value, self._drawn = f"<div style='line-height:1.4'>{self.table()}</div>", time.monotonic()
 
 @patch_to(Conversation)
 def _room(self) -> str:
