@@ -198,7 +198,6 @@ def events(folder: Path) -> list[dict]: return [json.loads(line) for line in (fo
 
 def starts_and_grows(scene, max_steps: int) -> None:
     "Press Start; the step and the curve go on"
-    scene.press("all")
     scene.fill("learning_rate", -1)
     scene.shows(re.compile("must be a number larger than 0 and at most 1"))
     scene.fill("learning_rate", 0.001)
@@ -229,7 +228,7 @@ def test_start_pause_talk_change_continue_stop(scene):
     scene.wait(lambda: scene.page.get_by_role("table", name="conversation").locator("tr").count() == 2 and scene.button("Send").is_enabled(), "both sides have answered", 120)
     before, after = scene.page.get_by_role("table", name="conversation").locator("tr").last.locator("td").all_inner_texts()[-2:]
     assert before.strip() and after.strip() and before != after
-    scene.picture("live_chat", keep=True, at=".tinytrainer-panel .tinytrainer-panel .tinytrainer-panel")
+    scene.picture("live_chat", keep=True, at=".tinytrainer-chatpanel")
 
     scene.fill("learning_rate", 0.0005)
     scene.shows(re.compile(r"learning_rate 0.001 → 0.0005: took effect after step"))
@@ -303,20 +302,18 @@ compare_panel(["runs/rate-0.001", "runs/rate-0.0001"])""")
 
 def test_rollouts_of_a_live_ppo_run(scene):
     scene.lesson("09_live_rewards", sft_steps=25)
-    scene.press("all")
-    for field, value in dict(max_steps=8, batch_size=4, max_new_tokens=48, sample_steps=1).items(): scene.fill(field, value)
+    for field, value in dict(max_steps=8, batch_size=4, max_new_tokens=48).items(): scene.fill(field, value)
     scene.press("Start")
     scene.curve.wait_for(timeout=180_000)
     scene.press("Rollouts")
     scene.wait(lambda: scene.page.locator(".tinytrainer-panel table").filter(has_text="advantage").count(), "groups are shown", 120)
     scene.wait(lambda: "finished" in scene.head, "it ends", 180)
     scene.page.get_by_label("sort by").last.select_option("reward")
-    scene.picture("live_rewards", keep=True, at=".tinytrainer-panel .tinytrainer-panel")
+    scene.picture("live_rewards", keep=True, at=".tinytrainer-rolloutpanel")
 
 
 def test_thirteen_numbers_by_hand(scene):
     scene.lesson("10_by_hand", max_steps=3)
-    scene.press("all")
     for field, value in dict(max_steps=4, batch_size=4, num_generations=4, max_new_tokens=96).items(): scene.fill(field, value)
     scene.press("Start")
     scene.wait(lambda: "finished" in scene.head, "it ends", 180)
@@ -328,7 +325,7 @@ def test_thirteen_numbers_by_hand(scene):
     scene.fill("say", QUESTION)
     scene.press("Send")
     scene.wait(lambda: scene.page.get_by_role("table", name="conversation").last.locator("tr").count() == 2 and scene.button("Send").is_enabled(), "both sides have answered", 120)
-    scene.picture("by_hand", keep=True, at="img[alt^='trained numbers']")
+    scene.picture("by_hand", keep=True, at=".tinytrainer-dialpanel")
 
 
 def test_the_first_scene_in_notebook_7(scene):

@@ -43,7 +43,7 @@ class Panel(widgets.VBox):
         self.mark, self._twins, self._kept, self._since = f"tinytrainer-{uuid.uuid4().hex[:12]}", [], "", 0.0
         self.trouble, hiding = widgets.HTML(), widgets.HTML(f"<style>.{self.mark}{{display:none}}</style>", layout=widgets.Layout(display="none"))
         super().__init__([*children, self.trouble, hiding])
-        self.add_class("tinytrainer-panel")
+        for name in ("panel", type(self).__name__.lower()): self.add_class(f"tinytrainer-{name}")
 
     def look(self) -> bool: # whether there may be more to see
         "Bring the panel up to date; each panel fills this in."
