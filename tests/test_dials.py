@@ -80,12 +80,9 @@ def test_the_panel_asks_both(tmp_path):
     panel.longest.value, panel.temperature.value, panel.seed.value = 24, 0.9, 7
     panel.sliders[6].value = panel.sliders[2].value = 0.75
     said = panel.answer("Who lives by the sea?")
-    alone = lambda: generate(model, tokenizer, [[dict(role="user", content="Who lives by the sea?")]], settings, [mix_seed(7, 0)], quiet=True).completions[0]
     settings = GenerateArgs(max_new_tokens=24, temperature=0.9)
+    alone = lambda: generate(model, tokenizer, [[dict(role="user", content="Who lives by the sea?")]], settings, [mix_seed(7, 0)], quiet=True).completions[0]
     assert torch.equal(v, kept) and said["trained"] == alone()
-    with torch.no_grad(): v[6] = v[2] = 0.75
-    assert said["moved"] == alone() != said["trained"]
-    with torch.no_grad(): v.copy_(kept)
     line = panel.as_line()
     assert torch.equal(v, kept)
     there = trained_vector(from_line(base()[0], line))
@@ -94,6 +91,8 @@ def test_the_panel_asks_both(tmp_path):
     panel.reset(); assert not panel.moves and torch.equal(trained_vector(from_line(base()[0], panel.as_line())), kept)
     assert "trained numbers" in panel.twin() and "Who lives" in panel.twin()
     panel.close()
+    with torch.no_grad(): v[6] = v[2] = 0.75
+    assert said["moved"] == alone() != said["trained"]
 
 
 def test_a_run_that_was_turned_continues_bit_for_bit(tmp_path):

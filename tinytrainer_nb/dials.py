@@ -85,13 +85,13 @@ def turned(
         torch.clear_autocast_cache()
         yield
 
-# %% ../nbs/04e_dials.ipynb #0726013a
+# %% ../nbs/04e_dials.ipynb #0cc21432
 class DialPanel(Conversation):
     "The trained numbers as bars and sliders, and a conversation with the model as trained beside the model as moved."
     def __init__(self, source, every: float = 1.0):
         self.moves, self.trained, self.sliders, self._told, self._seen = {}, [], [], [], None
         self._one, self._nudged = threading.Lock(), threading.Event()
-        self.bars, self.line = widgets.HTML(), widgets.Textarea(description="one line", rows=3, style=dict(description_width="initial"), layout=widgets.Layout(width="100%", display="none"))
+        self.bars, self.line = widgets.HTML(), widgets.Textarea(description="one line", rows=3, style=dict(description_width="initial"), layout=widgets.Layout(width="auto", display="none"))
         self.box = widgets.Box([], layout=widgets.Layout(flex_flow="row wrap"))
         self.reset_button, self.zero_button, self.line_button = button("Reset", "undo", "all numbers as they were trained", self.reset), button("Zero all", "circle-o", "all numbers 0: the model without this adapter", self.zero), button("As one line", "font", "the numbers as a line of text, moved ones included", self.one_line, "9em")
         row = widgets.Box([self.reset_button, self.zero_button, self.line_button], layout=widgets.Layout(flex_flow="row wrap"))

@@ -143,14 +143,14 @@ class Voice:
         if self.run.status in ("finished", "stopped"): return f"the result in the run's folder, after step {self.run.step}"
         return f"the newest checkpoint in the run's folder, of step {self.run.last_checkpoint()[1]}" if self.run.last_checkpoint()[1] else "nobody: nothing of this run is saved yet"
 
-# %% ../nbs/04c_talk.ipynb #7fddd7ce
+# %% ../nbs/04c_talk.ipynb #f6d6cbf0
 class Conversation(Panel):
     "One question to a model in several states, side by side; `above` are widgets over it."
     def __init__(self, source, above=(), every: float = 1.0): # source: a Run, whatever has one as `.run`, or a Voice
         self.source, self.voice, self.chats, self.turns = source, source if isinstance(source, Voice) else None, {}, []
         self.answering, self._busy, self._stop, self._drawn = None, threading.Lock(), threading.Event(), 0.0
         named = dict(style=dict(description_width="initial"))
-        self.say = widgets.Textarea(description="say", rows=2, placeholder="a question, to all sides", layout=widgets.Layout(width="100%"), **named)
+        self.say = widgets.Textarea(description="say", rows=2, placeholder="a question, to all sides", layout=widgets.Layout(width="auto"), **named)
         self.temperature = widgets.FloatText(0.0, description="temperature", step=0.1, layout=widgets.Layout(width="11em"), **named)
         self.seed = widgets.IntText(0, description="seed", layout=widgets.Layout(width="9em"), **named)
         self.longest = widgets.IntText(128, description="longest answer (tokens)", layout=widgets.Layout(width="18em"), **named)
