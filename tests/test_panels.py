@@ -20,10 +20,10 @@ TIMES = ("time", "seconds", "tokens_per_s", "memory_gb")  # what no two runs hav
 NASTY = "<script>window.pwned=1</script><img src=x onerror='window.pwned=2'>\x1b[31mred\x1b[0m\u202eecalper\u200bzero"
 
 
-def train(out, live=False, **changes):
+def train(out, live=False, examples=None, **changes):
     model, tokenizer = load_model("tiny", quantization="none", verbose=False)
     settings = dict(max_steps=12, batch_size=4, save_steps=0, eval_steps=0, sample_steps=0, out=str(out)) | changes
-    examples = load_examples(data_file("sft.jsonl")).select(range(200))
+    examples = load_examples(data_file("sft.jsonl")).select(range(200)) if examples is None else examples
     return sft(add_lora(model, LoraArgs(r=4), seed=0), tokenizer, examples, SFTArgs(**settings), live=live)
 
 
@@ -76,7 +76,8 @@ def test_a_killed_kernel_is_found_again_and_goes_on(tmp_path, whole):
 
 
 def test_two_hundred_pauses_leave_nothing(tmp_path):
-    run = train(tmp_path / "run", live=True, max_steps=500)
+    alike = [dict(prompt="How much is 2 + 2?", completion="4")] * 50  # of other lengths PyTorch keeps code for each, which is memory, too
+    run = train(tmp_path / "run", live=True, examples=alike, max_steps=500)
     panel = RunPanel(run, every=0.05)
     until(lambda: run.step >= 2, "it trains")
     def pause():

@@ -62,7 +62,7 @@ def spread(group: dict) -> str: # from `groups_of`
 # %% ../nbs/04d_groups.ipynb #e765d76e
 _STYLE = """<style>
 .tinytrainer-groups {line-height: 1.35; container-type: inline-size}
-.tinytrainer-groups .prompt {white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; max-height: 8em; overflow: auto; margin-top: 1em; padding-left: 8px; border-left: 3px solid}
+.tinytrainer-groups .prompt {white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext; max-height: 8em; overflow: auto; margin-top: 1em; padding-left: 8px; border-left: 3px solid}
 .tinytrainer-groups table {border-collapse: collapse; width: 100%}
 .tinytrainer-groups tr {border-top: 1px solid #8888}
 .tinytrainer-groups th, .tinytrainer-groups td {padding: 2px 8px 2px 0}

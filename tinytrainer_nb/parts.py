@@ -77,13 +77,15 @@ class Panel(widgets.VBox):
         "Take the panel away with all that is in it; a run goes on."
         self._closed.set()
         close_inside(self)
-        super().close()
+        super().close(); self.layout.close()
 
 def close_inside(box: widgets.Widget) -> None:
     "Close all widgets in a box, and in the boxes in it."
     for child in getattr(box, "children", ()):
         if not isinstance(child, Panel): close_inside(child)
         child.close()
+        for own in (child.layout, getattr(child, "style", None)): # which `ipywidgets` would keep
+            if own is not None: own.close()
 
 # %% ../nbs/04a_parts.ipynb #70a4d307
 _NAMES = """if (!window.tinytrainerNames) {

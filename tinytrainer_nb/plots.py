@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
-from .core import escaped
+from .core import escaped, visible
 
 # %% ../nbs/03a_plots.ipynb #eda4346b
 PANELS = { # title: (figures, axis label)
@@ -140,7 +140,7 @@ def run_figure(
     "The curves of a run, its alarms marked and told below; an empty frame before the first step."
     titles = wanted_panels(run)
     columns = min(2, max(1, len(titles))); rows = max(1, -(-len(titles) // columns))
-    told = [textwrap.fill(f"({i}) {line}", int(16 * width), subsequent_indent="      ") for i, line in enumerate(alarm_lines(run).values(), start=1)]
+    told = [textwrap.fill(f"({i}) {line}", int(16 * width), subsequent_indent="      ") for i, line in enumerate(map(visible, alarm_lines(run).values()), start=1)]
     lines = "\n".join(told)
     figure = Picture(figsize=(width, 3.0 * rows + 0.17 * bool(told) * (lines.count("\n") + 2)), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
@@ -167,7 +167,7 @@ def story_figure(
 def table_html(head: list[str], rows: list[list], label: str) -> str: # numbers and texts; label: what a screen reader calls it
     "A table as HTML; line breaks within a cell are kept, everything is escaped, and a text's direction ends with its cell."
     text = lambda value: "" if value is None else f"{value:.4g}" if isinstance(value, float) else value
-    cell = lambda value, tag: f"<{tag} style='text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:{'anywhere' if tag == 'td' else 'normal'};line-height:1.4;padding:2px 12px 2px 0;unicode-bidi:isolate'>{escaped(text(value))}</{tag}>"
+    cell = lambda value, tag: f"<{tag} style='text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:{'anywhere' if tag == 'td' else 'normal'};line-height:1.4;padding:2px 12px 2px 0;unicode-bidi:plaintext'>{escaped(text(value))}</{tag}>"
     line = lambda values, tag: f"<tr>{''.join(cell(value, tag) for value in values)}</tr>"
     return f"<table aria-label='{escaped(label)}'>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
 
