@@ -102,9 +102,9 @@ class Scene:
     "What a person sees and does"
     def __init__(self, page, url: str, root: Path, asked: list): self.page, self.url, self.root, self.asked = page, url, root, asked
 
-    def lesson(self, name: str, **parameters) -> None:
-        "Open a lesson of ours, with other parameters, and run all its cells"
-        notebook = json.loads((LESSONS / f"{name}.ipynb").read_text(encoding="utf-8"))
+    def lesson(self, name: str, folder: Path = LESSONS, **parameters) -> None:
+        "Open a notebook of ours, with other parameters, and run all its cells"
+        notebook = json.loads((folder / f"{name}.ipynb").read_text(encoding="utf-8"))
         for cell in notebook["cells"]:
             if cell["cell_type"] == "code": cell["outputs"] = []
             if "parameters" in cell["metadata"].get("tags", ()): cell["source"] = "".join(cell["source"]) + "".join(f"\n{k} = {v!r}" for k, v in parameters.items())
@@ -394,3 +394,19 @@ launcher""", "panel = launcher.run.panel(); panel.unfold('Chat')\npanel")
             assert not found["nameless"], (theme, width, found["nameless"])
             assert not found["pale"], (theme, width, found["pale"])
             assert not found["wide"], (theme, width)
+
+
+@pytest.mark.skipif(not PICTURES, reason="measures: TINYTRAINER_SCREENSHOTS=1 on a quiet machine")
+def test_what_a_panel_costs(scene, jupyter):
+    "The benchmark with its panel open in a page, and what the server spends meanwhile; kept as its results"
+    server, folder, benchmarks = psutil.Process(jupyter[2].pid), scene.root / "runs" / "panel_cost", ROOT / "nbs" / "benchmarks"
+    spent = lambda: sum(server.cpu_times()[:2])
+    scene.lesson("05_panel_cost", benchmarks, max_steps=100)
+    scene.wait(lambda: (folder / "run.json").exists(), "it starts", 120)
+    before = spent()
+    scene.wait(lambda: (folder / "summary.json").exists(), "it ends", 300)
+    passed = spent() - before
+    scene.wait(lambda: (folder / "panel_cost.json").exists(), "all is measured", 120)
+    measured = json.loads((folder / "panel_cost.json").read_text(encoding="utf-8"))
+    measured |= dict(server=round(passed, 3), share_with_server=round((sum(measured["threads"].values()) + passed) / measured["training"], 4))
+    (benchmarks / "results" / "panel_cost.json").write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")

@@ -78,6 +78,7 @@ class RunPanel(Panel):
         **resume,            # what a resume needs, such as `reward` if it was a function
     ):
         self.run, self.resume_with, self._drawn, self._busy, self._picture = run, resume, None, threading.Lock(), LivePicture(run)
+        self.company = () # panels that look again when this one resumes its run
         self.head, self.bar, self.asked, self.last, self.curves, self.samples = (widgets.HTML() for _ in range(6))
         act = lambda action: lambda: self.ask(action)
         self.pause_button = button("Pause", "pause", "hold still after this step", act("pause"))
@@ -151,7 +152,7 @@ def _resume(self) -> None:
         self.trouble.value = ""
     except Exception as e: self.trouble.value = complaint(e)
     finally: self._busy.release()
-    for panel in (self, *self.opened.values()): panel.wake()
+    for panel in (self, *self.opened.values(), *self.company): panel.wake()
 
 @patch_to(RunPanel)
 def unfold(self, name: str) -> None: # Chat, Rollouts or Numbers
@@ -195,10 +196,13 @@ class LaunchPanel(Panel):
         if not self._busy.acquire(blocking=False): raise TinyTrainerError("a run is being started already.")
         try:
             if self.going_on(): raise TinyTrainerError("a run goes on: stop it first.")
+            args = self.form.value
             self.said.value = small("starting ...")
-            self.run = self.launch(self.form.value)
-            close_inside(self.below)
-            self.said.value, self.below.children = "", (RunPanel(self.run, form=False),)
+            close_inside(self.below); self.below.children = ()
+            if self.run is not None: self.run.close() # its model's memory is wanted now
+            self.run = self.launch(args)
+            panel = RunPanel(self.run, form=False)
+            panel.company, self.said.value, self.below.children = (self,), "", (panel,)
             self.wake()
             return self.run
         finally: self._busy.release()
