@@ -65,7 +65,7 @@ class Panel(widgets.VBox):
         try: more = self.look()
         except Exception as e: self.trouble.value, more = complaint(e), False # the run's folder may be gone
         self._spent += time.thread_time() - began
-        self._rest = max(self.every, self._began + 40 * (self._spent - 1.0) - time.monotonic())
+        self._rest = max(self.every, self._began + 40 * (self._spent - 0.6) - time.monotonic())
         return more and not self._closed.is_set()
 
     def _watch(self) -> None:
