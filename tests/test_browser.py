@@ -161,7 +161,7 @@ class Scene:
 
     def errors(self) -> list[str]: return self.page.locator("[data-mime-type='application/vnd.jupyter.error'], [data-mime-type='application/vnd.jupyter.stderr']").all_inner_texts()
 
-    def picture(self, name: str, keep: bool = False, at: str = ".tinytrainer-panel") -> None:
+    def picture(self, name: str, keep: bool = False, at: str = ".tinytrainer-panel:not(.tinytrainer-panel *)") -> None:
         "The window as it is: in nbs/images/ if it is to be kept, and at both widths in both themes, when pictures are asked for"
         if not PICTURES: return
         SCENES.mkdir(exist_ok=True)
@@ -169,7 +169,7 @@ class Scene:
             self.theme(theme)
             for width in (1600, 700):
                 self.page.set_viewport_size({"width": width, "height": 1100})
-                self.page.locator(at).first.evaluate("e => e.scrollIntoView({block: 'start'})")
+                self.page.locator(at).last.evaluate("e => e.scrollIntoView({block: 'start'})")
                 self.page.wait_for_timeout(700)
                 self.page.screenshot(path=SCENES / f"{name}_{width}_{theme.split()[1].lower()}.png")
                 if keep and width == 1600 and "Light" in theme: self.page.screenshot(path=ROOT / "nbs" / "images" / f"{name}.png")
@@ -318,8 +318,8 @@ def test_thirteen_numbers_by_hand(scene):
     scene.press("Start")
     scene.wait(lambda: "finished" in scene.head, "it ends", 180)
     scene.press("Numbers")
-    sliders = scene.page.get_by_role("slider", name=re.compile(r"v\[\d+\]"))
-    scene.wait(lambda: sliders.count() >= 13, "thirteen sliders with names", 60)
+    sliders = scene.page.locator(".tinytrainer-dialpanel").last.get_by_role("slider", name=re.compile(r"v\[\d+\]"))  # that of the lesson's last cell
+    scene.wait(lambda: sliders.count() == 13, "thirteen sliders with names", 60)
     sliders.first.focus(); scene.page.keyboard.press("End")  # as far as it goes
     scene.wait(lambda: "moved to" in scene.page.locator("img[alt^='trained numbers']").last.get_attribute("alt"), "the bar moves")
     scene.fill("say", QUESTION)

@@ -12,7 +12,7 @@ import ipywidgets as widgets
 import torch
 from safetensors import safe_open
 from torch import nn
-from .parts import button, complaint, small
+from .parts import button, complaint, scrolled, small, wrapped
 from .plots import COLOURS, Picture, image_html, table_html
 from .run import Run, patch_to
 from .talk import Conversation, Voice, lent
@@ -92,10 +92,10 @@ class DialPanel(Conversation):
         self.moves, self.trained, self.sliders, self._told, self._seen = {}, [], [], [], None
         self._one, self._nudged = threading.Lock(), threading.Event()
         self.bars, self.line = widgets.HTML(), widgets.Textarea(description="one line", rows=3, style=dict(description_width="initial"), layout=widgets.Layout(width="auto", display="none"))
-        self.box = widgets.Box([], layout=widgets.Layout(flex_flow="row wrap"))
+        self.box = wrapped()
         self.reset_button, self.zero_button, self.line_button = button("Reset", "undo", "all numbers as they were trained", self.reset), button("Zero all", "circle-o", "all numbers 0: the model without this adapter", self.zero), button("As one line", "font", "the numbers as a line of text, moved ones included", self.one_line, "9em")
-        row = widgets.Box([self.reset_button, self.zero_button, self.line_button], layout=widgets.Layout(flex_flow="row wrap"))
-        super().__init__(source, [widgets.Box([self.bars], layout=widgets.Layout(overflow="auto")), self.box, row, self.line], every)
+        row = wrapped(self.reset_button, self.zero_button, self.line_button)
+        super().__init__(source, [scrolled(self.bars), self.box, row, self.line], every)
         self.wake()
 
     def sides(self, voice: Voice) -> dict:

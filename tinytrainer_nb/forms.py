@@ -13,7 +13,7 @@ from pathlib import Path
 import ipywidgets as widgets
 import yaml
 from .core import TinyTrainerError, escaped, visible
-from .parts import Panel, complaint, small
+from .parts import Panel, complaint, small, wrapped
 from .run import Run, patch_to, recipe_module
 from .settings import Settings, check_value, field_type, grouped, parse_value
 
@@ -109,7 +109,6 @@ def earlier_runs(args: Settings, count: int = 20) -> list[Run]: # the newest fir
 
 # %% ../nbs/04b_forms.ipynb #c232c12b
 _AS = {"as Python": as_python, "as command": as_command, "as papermill parameters": as_parameters}
-_WRAP = dict(flex_flow="row wrap")
 
 def _lines(html: str) -> str: return f"<div style='line-height:1.35'>{html}</div>" if html else "" # closer than the page's own
 
@@ -146,7 +145,7 @@ class Form(Panel):
         self.rows[field.name] = widgets.VBox([widgets.HBox([entry, *unit]), *filter(None, [slider]), line], layout=widgets.Layout(width="27em", margin="0 0 4px 0"))
         entry.observe(lambda change: self._changed(field), "value")
 
-    def _cells(self, members: list) -> widgets.Box: return widgets.Box([self.rows[f.name] for f in members], layout=widgets.Layout(**_WRAP))
+    def _cells(self, members: list) -> widgets.Box: return wrapped(*(self.rows[f.name] for f in members))
 
 # %% ../nbs/04b_forms.ipynb #07cf6276
 @patch_to(Form)
@@ -165,7 +164,7 @@ def _whole(self, earlier: bool) -> list:
     self.code_as, self.code = widgets.ToggleButtons(options=list(_AS.items()), style=dict(button_width="auto"), layout=widgets.Layout(margin="8px 0 0 0")), widgets.HTML()
     self.code_as.observe(lambda _: self._say(), "value")
     self._turn(); self._say()
-    return [widgets.Box([*self.lists, self.explain], layout=widgets.Layout(**_WRAP)), *([self.switch] if many else []), *self.groups.values(), self.code_as, self.code]
+    return [wrapped(*self.lists, self.explain), *([self.switch] if many else []), *self.groups.values(), self.code_as, self.code]
 
 @patch_to(Form)
 def _turn(self) -> None:

@@ -10,7 +10,7 @@ import re, threading
 from statistics import mean
 import ipywidgets as widgets
 from .core import escaped, visible
-from .parts import Panel, button, close_inside, small
+from .parts import Panel, button, close_inside, scrolled, small, wrapped
 from .plots import alarm_lines, table_html
 from .run import Run, patch_to
 
@@ -104,8 +104,8 @@ class RolloutPanel(Panel):
         self.step, self.sort = choice("step", "newest"), choice("sort by", "reward")
         self.descending = widgets.Checkbox(True, description="descending", indent=False, layout=widgets.Layout(width="auto"))
         for chosen in (self.step, self.sort, self.descending): chosen.observe(lambda change: change.new is None or self.draw(), "value")
-        above = widgets.Box([self.step, self.sort, self.descending], layout=widgets.Layout(flex_flow="row wrap"))
-        super().__init__([self.alarms, above, widgets.Box([self.table], layout=widgets.Layout(overflow="auto"))], every)
+        above = wrapped(self.step, self.sort, self.descending)
+        super().__init__([self.alarms, above, scrolled(self.table)], every)
         self.wake()
 
     @property

@@ -14,7 +14,7 @@ from pathlib import Path
 import ipywidgets as widgets
 import numpy as np
 from .core import TinyTrainerError, visible
-from .parts import Panel, small
+from .parts import Panel, scrolled, small, wrapped
 from .plots import COLOURS, PANELS, STYLES, Picture, image_html, smooth, table_html, thin, wanted_panels
 from .run import Run
 
@@ -211,8 +211,7 @@ class OverlayPanel(Panel):
         self.boxes = [widgets.Checkbox(value=True, description=name, indent=False, layout=widgets.Layout(width="auto", margin="0 1em 0 0")) for name in run_names(self.runs)]
         self.axis = widgets.Dropdown(description="curves over", options=list(AXES), style=dict(description_width="initial"), layout=widgets.Layout(width="14em"))
         for choice in (*self.boxes, self.axis): choice.observe(lambda _: threading.Thread(target=self.wake, name="tinytrainer-overlay", daemon=True).start(), "value")
-        scrolled = lambda widget, **size: widgets.Box([widget], layout=widgets.Layout(overflow="auto", **size))
-        choices = widgets.Box([self.axis, *self.boxes], layout=widgets.Layout(flex_flow="row wrap", align_items="center"))
+        choices = wrapped(self.axis, *self.boxes, align_items="center")
         super().__init__([scrolled(self.differences, max_height="24em"), choices, scrolled(self.curves), scrolled(self.finals)], every)
         self.wake()
 

@@ -16,7 +16,7 @@ from .core import TinyTrainerError, escaped
 from .dials import dial_panel, has_dials
 from .forms import run_settings, settings_form
 from .groups import rollout_panel
-from .parts import Panel, badge, button, close_inside, complaint, small
+from .parts import Panel, badge, button, close_inside, complaint, scrolled, small, wrapped
 from .plots import LivePicture, run_html, samples_html
 from .run import Run, patch_to
 from .settings import Settings
@@ -85,13 +85,14 @@ class RunPanel(Panel):
         self.continue_button = button("Continue", "play", "go on: after a pause, or from the last checkpoint of a run that was interrupted", self.go_on)
         self.stop_button = button("Stop", "stop", "end after this step and keep what was trained", act("stop"))
         self.save_button = button("Save now", "save", "make a checkpoint after this step", act("save"))
-        buttons = widgets.Box([self.pause_button, self.continue_button, self.stop_button, self.save_button], layout=widgets.Layout(flex_flow="row wrap"))
-        self.form = settings_form(run_settings(run), only=run.info["may_change"], changed=self.change) if form and run.info["may_change"] else None
+        buttons = wrapped(self.pause_button, self.continue_button, self.stop_button, self.save_button)
+        live = run.info["may_change"] if form else ()
+        self.form = settings_form(run_settings(run), only=live, changed=self.change)
+        self.form.layout.display = None if live else "none"
         self.rooms = {"Chat": chat_panel} | ({"Rollouts": rollout_panel} if run.info["recipe"] in ("ppo", "grpo") else {}) | ({"Numbers": dial_panel} if has_dials(run) else {})
         self.below, self.opened = widgets.VBox(), {}
-        doors = widgets.Box([button(name, "caret-down", f"open or close: {name.lower()}", lambda name=name: self.unfold(name)) for name in self.rooms], layout=widgets.Layout(flex_flow="row wrap"))
-        scrolled = lambda widget, height=None: widgets.Box([widget], layout=widgets.Layout(overflow="auto", max_height=height))
-        super().__init__([self.head, self.bar, buttons, *filter(None, [self.form]), self.asked, self.last, scrolled(self.curves), scrolled(self.samples, "24em"), doors, self.below], every)
+        doors = wrapped(*(button(name, "caret-down", f"open or close: {name.lower()}", lambda name=name: self.unfold(name)) for name in self.rooms))
+        super().__init__([self.head, self.bar, buttons, self.form, self.asked, self.last, scrolled(self.curves), scrolled(self.samples, max_height="24em"), doors, self.below], every)
         self.wake()
 
     def twin(self) -> str: return run_html(self.run)
@@ -107,7 +108,7 @@ def look(self) -> bool: # whether the run goes on
     self.last.value = _event_html(state["last"])
     self.pause_button.disabled, self.stop_button.disabled, self.save_button.disabled = status != "running", not alive, not alive
     self.continue_button.disabled = status in ("running", "finished")
-    if self.form is not None: self.form.lock(open=self.run.info["may_change"] if alive else ())
+    self.form.lock(open=self.run.info["may_change"] if alive else ())
     if self._drawn != (drawn := (status, self.run.events[-1:])):
         self.curves.value, self.samples.value = self._picture.html(), samples_html(self.run, 4)
         if self._drawn is not None and self._drawn[0] != status: self.keep()

@@ -224,7 +224,7 @@ class LivePicture:
         self.drawn = [axes.lines[:len(labels)] for axes, (_, labels) in zip(self.figure.axes, kind[0])]
         for axes, drawn, lines in zip(self.figure.axes, self.drawn, now):
             (low, high), last = axes.get_ylim(), _bounds(lines)[2]
-            axes.set(xlim=(0, total if last <= total < 3 * last else 2 * last), ylim=(low - 0.1 * (high - low), high + 0.1 * (high - low)))
+            axes.set(xlim=(0, total if last <= total < 3 * last else max(2 * last, min(total, 20))), ylim=(low - 0.1 * (high - low), high + 0.1 * (high - low)))
             for line in drawn: line.set_animated(True)
         self.canvas.draw()
         self._still = self.canvas.copy_from_bbox(self.figure.bbox)

@@ -17,7 +17,7 @@ from .chat import Chat
 from .core import TinyTrainerError, give_back
 from .fast import Decoder
 from .models import load_model
-from .parts import Panel, button, complaint, small
+from .parts import Panel, button, complaint, scrolled, small, wrapped
 from .plots import table_html
 from .pretrain import rebuild_whole
 from .rollout import GenerateArgs
@@ -157,8 +157,8 @@ class Conversation(Panel):
         self.send_button, self.stop_button, self.clear_button = button("Send", "paper-plane", "ask all sides", self.post), button("Stop answer", "stop", "end the answer that is coming; the run is not stopped", self.stop, "9em"), button("Clear", "trash", "begin a new conversation", self.clear)
         self.stop_button.disabled = True
         self.head, self.said, self.shown = widgets.HTML(), widgets.HTML(), widgets.HTML()
-        row = widgets.Box([self.send_button, self.stop_button, self.clear_button, self.temperature, self.seed, self.longest], layout=widgets.Layout(flex_flow="row wrap"))
-        super().__init__([*above, self.head, self.say, row, self.said, widgets.Box([self.shown], layout=widgets.Layout(overflow="auto"))], every)
+        row = wrapped(self.send_button, self.stop_button, self.clear_button, self.temperature, self.seed, self.longest)
+        super().__init__([*above, self.head, self.say, row, self.said, scrolled(self.shown)], every)
 
     @property
     def run(self) -> Run | None:
