@@ -166,7 +166,7 @@ def story_figure(
 # %% ../nbs/03a_plots.ipynb #1f2980ec
 def table_html(head: list[str], rows: list[list], label: str) -> str: # numbers and texts; label: what a screen reader calls it
     "A table as HTML; line breaks within a cell are kept, everything is escaped, and a text's direction ends with its cell."
-    text = lambda value: "" if value is None else f"{value:.4g}" if isinstance(value, float) else value
+    text = lambda value: "" if value is None else f"{value + 0.0:.4g}" if isinstance(value, float) else value # without a -0
     cell = lambda value, tag: f"<{tag} style='text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:{'anywhere' if tag == 'td' else 'normal'};line-height:1.4;padding:2px 12px 2px 0;unicode-bidi:plaintext'>{escaped(text(value))}</{tag}>"
     line = lambda values, tag: f"<tr>{''.join(cell(value, tag) for value in values)}</tr>"
     return f"<table aria-label='{escaped(label)}'>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
