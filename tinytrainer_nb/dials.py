@@ -135,7 +135,7 @@ def look(self) -> bool:
 def _show(self, going: bool, locked: bool) -> None:
     "Draw the bars, set the sliders."
     if len(self.sliders) != len(self.trained): self._make_sliders()
-    limit = scale_of([*self.trained, *self.moves.values()])
+    limit = scale_of(self.trained) # not of what was moved: a range that changes under a hand makes the page round all others anew
     self._told = [self.moves.get(i, value) for i, value in enumerate(self.trained)]
     for slider, value in zip(self.sliders, self._told):
         with slider.hold_trait_notifications(): slider.min, slider.max, slider.step, slider.value = -limit, limit, limit / 200, value
