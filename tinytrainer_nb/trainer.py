@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from .adapters import adapter_settings, count_trainable, save_adapter, trainable
-from .core import TinyTrainerError, file_hash, memory, peak_memory, processes, progress, quiet, read_json, share, write_json
+from .core import TinyTrainerError, file_hash, peak_memory, processes, progress, quiet, read_json, share, write_json
 from .fast import thin_adapters
 from .models import compute_context, keep_gradients, load_model, with_adapter
 from .run import Run, patch_to, remove_whole, whole_folder
@@ -160,7 +160,7 @@ class RunTrainer:
         "Note what this step cost, its optimiser step included."
         seconds = self.clock() - self._began
         self.tokens += self.step_tokens
-        self.figures |= dict(tokens=self.tokens, tokens_per_s=round(self.step_tokens / seconds, 1), seconds=round(seconds, 4), memory_gb=round(memory(self.args.device), 3))
+        self.figures |= dict(tokens=self.tokens, tokens_per_s=round(self.step_tokens / seconds, 1), seconds=round(seconds, 4))
 
 # %% ../nbs/02a_trainer.ipynb #3ff17675
 @patch_to(RunTrainer)
