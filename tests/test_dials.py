@@ -1,5 +1,4 @@
 """Numbers turned by hand: in the model for an answer alone, exactly as if they had been set; a run that trains them never notices."""
-import time
 
 import pytest
 import torch
@@ -13,8 +12,9 @@ from tinytrainer_nb.core import mix_seed
 from tinytrainer_nb.tinylora import few_numbers, trained_vector
 from tinytrainer_nb.trainer import begin
 
+from live import adapter, figures, until
+
 QUIET = dict(eval_steps=0, sample_steps=0)
-OTHER_EACH_TIME = ("time", "seconds", "tokens_per_s", "memory_gb")
 IDS = torch.arange(3, 35)[None]
 
 
@@ -38,19 +38,6 @@ def vowels(prompt, completion, **row): return sum(c in "aeiou" for c in completi
 def start(out, recipe=grpo, **more):
     settings = dict(max_steps=4, batch_size=4, num_generations=3, max_new_tokens=24, learning_rate=0.05, save_steps=2, out=str(out)) | QUIET | more
     return recipe(*thirteen(), data_file("rl.jsonl"), vowels, (GRPOArgs if recipe is grpo else PPOArgs)(**settings), live=True)
-
-
-def until(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-def figures(run): return [{k: v for k, v in e.items() if k.partition("/")[0] not in OTHER_EACH_TIME} for e in run.events if e["kind"] == "metrics"]
-
-
-def adapter(run): return (run.folder / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
 def logits(model):

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import ipywidgets
@@ -16,7 +15,8 @@ from tinytrainer_nb.all import LoraArgs, Run, SFTArgs, add_lora, data_file, load
 from tinytrainer_nb.panels import RunPanel, launch_panel, request_lines
 from tinytrainer_nb.plots import LivePicture, run_html
 
-TIMES = ("time", "seconds", "tokens_per_s", "memory_gb")  # what no two runs have in common
+from live import adapter, figures, until
+
 NASTY = "<script>window.pwned=1</script><img src=x onerror='window.pwned=2'>\x1b[31mred\x1b[0m\u202eecalper\u200bzero"
 
 
@@ -27,17 +27,9 @@ def train(out, live=False, examples=None, **changes):
     return sft(add_lora(model, LoraArgs(r=4), seed=0), tokenizer, examples, SFTArgs(**settings), live=live)
 
 
-def until(condition, what: str, seconds: float = 60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"{what}: not within {seconds} s"
-        time.sleep(0.02)
-
-
 def result(run: Run) -> tuple:
-    "What has to be the same: the adapter's bytes and all figures but times"
-    figures = [{k: v for k, v in e.items() if k not in TIMES and not k.startswith("seconds/")} for e in run.events if e["kind"] == "metrics"]
-    return (run.folder / "adapter" / "adapter_model.safetensors").read_bytes(), figures
+    "What has to be the same"
+    return adapter(run), figures(run)
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +62,7 @@ def test_a_killed_kernel_is_found_again_and_goes_on(tmp_path, whole):
     panel.continue_button.click()
     until(lambda: run.status == "finished", "the resumed run ends", 120)
     run.wait(60)
-    adapter, figures = result(run)
-    assert (adapter, figures) == whole
+    assert result(run) == whole
     panel.close()
 
 

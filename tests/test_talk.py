@@ -18,8 +18,9 @@ from tinytrainer_nb.talk import Conversation, Voice, as_handed_over, chat_panel,
 from tinytrainer_nb.tinylora import TinyLoraArgs, add_tinylora
 from tinytrainer_nb.trainer import begin
 
+from live import adapter, figures, until
+
 QUIET = dict(eval_steps=0, sample_steps=0)
-OTHER_EACH_TIME = ("time", "seconds", "tokens_per_s", "memory_gb")
 QUESTION = "Ben has 12 pens and buys 30 more. How many pens does Ben have now?"
 
 
@@ -42,19 +43,6 @@ def recipes(lessons):
         args = GRPOArgs(**dict(max_steps=4, batch_size=4, num_generations=3, max_new_tokens=24, save_steps=2, out=str(out)) | QUIET | more)
         return grpo(add_lora(model, LoraArgs(r=4)), tokenizer, data_file("rl.jsonl"), vowels, args, live=True)
     return start
-
-
-def until(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-def figures(run): return [{k: v for k, v in e.items() if k.partition("/")[0] not in OTHER_EACH_TIME} for e in run.events if e["kind"] == "metrics"]
-
-
-def adapter(run): return (run.folder / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
 def everything(model):
