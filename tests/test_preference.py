@@ -140,9 +140,9 @@ def test_over_4_bits_the_adapter_stays_what_it_was(tmp_path, dtype):
 def ask(monkeypatch, wishes: dict) -> None:
     "Leave requests at the end of these steps"
     original = RunTrainer.obey
-    def obey(self, between_steps=True):
+    def obey(self, save=None, due=False):
         for action, values in wishes.get(self.state.global_step, {}).items(): self.run.request(action, **values)
-        return original(self, between_steps)
+        return original(self, save, due)
     monkeypatch.setattr(RunTrainer, "obey", obey)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import torch
 from torch import nn
-from .core import TinyTrainerError, quiet, read_json, write_json
+from .core import TinyTrainerError, builds, quiet, read_json, write_json
 from .settings import Settings, setting
 from bitsandbytes.functional import dequantize_4bit
 from peft import LoraConfig, get_peft_model
@@ -42,6 +42,7 @@ def layer_numbers(text: str) -> list[int] | None: # None: all
     return sorted({n for m in found for n in range(int(m[1]), int(m[2] or m[1]) + 1)})
 
 # %% ../nbs/01b_adapters.ipynb #ae766943
+@builds
 def add_lora(
     model,                        # from `load_model`
     args: LoraArgs = None,        # rank, scale, dropout, targets

@@ -12,7 +12,7 @@ import ipywidgets as widgets
 import torch
 from safetensors import safe_open
 from torch import nn
-from .parts import button, complaint, scrolled, small, wrapped
+from .parts import button, complaint, scrolled, small, source_of, wrapped
 from .plots import COLOURS, Picture, image_html, table_html
 from .run import Run, patch_to
 from .talk import Conversation, Voice, lent
@@ -127,9 +127,15 @@ def look(self) -> bool:
         settled = not going and (trained == self.trained or not self.sliders) # what a page says of the values before is not taken for a hand's
         self.trained = trained
         if not settled: self.moves = {}
-        if not self.trained: self.head.value = small(f"This run does not train a TinyLoRA adapter of at most {FEW} numbers."); return False
+        if not self.trained: self._nothing(); return False
         if self._seen != (seen := (going, settled, trained, self.moves)): self._seen = seen; self._show(going, not settled)
         return not settled or self.run is not None and self.run.status == "paused"
+
+@patch_to(DialPanel)
+def _nothing(self) -> None:
+    "There are no numbers to turn."
+    self.head.value = small(f"This run does not train a TinyLoRA adapter of at most {FEW} numbers: chat_panel(run) talks to it.")
+    for widget in (self.reset_button, self.zero_button, self.line_button, self.send_button): widget.disabled = True
 
 @patch_to(DialPanel)
 def _show(self, going: bool, locked: bool) -> None:
@@ -201,4 +207,4 @@ def dial_panel(
     tokenizer=None,   # of a model without a run
 ) -> DialPanel:       # show it as a cell's last line
     "See the few numbers that TinyLoRA trains, and turn them by hand."
-    return DialPanel(Voice(None, run, tokenizer) if isinstance(run, nn.Module) else run)
+    return DialPanel(Voice(None, run, tokenizer) if isinstance(run, nn.Module) else source_of(run))

@@ -216,12 +216,16 @@ def _changed(self, field) -> None:
 # %% ../nbs/04b_forms.ipynb #e62e923d
 @patch_to(Form)
 def fill(self, args: Settings) -> None:
-    "Show other settings; nobody is told that they have changed."
+    "Show other settings."
+    self.show(args.to_dict())
+
+@patch_to(Form)
+def show(self, values: dict) -> None: # by name
+    "Show what some fields have become; nobody is told, and names that the form does not have are left out."
     self._filling = True
     try:
-        for f in self.shown:
-            entry, value = self.inputs[f.name], getattr(args, f.name)
-            entry.value = _text(value) if isinstance(entry, widgets.Text) else value
+        for name, entry in self.inputs.items():
+            if name in values: entry.value = _text(values[name]) if isinstance(entry, widgets.Text) else values[name]
     finally: self._filling = False
     self._tell_all()
     if self.only is None: self._say(); self.keep()

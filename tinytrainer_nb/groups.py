@@ -10,7 +10,7 @@ import re, threading
 from statistics import mean
 import ipywidgets as widgets
 from .core import escaped, visible
-from .parts import Panel, button, close_inside, scrolled, small, wrapped
+from .parts import Panel, button, close_inside, scrolled, small, source_of, wrapped
 from .plots import alarm_lines, table_html
 from .run import Run, patch_to
 
@@ -98,7 +98,7 @@ class RolloutPanel(Panel):
         run,                # a `Run`, or what has one as its `run`, None before it begins
         every: float = 1.0, # seconds between two looks, at least
     ):
-        self.source, self._seen, self._rung, self._drawing = run, None, None, threading.Lock()
+        self.source, self._seen, self._rung, self._drawing = source_of(run), None, None, threading.Lock()
         self.alarms, self.table = widgets.VBox(), widgets.HTML(layout=widgets.Layout(width="100%"))
         choice = lambda name, first: widgets.Dropdown(description=name, options=[(first, first)], style=dict(description_width="initial"), layout=widgets.Layout(width="15em", max_width="100%"))
         self.step, self.sort = choice("step", "newest"), choice("sort by", "reward")

@@ -94,7 +94,7 @@ def grpo(
     "Improve `model` in place by a reward. Raises `TinyTrainerError` for data, rewards or settings that cannot work."
     args = args or GRPOArgs()
     run, prompts = prepare_rounds("grpo", model, tokenizer, prompts, reward, args)
-    return _start(run, model, tokenizer, prompts, find_reward(reward), args, live)
+    with run.failing(): return _start(run, model, tokenizer, prompts, find_reward(reward), args, live)
 
 def _start(run, model, tokenizer, prompts, judge, args, live) -> Run:
     return start_rounds(GRPOTrainer, Policy, run, model, tokenizer, prompts, judge, args, live)

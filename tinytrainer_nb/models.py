@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig
 from . import attention # noqa: F401, registers "packed"
-from .core import DTYPES, TinyTrainerError, data_file, default_device, dtype_name, file_hash, free_memory, num_threads, probe_dtype, quiet, read_json, unused_gpu
+from .core import DTYPES, TinyTrainerError, builds, data_file, default_device, dtype_name, file_hash, free_memory, num_threads, probe_dtype, quiet, read_json, unused_gpu
 from .tokens import ensure_template
 
 # %% ../nbs/01a_models.ipynb #122f6ed8
@@ -145,6 +145,7 @@ def _stored_bytes(path: str, parameters: int) -> int:
     files = list(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
     return sum(f.stat().st_size for f in files) or 2 * parameters
 
+@builds
 def load_model(
     name: str | Path = DEFAULT_BASE, # "tiny", a model's folder, a run's folder, a Hub id
     quantization: str = "auto",      # auto, nf4, int8 or none
@@ -195,6 +196,7 @@ def _own(device: str) -> str | torch.device:
     "Of several processes, each takes its own GPU."
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if device == "cuda" else device
 
+@builds
 def with_adapter(model, folder: Path):
     "`model` with a saved adapter or a stack of them on it, ready to be trained on."
     from peft import PeftModel

@@ -23,7 +23,9 @@ def find_runs(
     runs,        # runs or their folders; or one folder, for all runs in it
 ) -> list[Run]:  # the oldest first, if they were found in a folder
     "The runs that are meant; raises `TinyTrainerError` if there is none."
-    if not isinstance(runs, (str, Path)): return [run if isinstance(run, Run) else Run.open(run) for run in ([runs] if isinstance(runs, Run) else runs)]
+    if not isinstance(runs, (str, Path)):
+        if found := [Run.open(run) for run in ([runs] if isinstance(runs, Run) else runs)]: return found
+        raise TinyTrainerError("there is no run to show. Give runs, their folders, or one folder with runs in it.")
     found = [Run(path.parent) for path in Path(runs).rglob("run.json") if not any(part.startswith(".") for part in path.relative_to(runs).parts)]
     if not found: raise TinyTrainerError(f"{runs}: no run is here, and none below it (no run.json).")
     return sorted(found, key=lambda run: run.info.get("created", 0))

@@ -178,7 +178,7 @@ def ppo(
     "Improve `model` in place by a reward. Raises `TinyTrainerError` for data, rewards or settings that cannot work."
     args = args or PPOArgs()
     run, prompts = prepare_rounds("ppo", model, tokenizer, prompts, reward, args)
-    return _start(run, model, tokenizer, prompts, find_reward(reward), args, live)
+    with run.failing(): return _start(run, model, tokenizer, prompts, find_reward(reward), args, live)
 
 def _start(run, model, tokenizer, prompts, judge, args, live) -> Run:
     seed_everything(args.seed) # a run that starts over begins with the same value adapter

@@ -211,7 +211,7 @@ def _begin(recipe: str, trainer: type, model, tokenizer, data, args: PairArgs, l
         begin(run, model)
         if args.eval_steps and not len(held): tell(run, f"no pair is held back for an evaluation: that takes ten pairs, and there are {len(train)}")
         tell(run, f"data: {len(pairs):,} pairs, {sum(2 * len(p['prompt_ids']) + len(p['chosen_ids']) + len(p['rejected_ids']) for p in pairs):,} tokens; left out: {reasons}; held out: {len(held):,} pairs")
-    return _start(run, trainer, model, tokenizer, train, pairs, held, args, live)
+    with run.failing(): return _start(run, trainer, model, tokenizer, train, pairs, held, args, live)
 
 def _start(run, trainer: type, model, tokenizer, train, pairs, held, args, live) -> Run:
     "Build the trainer and let it go; what it does to the model besides training is taken back in the end."
@@ -220,7 +220,7 @@ def _start(run, trainer: type, model, tokenizer, train, pairs, held, args, live)
     data = dict(train_dataset=Dataset.from_list(pairs), eval_dataset=Dataset.from_list(heldout) if heldout else None)
     def work():
         seed_everything(args.seed)
-        with as_it_was(model): trainer(run, args, DTYPES[run.info["load"]["dtype"]], model, tokenizer, shown=list(held or train), **data).fit()
+        with run.failing(), as_it_was(model): trainer(run, args, DTYPES[run.info["load"]["dtype"]], model, tokenizer, shown=list(held or train), **data).fit()
     return launch(run, work, live)
 
 @contextlib.contextmanager

@@ -147,7 +147,7 @@ def pretrain(
         (run.folder / "data").mkdir()
         np.save(run.folder / "data" / "tokens.npy", stream)
         with whole_folder(run.folder / "start") as folder: tokenizer.save_pretrained(folder)
-    return _start(run, model, tokenizer, stream, args, live)
+    with run.failing(): return _start(run, model, tokenizer, stream, args, live)
 
 def _held_out(blocks: Blocks, args: PretrainArgs) -> int: return min(args.eval_blocks if args.eval_steps else 0, len(blocks) // 10)
 

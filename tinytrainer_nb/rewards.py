@@ -208,6 +208,7 @@ def find_reward(
 ) -> Reward:
     "The reward that `spec` names; raises `TinyTrainerError` for an unknown name, a name given twice, a weight that is no number, a file that cannot be run."
     if isinstance(spec, Reward): return spec
+    if not isinstance(spec, str) and not callable(spec): raise TinyTrainerError(f"reward={spec!r:.60} is not allowed: it must be a function, or a name such as exact_answer.")
     if callable(spec): return _witnessed({_called(spec): (spec, 1.0)})
     parts = {}
     for item in str(spec).split(","):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from .adapters import freeze_reference, save_adapter, using_adapters
 from .alarms import new_alarms, round_figures, rounds
-from .core import DTYPES, TinyTrainerError, gathered, mix_seed, processes, read_json, seed_everything, write_json
+from .core import BUILDING, DTYPES, TinyTrainerError, gathered, mix_seed, processes, read_json, seed_everything, write_json
 from .data import load_prompts
 from .fast import Decoder, choose_forms, need_plain_logits, token_logprobs
 from .models import compute_context
@@ -150,7 +150,7 @@ class RolloutTrainer(RunTrainer, Trainer):
         "Pause inside a round; an interrupt ends it here, where nothing has been changed yet. Several processes look between rounds only."
         if processes()[1] > 1 or time.monotonic() - getattr(self, "_looked", 0) < 0.2: return
         self._looked = time.monotonic()
-        self.obey(between_steps=False)
+        self.obey()
         if self.interrupts.asked:
             if self.state.global_step: self._save_checkpoint(self.model, None)
             raise KeyboardInterrupt
@@ -349,7 +349,9 @@ def held_out(prompts: list[dict], args: RolloutArgs) -> int: # rows
 def _reward_name(reward, judge) -> str:
     "What run.json says: a name that a resume can find again, or that there was a function."
     if isinstance(reward, str): return reward
-    return next((name for name, function in BUILT_IN.items() if function is reward), f"function {list(judge.parts)[0]}")
+    if name := next((name for name, function in BUILT_IN.items() if function is reward), None): return name
+    parts = [name for name in judge.parts if name != "flexible_answer" or name not in judge.watched]
+    return f"function {parts[0]}" if len(parts) == 1 else f"parts {', '.join(parts)}"
 
 # %% ../nbs/02d_rl.ipynb #788e8ce1
 def start_rounds(trainer: type, module, run: Run, model, tokenizer, prompts: list[dict], judge, args: RolloutArgs, live: bool, adapters: tuple[str, ...] = ()) -> Run: # adapters: of the recipe's own
@@ -359,8 +361,8 @@ def start_rounds(trainer: type, module, run: Run, model, tokenizer, prompts: lis
     def put_away():
         for name in (*reference, *adapters): model.delete_adapter(name)
     try:
-        trainer = trainer(run, args, DTYPES[run.info["load"]["dtype"]], model=module(model), train_dataset=prompts[held:], heldout=prompts[:held],
-                          data_collator=_as_they_are, tokenizer=tokenizer, reward=judge, reference=reference)
+        with BUILDING: trainer = trainer(run, args, DTYPES[run.info["load"]["dtype"]], model=module(model), train_dataset=prompts[held:], heldout=prompts[:held],
+                                         data_collator=_as_they_are, tokenizer=tokenizer, reward=judge, reference=reference)
     except BaseException: put_away(); raise
     run.model, run.tokenizer = model, tokenizer
     def work():
@@ -375,7 +377,9 @@ def _as_they_are(rows: list[dict]) -> dict:
 def resume_rounds(start, settings: type, run: Run, live: bool, reward) -> Run:
     "Go on with an interrupted run; a reward that was a function or a file must be given again."
     named = run.info["reward"]
-    if reward is None and (named.startswith("function ") or ".py:" in named):
+    if reward is None and (named.startswith(("function ", "parts ")) or ".py:" in named):
         raise TinyTrainerError(f"{run.folder}: its reward was {named}, which is not kept in the folder. Give it again: {run.how_to_resume()}.")
+    if reward is not None and named.startswith("parts ") and (given := _reward_name(reward, find_reward(reward))) != named:
+        raise TinyTrainerError(f"{run.folder}: its reward was {named}; {given} is another one. Give the same again.")
     model, tokenizer = rebuild(run)
     return start(run, model, tokenizer, read_json(run.folder / "data" / "prompts.json"), find_reward(reward or named), settings(**run.info["settings"]), live)

@@ -149,7 +149,7 @@ def sft(
         begin(run, model)
         if args.eval_steps and not len(held): tell(run, f"no row is held back for an evaluation: that takes ten rows, and there are {len(train)}")
         tell(run, f"data: {reading}; held out: {len(held):,} rows")
-    return _start(run, model, tokenizer, train, rows, held, args, live)
+    with run.failing(): return _start(run, model, tokenizer, train, rows, held, args, live)
 
 def _lessons(table: Dataset) -> Dataset:
     "The columns that are trained on; others may hold what JSON cannot, such as dates."

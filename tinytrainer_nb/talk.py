@@ -17,7 +17,7 @@ from .chat import Chat
 from .core import TinyTrainerError, give_back
 from .fast import Decoder
 from .models import load_model
-from .parts import Panel, button, complaint, scrolled, small, wrapped
+from .parts import Panel, button, complaint, scrolled, small, source_of, wrapped
 from .plots import table_html
 from .pretrain import rebuild_whole
 from .rollout import GenerateArgs
@@ -192,6 +192,7 @@ class Conversation(Panel):
 @patch_to(Conversation)
 def answer(self, text: str) -> dict[str, str]: # what each side said
     "Ask all sides, and wait. Raises `TinyTrainerError` if nobody can be asked, if the question is too long, or while another answer is coming."
+    if not text.strip(): raise TinyTrainerError("there is no question: type one first.")
     with self.alone():
         self._stop.clear()
         self.send_button.disabled, self.stop_button.disabled, self.trouble.value = True, False, ""
@@ -295,7 +296,7 @@ def close(self) -> None:
 # %% ../nbs/04c_talk.ipynb #5b79cf64
 class ChatPanel(Conversation):
     "A run's model as it was handed over, beside the same model as it is now."
-    def __init__(self, run, every: float = 1.0): super().__init__(run, every=every); self.wake()
+    def __init__(self, run, every: float = 1.0): super().__init__(source_of(run), every=every); self.wake()
 
     def sides(self, voice: Voice) -> dict:
         "A run that trains all weights keeps no copy of what they were: it has no before."

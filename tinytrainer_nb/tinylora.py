@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .adapters import linear_names, written_out
-from .core import TinyTrainerError, progress, quiet
+from .core import TinyTrainerError, builds, progress, quiet
 from .models import base_hash
 from .settings import Settings, setting
 from huggingface_hub import try_to_load_from_cache
@@ -218,6 +218,7 @@ def check_base(model, base: str, quantization: str) -> None: # what the adapter 
     if not here.startswith(base): raise TinyTrainerError(f"this TinyLoRA adapter belongs to another base, whose weights have the hash {base[:16]}; those here have {here[:16]}. Load the base that it was trained on.")
     if packed != quantization: raise TinyTrainerError(f"this TinyLoRA adapter was trained over {quantization if quantization != 'none' else '16-bit'} weights, and the model has {packed if packed != 'none' else '16-bit'} ones, whose directions are others. Load it with quantization={quantization!r}.")
 
+@builds
 def add_tinylora(
     model,                     # from `load_model`
     args: TinyLoraArgs = None, # how many numbers, shared by how many layers

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from .adapters import adapter_settings, count_trainable, save_adapter, trainable
-from .core import TinyTrainerError, file_hash, peak_memory, processes, progress, quiet, read_json, share, write_json
+from .core import TinyTrainerError, builds, file_hash, peak_memory, processes, progress, quiet, read_json, share, write_json
 from .fast import thin_adapters
 from .models import compute_context, keep_gradients, load_model, with_adapter
 from .run import Run, patch_to, remove_whole, whole_folder
@@ -57,6 +57,7 @@ class TrainArgs(Settings):
     def check(self):
         "Rules between fields."
         if (self.keep_best or self.patience) and not self.eval_steps: raise TinyTrainerError("keep_best and patience look at evaluations, and eval_steps=0 makes none. Set eval_steps.")
+        if not self.out.strip(): raise TinyTrainerError("out='' is not allowed: it must be the folder of the run, such as runs/first.")
         if self.batch_size % processes()[1]: raise TinyTrainerError(f"batch_size={self.batch_size} is for all processes together: it must be a multiple of {processes()[1]}, their number.")
         trackers(self)
 
@@ -102,6 +103,7 @@ class RunTrainer:
     drop_last = False # whether rows that do not fill a batch are left out
     shares_rows = True # whether each of several processes gets a part of the rows, or all of them
 
+    @builds
     def __init__(self, run: Run, settings: TrainArgs, dtype: torch.dtype, config=TrainingArguments, **kwargs):
         model = keep_gradients(kwargs.pop("model"))
         device = next(model.parameters()).device.type
@@ -235,15 +237,15 @@ def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kw
     told = self.state.global_step > self._globalstep_last_logged
     super(RunTrainer, self)._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
     if told and self.run.leads and self.settings.sample_steps and self.state.global_step % self.settings.sample_steps == 0: self.sample()
-    if self.obey() or due: self._save_checkpoint(model, trial)
+    self.obey(lambda: self._save_checkpoint(model, trial), due)
 
 @patch_to(RunTrainer)
 def sample(self) -> None: "Show what the model says now; recipes fill this in."
 
 @patch_to(RunTrainer)
-def obey(self, between_steps: bool = True) -> bool: # whether a checkpoint is wanted
-    "Take the requests that have come: pause here until told otherwise, change settings, stop. Within a step only a pause is obeyed."
-    save, paused, step = False, False, self.state.global_step
+def obey(self, save=None, due: bool = False) -> None: # save() makes a checkpoint, None within a step; due: one is wanted anyway
+    "Take the requests that have come: pause here until told otherwise, change settings, save, stop. Within a step only a pause is obeyed."
+    between_steps, paused, step = save is not None, False, self.state.global_step
     while True:
         requests = share(self.run.take_requests(None if between_steps else ("pause", "unpause")) if self.run.leads else None)
         if between_steps and share(self.interrupts.asked): requests = [*requests, dict(action="stop")]
@@ -254,12 +256,19 @@ def obey(self, between_steps: bool = True) -> bool: # whether a checkpoint is wa
             if action == "set": self.change(request["changes"], **asked)
             if action == "stop": self.stopped = self.control.should_training_stop = True; self.ending = asked
             if action == "save": self.saving = asked
-            save |= action in ("set", "stop", "save")
+            due |= action in ("set", "stop", "save")
         if paused and not between_steps and self.run.asked("stop"): paused = False; self.run.set_status("running", step)
-        since = time.perf_counter()
-        with contextlib.nullcontext() if paused else self.run.still: time.sleep(0.1 * paused) # nobody trains while an answer comes from the model
-        self._paused += time.perf_counter() - since
-        if not paused: return save
+        since, saved = time.perf_counter(), 0.0
+        with self.run.still if due or not paused else contextlib.nullcontext(): # nobody trains or saves while an answer comes from the model
+            if due: saved = _seconds(save); due = False # at once: who dies in a pause has lost nothing that was asked for
+        time.sleep(0.1 * paused)
+        self._paused += time.perf_counter() - since - saved
+        if not paused: return
+
+def _seconds(work) -> float:
+    "Do it; how long it took."
+    began = time.perf_counter(); work()
+    return time.perf_counter() - began
 
 @patch_to(RunTrainer)
 def change(self, changes: dict, **asked) -> None: # asked: the time

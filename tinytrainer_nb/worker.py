@@ -6,7 +6,9 @@
 __all__ = ['Worker', 'launch']
 
 # %% ../nbs/01d_worker.ipynb #656b54f6
-import threading
+import atexit, contextlib, sys, threading
+from .core import TinyTrainerError
+from .run import TURN, Run
 
 # %% ../nbs/01d_worker.ipynb #c5ad1c5a
 class Worker:
@@ -32,7 +34,21 @@ def launch(
     work,               # trains, without arguments
     live: bool = False, # in a thread of its own, returning at once
 ):
-    "Do `work` here, or in a worker thread if `live`; returns `run`."
-    if live: run.worker = Worker(work)
-    else: run.worker = None; work()
+    "Do `work` here, or in a worker thread if `live`; returns `run`. Raises `TinyTrainerError` while another run trains in this process."
+    turn = contextlib.ExitStack()
+    turn.enter_context(TURN.of(run))
+    def in_turn():
+        with turn: work()
+    if live: run.worker = Worker(in_turn); _end_with(run)
+    else: run.worker = None; in_turn()
     return run
+
+def _end_with(run) -> None:
+    "A process that ends while its thread trains stops the run and waits for its step; a thread that Python ends inside PyTorch would abort the process."
+    worker, folder = run.worker, run.folder # not the run: its model would be kept
+    def end():
+        if not worker.done.is_set():
+            print(f"{folder}: this process ends, so the run is stopped after its step. run.wait() waits for all of it.", file=sys.stderr)
+            with contextlib.suppress(TinyTrainerError): Run.open(folder).stop()
+        worker.thread.join(60)
+    atexit.register(end)
