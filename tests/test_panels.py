@@ -1,6 +1,7 @@
 """A run that is steered from its panel ends like one that nobody touched, and steering leaves nothing behind."""
 import gc
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +12,11 @@ import ipywidgets
 import psutil
 import pytest
 
-from tinytrainer_nb.all import LoraArgs, Run, SFTArgs, add_lora, data_file, load_examples, load_model, sft
-from tinytrainer_nb.panels import RunPanel, launch_panel, request_lines
+from tinytrainer_nb.all import LoraArgs, Run, SFTArgs, TinyTrainerError, add_lora, chat_panel, compare_panel, data_file, dial_panel, load_examples, load_model, rollout_panel, sft
+from tinytrainer_nb.core import read_json
+from tinytrainer_nb.panels import RunPanel, follow, launch_panel, request_lines, run_panel
 from tinytrainer_nb.plots import LivePicture, run_html
+from tinytrainer_nb.rewards import find_reward
 
 from live import adapter, figures, until
 
@@ -150,3 +153,159 @@ def test_the_form_is_locked_while_a_run_goes_on(tmp_path):
     run.stop(); run.wait(60)
     until(lambda: not launcher.form.inputs["batch_size"].disabled, "the form is free again")
     launcher.close()
+
+
+def test_what_was_asked_in_a_pause_outlives_a_kill(tmp_path):
+    "A learning rate changed in a pause is in a checkpoint before the pause ends"
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_panels import train\ntrain({str(tmp_path / 'run')!r}, max_steps=400)"
+    child = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"IN_TEST": "1"})
+    try:
+        until(lambda: (tmp_path / "run" / "run.json").exists() and Run(tmp_path / "run").step >= 2, "it trains", 120)
+        run = Run.open(tmp_path / "run")
+        run.pause()
+        until(lambda: run.status == "paused", "the pause")
+        run.set(learning_rate=5e-4)
+        until(lambda: run.last_checkpoint()[1] == run.step and not run.waiting(), "the checkpoint")
+        assert run.status == "paused"
+    finally: child.send_signal(signal.SIGKILL); child.wait()
+    assert run.status == "interrupted" and read_json(run.last_checkpoint()[0] / "progress.json")["settings"]["learning_rate"] == 5e-4
+    step = run.step
+    again = Run.open(run.folder).resume(live=True)
+    until(lambda: again.step > step, "it goes on")
+    again.stop(); again.wait(60)
+    assert next(e for e in again.events if e["kind"] == "metrics" and e["step"] == step + 1)["learning_rate"] < 5e-4
+
+
+def test_a_checkpoint_that_is_due_is_there_in_the_pause(tmp_path):
+    run = train(tmp_path / "run", live=True, max_steps=400, save_steps=1, keep_checkpoints=2)
+    until(lambda: run.step >= 2, "it trains")
+    run.pause()
+    until(lambda: run.status == "paused", "the pause")
+    until(lambda: run.last_checkpoint()[1] == run.step, "the checkpoint", 10)
+    run.stop(); run.wait(60)
+
+
+def test_a_second_run_in_a_process_is_refused(tmp_path):
+    first = train(tmp_path / "first", live=True, max_steps=400)
+    for begin in (lambda: train(tmp_path / "second"), lambda: train(tmp_path / "second", live=True)):
+        with pytest.raises(TinyTrainerError, match="being trained in this process"): begin()
+    assert not (tmp_path / "second").exists()
+    first.stop(); first.wait(60)
+    assert train(tmp_path / "second", max_steps=1).status == "finished"
+
+
+def test_models_are_made_one_at_a_time():
+    "Eight loads at one moment, of which some would find the switches of another: all give the same weights"
+    made, errors = [], []
+    def load():
+        try: made.append(sum(p.double().abs().sum().item() for p in add_lora(load_model("tiny", quantization="none", verbose=False)[0], LoraArgs(r=4), seed=0).parameters()))
+        except Exception as e: errors.append(e)
+    threads = [threading.Thread(target=load) for _ in range(8)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert not errors and len(made) == 8 and len(set(made)) == 1
+
+
+def test_a_run_that_cannot_begin_does_not_seem_to_go_on(tmp_path, monkeypatch):
+    from tinytrainer_nb.trainer import RunTrainer
+    def no_memory(*_, **__): raise MemoryError("no memory for the trainer")
+    monkeypatch.setattr(RunTrainer, "__init__", no_memory)
+    with pytest.raises(MemoryError): train(tmp_path / "run", live=True)
+    run = Run.open(tmp_path / "run")
+    assert run.status == "failed" and [e["message"] for e in run.events if e["kind"] == "error"] == ["no memory for the trainer"]
+
+
+def test_a_refused_start_leaves_the_panel(tmp_path):
+    def start(args):
+        if args.seed == 13: raise TinyTrainerError("thirteen is not a seed")
+        return train(args.out, live=True, max_steps=args.max_steps) if args.seed != 14 else None
+    launcher = launch_panel(start, SFTArgs(max_steps=3, out=str(tmp_path / "run")))
+    launcher.start().wait(60)
+    panel = launcher.below.children[0]
+    until(lambda: not launcher.start_button.disabled, "the end is seen")
+    for seed, words in {13: "thirteen is not a seed", 14: "must give back the run"}.items():
+        launcher.form.inputs["seed"].value = seed
+        launcher.start_button.click()
+        until(lambda: words in launcher.said.value, "the complaint")
+        assert launcher.below.children == (panel,) and not launcher.start_button.disabled and not launcher.form.inputs["max_steps"].disabled
+    launcher.close()
+    with pytest.raises(TinyTrainerError, match="closed"): launcher.start()
+
+
+def test_the_form_is_locked_while_a_run_is_being_started(tmp_path):
+    free = threading.Event()
+    def start(args): free.wait(60); return train(args.out, live=True, max_steps=1)
+    launcher = launch_panel(start, SFTArgs(out=str(tmp_path / "run")))
+    launcher.start_button.click()
+    until(lambda: "starting" in launcher.said.value, "it starts")
+    assert launcher.form.inputs["max_steps"].disabled and launcher.start_button.disabled
+    with pytest.raises(TinyTrainerError, match="started already"): launcher.start()
+    free.set()
+    until(lambda: launcher.run is not None, "the run"); launcher.run.wait(60)
+    launcher.close()
+
+
+def test_what_others_change_is_shown(tmp_path):
+    "The field follows a learning rate that another has set, in a panel of its own and in the form that started the run"
+    launcher = launch_panel(lambda args: train(args.out, live=True, max_steps=args.max_steps), SFTArgs(max_steps=400, out=str(tmp_path / "run")))
+    run = launcher.start()
+    panel = RunPanel(run, every=0.05)
+    Run.open(run.folder).set(learning_rate=7e-4)
+    until(lambda: panel.form.inputs["learning_rate"].value == launcher.form.inputs["learning_rate"].value == 7e-4, "the field")
+    assert [e["new"] for e in run.events if e["kind"] == "change"] == [7e-4], "what is shown is not asked for again"
+    run.stop(); run.wait(60)
+    panel.close(); launcher.close()
+
+
+def test_a_panel_sees_that_its_run_goes_on_elsewhere(tmp_path):
+    run = train(tmp_path / "run", live=True, max_steps=60)
+    panel = RunPanel(run, every=0.05)
+    until(lambda: run.step >= 2, "it trains")
+    run.stop(); run.wait(60)
+    until(lambda: "stopped" in panel.head.value, "the end")
+    Run.open(run.folder).resume()
+    until(lambda: "finished" in panel.head.value, "the end of the resumed run", 30)
+    panel.close()
+
+
+def test_a_folder_that_is_gone_is_told(tmp_path):
+    run = train(tmp_path / "run", max_steps=1)
+    panel = RunPanel(run)
+    assert "/".join(run.folder.parts[-2:]) in panel.head.value
+    shutil.rmtree(run.folder)
+    panel.wake()
+    assert "this run is gone" in panel.trouble.value
+    panel.close()
+
+
+def test_the_obvious_wrong_things_are_told_plainly(tmp_path):
+    run = train(tmp_path / "run", max_steps=1)
+    for wrong, words in {(lambda: chat_panel(3)): "is no run", (lambda: Run.open(None)): "is no run", (lambda: compare_panel([])): "there is no run to show", (lambda: launch_panel(run, SFTArgs())): "cannot start a run",
+                         (lambda: launch_panel(train, None)): "are no settings", (lambda: SFTArgs(out="")): "must be the folder", (lambda: find_reward(None)): "must be a function", run.pause: "is finished, there is nobody to pause it.$",
+                         (lambda: chat_panel(run).answer(" ")): "there is no question", (lambda: Run.open(tmp_path / "nowhere")): "no run is here"}.items():
+        with pytest.raises(TinyTrainerError, match=words): wrong()
+    (tmp_path / "other").mkdir(); (tmp_path / "other" / "run.json").write_text("[1]")
+    with pytest.raises(TinyTrainerError, match="not of a run made here"): Run.open(tmp_path / "other").panel()
+    for panel in (chat_panel(str(run.folder)), rollout_panel(run.folder), dial_panel(str(run.folder)), run_panel(str(run.folder))): panel.close()
+
+
+def test_dials_of_an_adapter_that_has_none_cannot_be_pressed(tmp_path):
+    panel = dial_panel(train(tmp_path / "run", max_steps=1))
+    assert "does not train a TinyLoRA" in panel.head.value and all(b.disabled for b in (panel.reset_button, panel.zero_button, panel.line_button, panel.send_button))
+    panel.close()
+
+
+@pytest.mark.parametrize("end", ("run.wait()", "pass"))
+def test_a_script_that_trains_live_ends_well(tmp_path, end):
+    "Waited for or not: no abort at the process's end; the run that nobody waited for is stopped, not torn"
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_panels import train, until\nrun = train({str(tmp_path / 'run')!r}, live=True, max_steps={4 if 'wait' in end else 4000})\nuntil(lambda: run.step >= 2)\n{end}"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"IN_TEST": "1"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert Run.open(tmp_path / "run").status == ("finished" if "wait" in end else "stopped")
+
+
+def test_follow_in_a_terminal_is_a_line(tmp_path, capfd):
+    run = train(tmp_path / "run", live=True, max_steps=6)
+    assert follow(run).status == "finished"
+    said = capfd.readouterr()
+    assert "IPython" not in said.out and "sft finished: 6 steps" in said.err

@@ -98,7 +98,7 @@ class RolloutPanel(Panel):
         run,                # a `Run`, or what has one as its `run`, None before it begins
         every: float = 1.0, # seconds between two looks, at least
     ):
-        self.source, self._seen, self._rung, self._drawing = source_of(run), None, None, threading.Lock()
+        self.source, self._seen, self._rung, self._drawing = run, None, None, threading.Lock()
         self.alarms, self.table = widgets.VBox(), widgets.HTML(layout=widgets.Layout(width="100%"))
         choice = lambda name, first: widgets.Dropdown(description=name, options=[(first, first)], style=dict(description_width="initial"), layout=widgets.Layout(width="15em", max_width="100%"))
         self.step, self.sort = choice("step", "newest"), choice("sort by", "reward")
@@ -173,4 +173,4 @@ def rollout_panel(
     every: float = 1.0, # seconds between two looks, at least
 ) -> RolloutPanel:      # show it as a cell's last line
     "The rollouts of a run, group by group."
-    return RolloutPanel(run, every)
+    return RolloutPanel(source_of(run), every)

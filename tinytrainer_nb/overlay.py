@@ -239,4 +239,4 @@ def compare_panel(
     runs,            # runs or their folders, of one recipe or of several; or one folder, for all runs in it
 ) -> OverlayPanel:   # show it as a cell's last line
     "Several runs side by side: their differences, their curves, their last figures."
-    return OverlayPanel(runs)
+    return OverlayPanel(find_runs(runs))

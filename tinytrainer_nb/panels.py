@@ -9,6 +9,7 @@ __all__ = ['run_memory', 'run_state', 'head_html', 'settings_in_flight', 'bar_ht
 # %% ../nbs/04g_panels.ipynb #a35abf82
 import contextlib, os, sys, threading, time
 from itertools import islice
+from pathlib import Path
 from statistics import mean
 import ipywidgets as widgets, psutil
 from IPython.display import HTML, display
@@ -45,7 +46,7 @@ def run_state(
                 tokens_per_s=mean(speeds) if speeds else None, memory_gb=run_memory(run, status), last=next(newest("note", "error"), None))
 
 # %% ../nbs/04g_panels.ipynb #ccc63e63
-def head_html(recipe: str, state: dict, folder="") -> str: # `state` from `run_state`
+def head_html(recipe: str, state: dict, folder="") -> str: # `state` from `run_state`; folder: where the run is
     "The line above the curve."
     parts = [f"<b>{escaped(recipe)}</b>{f' in {escaped(folder)}' if str(folder) else ''}", f"step {state['step']} of {state['total']}" if state["total"] else f"step {state['step']}"]
     if state["seconds_left"] is not None: parts.append(f"{duration(state['seconds_left'])} left")
@@ -116,7 +117,7 @@ def look(self) -> bool: # whether the run goes on
     "Bring the panel up to date with the journal."
     state = run_state(self.run)
     status, alive = state["status"], state["status"] in ("running", "paused")
-    self.head.value, self.bar.value = head_html(self.run.info["recipe"], state, self.run.folder), bar_html(state)
+    self.head.value, self.bar.value = head_html(self.run.info["recipe"], state, Path(*self.run.folder.parts[-2:])), bar_html(state)
     self.asked.value = "<br>".join(small(line) for line in request_lines(self.run))
     self.last.value = _event_html(state["last"])
     self.pause_button.disabled, self.stop_button.disabled, self.save_button.disabled = status != "running", not alive, not alive
@@ -192,8 +193,6 @@ def run_panel(
 class LaunchPanel(Panel):
     "A form, a Start button, and below them the panel of the run that was started; `run` is that run, None before."
     def __init__(self, launch, args: Settings, **resume):
-        if not callable(launch): raise TinyTrainerError(f"{launch!r:.60} cannot start a run. Give a function of the settings, such as lambda args: sft(model, tokenizer, examples, args, live=True).")
-        if not isinstance(args, Settings): raise TinyTrainerError(f"{args!r:.60} are no settings. Give an object such as SFTArgs(max_steps=100).")
         self.resume_with, self._seen = resume, None
         self.launch, self.run, self.form, self._busy = launch, None, settings_form(args, changed=self._change, earlier=True), threading.Lock()
         self.start_button = button("Start", "play", "train with these settings", self._press)
@@ -266,6 +265,8 @@ def launch_panel(
     **resume,         # what Continue needs after an end, such as `reward` if it is a function
 ) -> LaunchPanel:     # its `run` is the run, None before the start
     "A form with a Start button and the live panel of what it starts."
+    if not callable(start): raise TinyTrainerError(f"{start!r:.60} cannot start a run. Give a function of the settings, such as lambda args: sft(model, tokenizer, examples, args, live=True).")
+    if not isinstance(args, Settings): raise TinyTrainerError(f"{args!r:.60} are no settings. Give an object such as SFTArgs(max_steps=100).")
     return LaunchPanel(start, args, **resume)
 
 # %% ../nbs/04g_panels.ipynb #96aaa26a

@@ -296,7 +296,7 @@ def close(self) -> None:
 # %% ../nbs/04c_talk.ipynb #5b79cf64
 class ChatPanel(Conversation):
     "A run's model as it was handed over, beside the same model as it is now."
-    def __init__(self, run, every: float = 1.0): super().__init__(source_of(run), every=every); self.wake()
+    def __init__(self, run, every: float = 1.0): super().__init__(run, every=every); self.wake()
 
     def sides(self, voice: Voice) -> dict:
         "A run that trains all weights keeps no copy of what they were: it has no before."
@@ -315,4 +315,4 @@ def chat_panel(
     every: float = 1.0,  # seconds between two looks at the journal, at least
 ) -> ChatPanel:          # show it as a cell's last line
     "Talk to a run's model, before and after."
-    return ChatPanel(run, every)
+    return ChatPanel(source_of(run), every)
