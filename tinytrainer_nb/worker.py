@@ -45,10 +45,10 @@ def launch(
 
 def _end_with(run) -> None:
     "A process that ends while its thread trains stops the run and waits for its step; a thread that Python ends inside PyTorch would abort the process."
-    worker, folder = run.worker, run.folder # not the run: its model would be kept
+    done, thread, folder = run.worker.done, run.worker.thread, run.folder # not the run, nor the error in its worker: the model would be kept
     def end():
-        if not worker.done.is_set():
+        if not done.is_set():
             print(f"{folder}: this process ends, so the run is stopped after its step. run.wait() waits for all of it.", file=sys.stderr)
             with contextlib.suppress(TinyTrainerError): Run.open(folder).stop()
-        worker.thread.join(60)
+        thread.join(60)
     atexit.register(end)
