@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from .adapters import adapter_settings, count_trainable, save_adapter, trainable
 from .core import TinyTrainerError, builds, file_hash, peak_memory, processes, progress, quiet, read_json, share, write_json
-from .fast import thin_adapters
+from .blocks import choose_path, on_path
 from .models import compute_context, keep_gradients, load_model, with_adapter
 from .run import Run, patch_to, remove_whole, whole_folder
 from .settings import Settings, check_value, setting
@@ -32,7 +32,7 @@ class TrainArgs(Settings):
     "What every recipe can be told."
     groups = {"The run": "out max_steps batch_size learning_rate num_generations max_new_tokens seed",
               "Schedule and optimiser": "warmup_steps schedule weight_decay max_grad_norm",
-              "Data and memory": "max_length micro_batch_tokens train_on_all",
+              "Data and memory": "max_length micro_batch_tokens fast train_on_all",
               "Checkpoints and evaluations": "save_steps keep_checkpoints eval_steps eval_rows eval_blocks keep_best patience sample_steps sample_tokens report_to"}
     presets = {"a first look": dict(max_steps=20, save_steps=10, eval_steps=10, sample_steps=10)}
     out: str = setting("runs/run", "folder of the run")
@@ -44,6 +44,7 @@ class TrainArgs(Settings):
     weight_decay: float = setting(0.0, "pull of the weights towards 0 (AdamW)", ge=0)
     max_grad_norm: float = setting(1.0, "longer gradients are shortened to this", gt=0)
     max_length: int = setting(512, "longest example; longer ones are left out, or cut into windows if they are plain text", "tokens", ge=8)
+    fast: str = setting("auto", "how a step is computed: auto takes the speed that memory allows, lean the least memory, off the model's own forward pass", choices=("auto", "lean", "off"))
     micro_batch_tokens: int = setting(4096, "real tokens computed at once, which decides the memory", "tokens", ge=8)
     save_steps: int = setting(50, "steps between checkpoints; 0: never", "steps", ge=0)
     keep_checkpoints: int = setting(3, "checkpoints kept, the newest", ge=1)
@@ -361,7 +362,7 @@ class Interrupts:
 def fit(self) -> None:
     "Train from the newest checkpoint, or from the start; leaves result, summary and figure in the run's folder."
     checkpoint, step = self.run.last_checkpoint()
-    with self.run.session(step), quiet(), cache_setting_kept(self.model.config), thin_adapters(self.model), self.interrupts:
+    with self.run.session(step), quiet(), cache_setting_kept(self.model.config), on_path(self.run.model, self.dtype, self.path()), self.interrupts:
         self.bar = progress(total=self.settings.max_steps, desc=self.run.info["recipe"], quiet=not self.run.leads)
         self.bar.n = self.bar.initial = step # so that the time left counts this session's steps alone
         self._opened = time.perf_counter()
@@ -375,6 +376,15 @@ def fit(self) -> None:
         if not stopped: self.take_best()
         if self.run.leads: self.save_result(); self.finish(step, "stopped" if stopped else "finished")
         self.accelerator.wait_for_everyone()
+
+@patch_to(RunTrainer)
+def path(self) -> dict:
+    "How steps are computed: as the run has decided when it began, on whatever machine; else decided and told now."
+    if known := share(self.run.info.get("fast")): return known
+    found = share(choose_path(self.run.model, self.dtype, self.settings.fast, self.settings.micro_batch_tokens))
+    self.run.update_info(fast=found)
+    tell(self.run, f"fast path: {found['why']}")
+    return found
 
 @contextlib.contextmanager
 def cache_setting_kept(config):

@@ -1,0 +1,161 @@
+"""Blocks compute what `transformers` and PEFT compute: losses and gradients of every adapter and weight, whatever shares a micro-batch."""
+import contextlib
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from tinytrainer_nb.adapters import LoraArgs, add_lora, trainable
+from tinytrainer_nb.attention import attend_documents, document_attention
+from tinytrainer_nb.blocks import copied_bytes, in_blocks, why_not
+from tinytrainer_nb.core import DTYPES
+from tinytrainer_nb.models import compute_context, load_model
+from tinytrainer_nb.tinylora import TinyLoraArgs, add_tinylora
+from tinytrainer_nb.tokens import pack_row
+
+SHAPE = dict(vocab_size=199, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2)
+KINDS = dict(llama=(LlamaForCausalLM, LlamaConfig(**SHAPE)), tied=(LlamaForCausalLM, LlamaConfig(**SHAPE | dict(tie_word_embeddings=True))), qwen2=(Qwen2ForCausalLM, Qwen2Config(**SHAPE)),
+             qwen3=(Qwen3ForCausalLM, Qwen3Config(**SHAPE | dict(head_dim=32))), mistral=(MistralForCausalLM, MistralConfig(**SHAPE | dict(sliding_window=None))))
+LENGTHS = (37, 5, 64, 90, 12, 2)
+
+
+def bare(kind: str):
+    "A model with random weights, biases and norms"
+    torch.manual_seed(0)
+    model = KINDS[kind][0](KINDS[kind][1])
+    for name, p in model.named_parameters():
+        if "norm" in name or "bias" in name: torch.nn.init.normal_(p, 1.0 if "norm" in name else 0.0, 0.2)
+    model.config._attn_implementation = "packed"
+    return model.requires_grad_(False).eval()
+
+
+def learned(model):
+    "Adapters that have learned something: no thin matrix is zero"
+    torch.manual_seed(1)
+    for p in trainable(model).values(): torch.nn.init.normal_(p, 0.0, 0.05)
+    return model
+
+
+def rows(vocabulary: int = 199, lengths=LENGTHS) -> list[dict]:
+    generator = torch.Generator().manual_seed(2)
+    def row(n):
+        ids = torch.randint(3, vocabulary, (n,), generator=generator).tolist()
+        return dict(input_ids=ids, labels=[-100] * (n // 2) + ids[n // 2:])
+    return [row(n) for n in lengths]
+
+
+def plain(model, found: list[dict], dtype=torch.float32) -> tuple[float, dict]:
+    "Loss and gradients as `transformers` and PEFT compute them: each row alone, their own attention"
+    model.zero_grad(); usual, total = model.config._attn_implementation, 0.0
+    items = sum(label != -100 for row in found for label in row["labels"][1:])
+    model.config._attn_implementation = "eager"
+    for row in found:
+        with compute_context(model, dtype): loss = model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]]), num_items_in_batch=items, use_cache=False).loss
+        loss.backward(); total += loss.item()
+    model.config._attn_implementation = usual
+    return total, {name: p.grad.clone() for name, p in trainable(model).items()}
+
+
+def blocks(model, found: list[dict], dtype=torch.float32, **how) -> tuple[float, dict]:
+    "The same in blocks: one micro-batch"
+    model.zero_grad(); packed = pack_row(found)
+    with in_blocks(model, dtype, **how): loss = model(**packed, labels=packed["shift_labels"], num_items_in_batch=len(packed["shift_labels"]), use_cache=False).loss
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in trainable(model).items()}
+
+
+def apart(a: tuple, b: tuple) -> float:
+    "The largest relative error of the loss and of a gradient"
+    return max(abs(a[0] - b[0]) / abs(b[0]), *(((x - b[1][n]).norm() / b[1][n].norm()).item() for n, x in a[1].items()))
+
+
+@pytest.mark.parametrize("lengths", [(64,), LENGTHS, (300, 20), (128, 128)], ids=["single", "packed", "long", "whole"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_compute_what_transformers_and_peft_compute(kind, lengths):
+    model = learned(add_lora(bare(kind), LoraArgs(r=4, alpha=8), seed=0))
+    assert not why_not(model)
+    assert apart(blocks(model, rows(lengths=lengths)), plain(model, rows(lengths=lengths))) < 1e-4
+
+
+@pytest.mark.parametrize("adapter", ["lora", "tinylora", "qv"])
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_over_the_embedded_base(adapter, quantization):
+    model, _ = load_model("tiny", quantization=quantization, dtype="fp32", verbose=False)
+    model = learned(add_tinylora(model, TinyLoraArgs(u=2, n_tie=5)) if adapter == "tinylora" else add_lora(model, LoraArgs(r=8, target_modules="q_proj,v_proj" if adapter == "qv" else "all-linear"), seed=0))
+    truth = plain(model, rows(1000))
+    for how in (dict(), dict(recompute=True), dict(copies=True)): assert apart(blocks(model, rows(1000), **how), truth) < 1e-4
+
+
+def test_copies_and_recomputing_change_no_bit():
+    model = learned(add_lora(load_model("tiny", quantization="nf4", dtype="bf16", verbose=False)[0], LoraArgs(r=8), seed=0))
+    assert copied_bytes(model) > 2e6
+    loss, gradients = blocks(model, rows(1000), torch.bfloat16)
+    for how in (dict(recompute=True), dict(copies=True), dict(copies=True, recompute=True)):
+        other, others = blocks(model, rows(1000), torch.bfloat16, **how)
+        assert other == loss and all(torch.equal(g, others[n]) for n, g in gradients.items())
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_in_16_bits_blocks_are_no_further_from_the_truth(quantization):
+    "The truth is fp32 on the very same weights"
+    def model_in(dtype): return learned(add_lora(load_model("tiny", quantization=quantization, dtype=dtype, verbose=False)[0], LoraArgs(r=8), seed=0))
+    truth, model = plain(model_in("fp32"), rows(1000)), model_in("bf16")
+    assert apart(blocks(model, rows(1000), torch.bfloat16), truth) < 1.25 * apart(plain(model, rows(1000), torch.bfloat16), truth)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_models_train_in_blocks_too(kind):
+    "Every weight's gradient, embeddings and norms included"
+    model = bare(kind).requires_grad_(True)
+    assert apart(blocks(model, rows()), plain(model, rows())) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_documents_do_not_see_each_other(dtype):
+    "Other tokens in one document leave another's hidden states bit for bit what they were, and so its loss"
+    model = learned(add_lora(load_model("tiny", quantization="none", dtype=dtype, verbose=False)[0], LoraArgs(r=8), seed=0))
+    first, second = rows(1000), rows(1000)
+    second[3]["input_ids"] = [7] * len(second[3]["input_ids"])
+    def hidden(found):
+        packed = pack_row(found)
+        with torch.no_grad(), in_blocks(model, DTYPES[dtype]): out = model.get_base_model().model(**{k: packed[k] for k in ("input_ids", "position_ids", "document_lengths")}).last_hidden_state[0]
+        return out.split([*LENGTHS, len(out) - sum(LENGTHS)])
+    same = [torch.equal(a, b) for a, b in zip(hidden(first), hidden(second))]
+    assert same[:6] == [True, True, True, False, True, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_of_many_documents_is_that_of_each(dtype):
+    generator = torch.Generator().manual_seed(0)
+    lengths = [33, 7, 300, 64, 1, 64, 129, 31]
+    inputs = [torch.randn(sum(lengths), h, 32, generator=generator).to(dtype).requires_grad_() for h in (8, 4, 4)]
+    weight = torch.randn(sum(lengths), 8, 32, generator=generator)
+    def both(f, kind):
+        own = [x.detach().to(kind).requires_grad_() for x in inputs]
+        out = f(*own)
+        return [out.float(), *(g.float() for g in torch.autograd.grad((out.float() * weight).sum(), own))]
+    def one_by_one(*x): return torch.cat([document_attention(*(t.transpose(0, 1)[None] for t in part), 0.2)[0].transpose(0, 1) for part in zip(*(t.split(lengths) for t in x))])
+    truth = both(one_by_one, torch.float32)
+    error = lambda found: max(((a - b).norm() / b.norm()).item() for a, b in zip(found, truth))
+    together = error(both(lambda *x: attend_documents(*x, lengths, 0.2), dtype))
+    assert together < 1e-5 if dtype == torch.float32 else together < 1.25 * error(both(one_by_one, dtype))
+
+
+def test_what_cannot_be_computed_in_blocks_is_said():
+    model = add_lora(bare("llama"), LoraArgs(r=4, dropout=0.1))
+    assert "dropout" in why_not(model)
+    assert "DoRA" in why_not(add_lora(bare("llama"), LoraArgs(r=4, dora=True))) 
+    from transformers import GPT2Config, GPT2LMHeadModel
+    assert "GPT2LMHeadModel" in why_not(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=99)))
+
+
+def test_inside_the_model_still_speaks():
+    "A cache, a mask, no labels: the model's own forward pass, and afterwards nothing is left of the blocks"
+    model, tokenizer = load_model("tiny", quantization="none", verbose=False)
+    model = learned(add_lora(model, LoraArgs(r=4), seed=0))
+    ids = tokenizer("Once upon a time", return_tensors="pt")
+    with torch.no_grad():
+        before = model(**ids).logits
+        with in_blocks(model, torch.bfloat16): inside, written = model(**ids).logits, model.generate(**ids, max_new_tokens=4, do_sample=False)
+        assert torch.equal(inside, before) and torch.equal(model(**ids).logits, before) and written.shape[1] == ids.input_ids.shape[1] + 4
+    assert not any("forward" in m.__dict__ for m in (model.get_base_model(), model.get_base_model().model))
