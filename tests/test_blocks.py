@@ -88,7 +88,7 @@ def test_over_the_embedded_base(adapter, quantization):
 
 def test_copies_and_recomputing_change_no_bit():
     model = learned(add_lora(load_model("tiny", quantization="nf4", dtype="bf16", verbose=False)[0], LoraArgs(r=8), seed=0))
-    assert copied_bytes(model) > 2e6
+    assert copied_bytes(model, torch.bfloat16) > 2e6
     loss, gradients = blocks(model, rows(1000), torch.bfloat16)
     for how in (dict(recompute=True), dict(copies=True), dict(copies=True, recompute=True)):
         other, others = blocks(model, rows(1000), torch.bfloat16, **how)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from .adapters import written_out
 from .attention import attend_documents
 from .core import free_memory
-from .fast import is_thin, thin_adapters, thin_pair, without_wrapper
+from .fast import has_blocks, in_blocked_order, is_thin, thin_adapters, thin_pair, without_wrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -82,11 +82,36 @@ class _Gate(torch.autograd.Function):
         return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
 
 # %% ../nbs/01j_blocks.ipynb #6744f3a6
+class _Weight:
+    "A frozen weight (m, n): what it makes of an input, and what it makes of a gradient."
+    def __init__(self, layer: nn.Linear, dtype: torch.dtype, copies: bool):
+        self.layer, self.dtype, self.copy, self.bias = layer, dtype, None, None if layer.bias is None else layer.bias.detach().to(dtype)
+        self.ordered = copies and has_blocks(layer.weight.device, dtype)
+        if self.ordered: self.there, self.back_there = (in_blocked_order(w.contiguous(), None, rows=1024)[0] for w in (self.read(), self.read().t()))
+        elif copies and _is_4bit(layer): self.copy = self.read()
+
+    def read(self) -> Tensor: return self.copy if self.copy is not None else written_out(self.layer).to(self.dtype)
+
+    def times(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        "x @ weight^T + bias + add."
+        if self.ordered: return _ordered(x, self.there, self.bias, add)
+        return F.linear(x, self.read(), self.bias) if add is None else torch.addmm(add if self.bias is None else add + self.bias, x, self.read().t())
+
+    def back(self, gradient: Tensor, add: Tensor | None = None) -> Tensor:
+        "gradient @ weight + add, which may be written over."
+        if self.ordered: return _ordered(gradient, self.back_there, None, add)
+        return gradient @ self.read() if add is None else add.addmm_(gradient, self.read())
+
+def _ordered(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None) -> Tensor:
+    "oneDNN's product with a weight in its own order."
+    pointwise = torch.ops.mkldnn._linear_pointwise
+    return pointwise(x, weight, bias, "none", [], "") if add is None else pointwise.binary(x, add, weight, bias, "add")
+
 class _Products(torch.autograd.Function):
     "x @ weight^T of several frozen weights, with (x @ down) @ up of their adapters added, and `residual` to the first."
     @staticmethod
-    def forward(ctx, x, residual, weights, owners, *thin): # (T, n); (T, m) or None; [(read, bias)]; of each pair, its weight's place; down (n, r) of all pairs, then up (r, m)
-        outs = [torch.addmm(residual, x, read().t()) if residual is not None else F.linear(x, read(), bias) for read, bias in weights]
+    def forward(ctx, x, residual, weights, owners, *thin): # (T, n); (T, m) or None; `_Weight`s; of each pair, its weight's place; down (n, r) of all pairs, then up (r, m)
+        outs = [weight.times(x, residual) for weight in weights]
         downs, ups = thin[:len(owners)], thin[len(owners):]
         between = x @ torch.cat(downs, 1) if downs else x.new_empty(len(x), 0)
         for place, part, up in zip(owners, between.split([d.shape[1] for d in downs], 1), ups): outs[place].addmm_(part, up)
@@ -100,18 +125,14 @@ class _Products(torch.autograd.Function):
         downs, ups = thin[:len(ctx.owners)], thin[len(ctx.owners):]
         ranks = [d.shape[1] for d in downs]
         thinned = torch.cat([gradients[i] @ up.t() for i, up in zip(ctx.owners, ups)], 1) if downs else None # (T, all r)
-        by_x = _sum_of_products([*((g, read) for g, (read, _) in zip(gradients, ctx.weights)), *([(thinned, lambda: torch.cat(downs, 1).t())] if downs else [])]) if ctx.needs_input_grad[0] else None
+        by_x = None
+        if ctx.needs_input_grad[0]:
+            for weight, gradient in zip(ctx.weights, gradients): by_x = weight.back(gradient, by_x)
+            if downs: by_x.addmm_(thinned, torch.cat(downs, 1).t())
         learns = any(ctx.needs_input_grad[4:])
         by_downs = (x.t() @ thinned).split(ranks, 1) if learns else [None] * len(downs)
         by_ups = [part.t() @ gradients[i] if learns else None for i, part in zip(ctx.owners, between.split(ranks, 1))]
         return by_x, gradients[0] if ctx.needs_input_grad[1] else None, None, None, *by_downs, *by_ups
-
-def _sum_of_products(pairs: list) -> Tensor: # (gradient (T, m), a function that reads a weight (m, n))
-    "The sum of gradient @ weight, in one tensor."
-    (first, read), *rest = pairs
-    out = first @ read()
-    for gradient, read in rest: out.addmm_(gradient, read())
-    return out
 
 # %% ../nbs/01j_blocks.ipynb #00a1ed8f
 KNOWN = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM") # of the same block: norm, attention, norm, gated MLP
@@ -133,28 +154,21 @@ def _why_not(layer: nn.Module) -> str:
     if not is_thin(layer): return "an adapter has more than two thin matrices (DoRA, or a bias)"
     return "an adapter has dropout" if any(getattr(p, "p", 0) for p in getattr(layer, "lora_dropout", {}).values()) else ""
 
-def copied_bytes(model: nn.Module) -> int:
-    "Bytes of 16-bit copies of all weights that are in 4 bits."
-    return sum(2 * m.in_features * m.out_features for m in model.modules() if _is_4bit(m))
+def copied_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    "Bytes of the copies that `_Weight` makes."
+    frozen = {own for layer in without_wrapper(model).model.layers for part in layer.modules() if isinstance(own := getattr(part, "base_layer", part), nn.Linear) and not own.weight.requires_grad and own.weight.numel() > 2**10}
+    per = lambda own: 2 * dtype.itemsize if has_blocks(own.weight.device, dtype) else dtype.itemsize * _is_4bit(own)
+    return sum(per(own) * own.in_features * own.out_features for own in frozen)
 
 def _is_4bit(layer: nn.Module) -> bool: return getattr(getattr(layer, "weight", None), "quant_state", None) is not None
 
-def _reader(layer: nn.Linear, dtype: torch.dtype, copies: dict | None):
-    "A function that gives a frozen weight in `dtype`; `copies` holds 16-bit copies, None: it is written out each time."
-    if not _is_4bit(layer): return lambda: layer.weight.to(dtype)
-    if copies is None: return lambda: written_out(layer).to(dtype)
-    copy = copies[layer] = written_out(layer).to(dtype)
-    return lambda: copy
-
-def _together(layers: list[nn.Module], dtype: torch.dtype, copies: dict | None):
+def _together(layers: list[nn.Module], dtype: torch.dtype, copies: bool):
     "A function of the input (T, n), and of what is added to the first output, that gives the outputs of layers that read the same."
     owns = [getattr(m, "base_layer", m) for m in layers]
     if any(own.weight.requires_grad for own in owns): return lambda x, residual=None: _plain_products(layers, x, residual)
-    biases = [None if own.bias is None else own.bias.to(dtype) for own in owns]
-    weights = [(_reader(own, dtype, copies), bias) for own, bias in zip(owns, biases)]
+    weights = [_Weight(own, dtype, copies) for own in owns]
     def forward(x, residual=None):
         pairs = [(i, *thin_pair(m, a)) for i, m in enumerate(layers) if isinstance(m, BaseTunerLayer) and not m.disable_adapters for a in m.active_adapters if a in (m.tinylora_A if hasattr(m, "tinylora_A") else m.lora_A)]
-        if residual is not None and biases[0] is not None: residual = residual + biases[0]
         return _Products.apply(x, residual, weights, [i for i, _, _ in pairs], *(d.to(dtype) for _, d, _ in pairs), *(u.to(dtype) for _, _, u in pairs))
     return forward
 
@@ -167,7 +181,7 @@ def _plain_products(layers: list[nn.Module], x: Tensor, residual: Tensor | None)
 def block_of(
     layer: nn.Module,       # a decoder layer of one of `KNOWN`
     dtype: torch.dtype,     # computed in
-    copies: dict | None,    # filled with 16-bit copies of 4-bit weights; None: they are written out at each use
+    copies: bool = False,   # whether frozen weights get 16-bit copies in the best order
 ):                          # hidden (T, width), cos and sin (T, 1, head_dim / 2), lengths of the documents -> hidden (T, width)
     "The forward pass of one block."
     attention, mlp = layer.self_attn, layer.mlp
@@ -223,13 +237,13 @@ def token_loss(
 def in_blocks(
     model: nn.Module,         # for which `why_not` says nothing
     dtype: torch.dtype,       # computed in
-    copies: bool = False,     # whether 4-bit weights get 16-bit copies
+    copies: bool = False,     # whether frozen weights get 16-bit copies in the best order
     recompute: bool = False,  # whether the backward pass computes the blocks again
 ):
     "Inside, whole documents go through the model in few steps, forward and backward."
     base = without_wrapper(model)
     decoder, own = base.model, {m: m.__dict__.get("forward") for m in (base, base.model)}
-    blocks = [block_of(layer, dtype, {} if copies else None) for layer in decoder.layers]
+    blocks = [block_of(layer, dtype, copies) for layer in decoder.layers]
     decoder.forward = _decoder_forward(decoder, blocks, dtype, recompute)
     base.forward = _loss_forward(base, dtype)
     try: yield
@@ -273,7 +287,7 @@ def kept_bytes(model: nn.Module, dtype: torch.dtype, tokens: int = 64) -> int: #
     found = {}
     def note(x): found[x.data_ptr()] = x.numel() * x.element_size() if x.dim() and x.shape[0] == tokens else 0; return x
     hidden, turn = torch.ones(tokens, width, dtype=dtype, device=device, requires_grad=True), torch.ones(tokens, 1, dim, dtype=dtype, device=device)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x): block_of(layer, dtype, None)(hidden, turn, turn, [tokens])
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x): block_of(layer, dtype)(hidden, turn, turn, [tokens])
     return sum(found.values()) * len(without_wrapper(model).model.layers) // tokens
 
 def choose_path(
@@ -286,10 +300,10 @@ def choose_path(
     own = "off, as asked" if mode == "off" else why_not(model)
     if own: return dict(blocks=False, copies=False, recompute=False, why=own if mode == "off" else f"off: {own}")
     device, gib = next(model.parameters()).device.type, 2**30
-    free, copied, kept = free_memory(device), copied_bytes(model), kept_bytes(model, dtype) * tokens
+    free, copied, kept = free_memory(device), copied_bytes(model, dtype), kept_bytes(model, dtype) * tokens
     copies = mode == "auto" and 0 < copied < free / 4
     recompute = mode == "lean" or kept > (free - copied * copies) / 2
-    said = [f"16-bit copies of the 4-bit weights ({copied / gib:.2f} GiB)" if copies else "4-bit weights written out at each use"] if copied else []
+    said = [f"16-bit copies of the frozen weights ({copied / gib:.2f} GiB)" if copies else "the frozen weights read as they are"] if copied else []
     said.append(f"blocks computed again in the backward pass, instead of keeping {kept / gib:.2f} GiB" if recompute else f"a backward pass that keeps {kept / gib:.2f} GiB for {tokens:,} tokens")
     return dict(blocks=True, copies=copies, recompute=recompute, why=f"on, with {' and '.join(said)}; {free / gib:.1f} GiB were free" + (", as asked: lean" if mode == "lean" else ""))
 
