@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from .adapters import written_out
 from .attention import attend_documents
-from .core import free_memory
+from .core import free_memory, give_back
 from .fast import has_blocks, in_blocked_order, is_thin, thin_adapters, thin_pair, without_wrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -244,6 +244,7 @@ def in_blocks(
     base = without_wrapper(model)
     decoder, own = base.model, {m: m.__dict__.get("forward") for m in (base, base.model)}
     blocks = [block_of(layer, dtype, copies) for layer in decoder.layers]
+    if copies: give_back() # what was written out on the way
     decoder.forward = _decoder_forward(decoder, blocks, dtype, recompute)
     base.forward = _loss_forward(base, dtype)
     try: yield
