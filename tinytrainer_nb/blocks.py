@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from .adapters import written_out
 from .attention import attend_documents
 from .core import free_memory, give_back
-from .fast import has_blocks, in_blocked_order, is_thin, thin_adapters, thin_pair, without_wrapper
+from .fast import has_blocks, in_blocked_order, is_thin, put_back, replace_forwards, thin_adapters, thin_pair, without_wrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -242,16 +242,12 @@ def in_blocks(
 ):
     "Inside, whole documents go through the model in few steps, forward and backward."
     base = without_wrapper(model)
-    decoder, own = base.model, {m: m.__dict__.get("forward") for m in (base, base.model)}
+    decoder = base.model
     blocks = [block_of(layer, dtype, copies) for layer in decoder.layers]
     if copies: give_back() # what was written out on the way
-    decoder.forward = _decoder_forward(decoder, blocks, dtype, recompute)
-    base.forward = _loss_forward(base, dtype)
+    before = replace_forwards([decoder, base], [_decoder_forward(decoder, blocks, dtype, recompute), _loss_forward(base, dtype)])
     try: yield
-    finally:
-        for m, forward in own.items():
-            if forward is None: del m.forward
-            else: m.forward = forward
+    finally: put_back(before)
 
 def _decoder_forward(decoder: nn.Module, blocks: list, dtype: torch.dtype, recompute: bool):
     usual = decoder.forward
@@ -265,8 +261,10 @@ def _decoder_forward(decoder: nn.Module, blocks: list, dtype: torch.dtype, recom
         with torch.autocast(hidden.device.type, enabled=False):
             turn = [x[..., :x.shape[-1] // 2].expand(B, -1, -1).reshape(B * T, 1, -1).to(dtype) for x in decoder.rotary_emb(hidden, positions)]
             hidden = hidden.flatten(0, 1)
-            for block in blocks: hidden = checkpoint(block, hidden, *turn, lengths, use_reentrant=False, preserve_rng_state=False) if recompute and torch.is_grad_enabled() else block(hidden, *turn, lengths)
-            hidden = _Norm.apply(hidden, decoder.norm.weight.to(dtype), decoder.norm.variance_epsilon)
+            for layer, block in zip(decoder.layers, blocks):
+                if "forward" in layer.__dict__: hidden = layer.forward(hidden) # somebody passes over it
+                else: hidden = checkpoint(block, hidden, *turn, lengths, use_reentrant=False, preserve_rng_state=False) if recompute and torch.is_grad_enabled() else block(hidden, *turn, lengths)
+            hidden = decoder.norm.forward(hidden) if "forward" in decoder.norm.__dict__ else _Norm.apply(hidden, decoder.norm.weight.to(dtype), decoder.norm.variance_epsilon)
         return BaseModelOutputWithPast(last_hidden_state=hidden.unflatten(0, (B, T)))
     return forward
 

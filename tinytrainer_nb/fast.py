@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIBLINGS', 'weight_forms', 'has_blocks', 'in_blocked_order', 'seconds_of', 'choose_forms', 'key', 'Decoder',
-           'is_thin', 'thin_pair', 'without_wrapper', 'is_llama_like', 'thin_adapters', 'need_plain_logits',
-           'token_logprobs']
+           'replace_forwards', 'put_back', 'is_thin', 'thin_pair', 'without_wrapper', 'is_llama_like', 'thin_adapters',
+           'need_plain_logits', 'token_logprobs']
 
 # %% ../nbs/01e_fast.ipynb #edd18fff
 import contextlib, copy, time
@@ -162,11 +162,11 @@ class Decoder:
                 forward = _beside(family, self.dtype, product) if thin else product
                 targets = family if thin else [getattr(m, "base_layer", m) for m in family]
                 whole = _Together(forward, [getattr(m, "base_layer", m).out_features for m in family])
-                changed += _replace(targets, [whole.part(i) for i in range(len(targets))] if len(targets) > 1 else [forward])
+                changed += replace_forwards(targets, [whole.part(i) for i in range(len(targets))] if len(targets) > 1 else [forward])
                 handled |= {id(m) for m in targets}
             complete = self._complete(handled)
             with torch.no_grad(), contextlib.nullcontext() if complete else compute_context(self.model, self.dtype): yield _quick_step(self.model) if complete and is_llama_like(self.model) else _plain_step(self.model)
-        finally: _put_back(changed)
+        finally: put_back(changed)
 
     def _complete(self, handled: set[int]) -> bool:
         "Whether everything computes in `dtype` without autocast."
@@ -176,13 +176,13 @@ class Decoder:
         return all(p.dtype == self.dtype for p in rest) and all(id(m) in handled for m in modules if isinstance(m, BaseTunerLayer))
 
 # %% ../nbs/01e_fast.ipynb #078595d6
-def _replace(modules: list[nn.Module], forwards: list) -> list[tuple]:
-    "Give modules another forward pass; what `_put_back` needs to know."
+def replace_forwards(modules: list[nn.Module], forwards: list) -> list[tuple]:
+    "Give modules another forward pass; what `put_back` needs to know."
     before = [(m, m.__dict__.get("forward")) for m in modules]
     for m, forward in zip(modules, forwards): m.forward = forward
     return before
 
-def _put_back(before: list[tuple]) -> None:
+def put_back(before: list[tuple]) -> None:
     for m, forward in reversed(before):
         if forward is None: m.__dict__.pop("forward", None)
         else: m.forward = forward
@@ -311,9 +311,9 @@ def thin_adapters(
 ):
     "LoRA and TinyLoRA layers inside compute their forward and backward passes in fewer steps; DoRA and dropout keep PEFT's."
     layers = [m for m in model.modules() if is_thin(m)]
-    before = _replace(layers, [_thin_forward(m) for m in layers])
+    before = replace_forwards(layers, [_thin_forward(m) for m in layers])
     try: yield
-    finally: _put_back(before)
+    finally: put_back(before)
 
 # %% ../nbs/01e_fast.ipynb #27835d96
 class _TokenLogprobs(torch.autograd.Function):

@@ -32,7 +32,7 @@ class TrainArgs(Settings):
     "What every recipe can be told."
     groups = {"The run": "out max_steps batch_size learning_rate num_generations max_new_tokens seed",
               "Schedule and optimiser": "warmup_steps schedule weight_decay max_grad_norm",
-              "Data and memory": "max_length micro_batch_tokens fast train_on_all",
+              "Data and memory": "max_length micro_batch_tokens fast train_on_all keep_hidden",
               "Checkpoints and evaluations": "save_steps keep_checkpoints eval_steps eval_rows eval_blocks keep_best patience sample_steps sample_tokens report_to"}
     presets = {"a first look": dict(max_steps=20, save_steps=10, eval_steps=10, sample_steps=10)}
     out: str = setting("runs/run", "folder of the run")
