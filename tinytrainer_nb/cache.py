@@ -113,7 +113,7 @@ def _mark(path: Path) -> list[int]:
 
 def _remembered(memo: Path) -> dict:
     with contextlib.suppress(OSError, TinyTrainerError):
-        if isinstance(known := read_json(memo), dict): return known
+        if isinstance(known := read_json(memo), dict): return {path: entry for path, entry in known.items() if isinstance(entry, dict)}
     return {}
 
 def known_hash(path: Path | str) -> str:
@@ -121,7 +121,7 @@ def known_hash(path: Path | str) -> str:
     path, memo = Path(path).resolve(), cache_folder() / "hashes.json"
     mark, now = _mark(path), time.time_ns()
     if mark[0] < 64e6 or not cache_limit(): return file_hash(path)
-    if (known := _remembered(memo).get(str(path))) and known["mark"] == mark: return known["sha256"]
+    if (known := _remembered(memo).get(str(path))) and known.get("mark") == mark: return known["sha256"]
     sha256 = file_hash(path)
     if _mark(path) == mark and now - max(mark[1:3]) > 2e9:
         with contextlib.suppress(OSError): write_json(memo, dict([*_remembered(memo).items()][-99:]) | {str(path): dict(mark=mark, sha256=sha256)})
@@ -132,9 +132,9 @@ def clear_cache() -> int: # bytes that were freed
     "Remove everything that is kept. Raises `TinyTrainerError` if something cannot be removed."
     folder, freed = cache_folder(), 0
     for path in [*(e.path for e in cache_entries()), *folder.glob(".weights-*.partial"), folder / "hashes.json"]:
-        with contextlib.suppress(FileNotFoundError):
+        try:
             size = path.stat().st_size
-            try: path.unlink()
-            except PermissionError: raise TinyTrainerError(f"{path}: cannot be removed. Is it of another user, or in use by another program?") from None
-            freed += size
+            path.unlink(); freed += size
+        except (FileNotFoundError, NotADirectoryError): pass # not there, or no longer
+        except OSError as e: raise TinyTrainerError(f"{path}: cannot be removed ({e.strerror}). Is it of another user, or in use by another program?") from None
     return freed

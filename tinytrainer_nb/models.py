@@ -154,6 +154,7 @@ def _from_cache(key: str, path: str, config, quantization: str, dtype: torch.dty
         model.generation_config = _generation_config(path)
     except Exception: return None # then quantizing says what is wrong, or mends it
     model.name_or_path = model.config._name_or_path = path
+    model._weight_conversions = [] # as quantizing leaves it; otherwise it could not be saved again
     return None if any(told.values()) else model
 
 def _generation_config(path: str) -> GenerationConfig:
