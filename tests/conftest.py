@@ -1,6 +1,8 @@
 """What all tests share: an offline environment set before anything is imported, the order, what may be missing here."""
+import atexit
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,9 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # the cores the project is written for; results then agree between machines
 if "PYTEST_XDIST_WORKER" in os.environ: os.environ["OMP_NUM_THREADS"] = "1"  # two workers, two cores: PyTorch processes whose threads take turns on a core slow each other tenfold
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # kernels import this checkout
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the folder of the process that started them; nobody's own cache is touched
+    os.environ["TINYTRAINER_CACHE"] = tempfile.mkdtemp(prefix="tinytrainer-cache-")
+    atexit.register(shutil.rmtree, os.environ["TINYTRAINER_CACHE"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):

@@ -6,10 +6,10 @@
 __all__ = ['LoraArgs', 'add_lora', 'stack_adapter', 'TinyLoraArgs', 'add_tinylora', 'adapter_line', 'from_line',
            'count_trainable', 'Chat', 'TinyTrainerError', 'data_file', 'hardware', 'peak_memory', 'read_json',
            'seed_everything', 'write_json', 'load_examples', 'load_prompts', 'Evaluation', 'answer_table', 'compare',
-           'evaluate', 'score_table', 'load_model', 'model_preset', 'chat_panel', 'compare_panel', 'dial_panel',
-           'follow', 'has_front_end', 'launch_panel', 'rollout_panel', 'run_panel', 'settings_form', 'as_command',
-           'as_parameters', 'as_python', 'run_settings', 'run_figure', 'story_figure', 'PPOArgs', 'ppo', 'GRPOArgs',
-           'group_advantages', 'grpo', 'DPOArgs', 'RewardModelArgs', 'dpo', 'model_reward', 'reward_model',
+           'evaluate', 'score_table', 'load_model', 'model_preset', 'clear_cache', 'chat_panel', 'compare_panel',
+           'dial_panel', 'follow', 'has_front_end', 'launch_panel', 'rollout_panel', 'run_panel', 'settings_form',
+           'as_command', 'as_parameters', 'as_python', 'run_settings', 'run_figure', 'story_figure', 'PPOArgs', 'ppo',
+           'GRPOArgs', 'group_advantages', 'grpo', 'DPOArgs', 'RewardModelArgs', 'dpo', 'model_reward', 'reward_model',
            'sample_pairs', 'PretrainArgs', 'new_model', 'pretrain', 'train_tokenizer', 'DataReport', 'data_report',
            'Reward', 'exact_answer', 'find_reward', 'flexible_answer', 'format_reward', 'length_reward',
            'reference_overlap', 'repetition_reward', 'GenerateArgs', 'Rollouts', 'generate', 'stream', 'Run',
@@ -17,6 +17,7 @@ __all__ = ['LoraArgs', 'add_lora', 'stack_adapter', 'TinyLoraArgs', 'add_tinylor
 
 # %% ../nbs/99_all.ipynb #b4febece
 from .adapters import LoraArgs, add_lora, count_trainable, stack_adapter
+from .cache import clear_cache
 from .chat import Chat
 from .core import TinyTrainerError, data_file, hardware, peak_memory, read_json, seed_everything, write_json
 from .data import load_examples, load_prompts
@@ -43,7 +44,7 @@ from .tinylora import TinyLoraArgs, adapter_line, add_tinylora, from_line
 from .tinyworld import CORPUS_PROMPT
 
 _all_ = ["LoraArgs", "add_lora", "stack_adapter", "TinyLoraArgs", "add_tinylora", "adapter_line", "from_line", "count_trainable", "Chat", "TinyTrainerError", "data_file", "hardware", "peak_memory", "read_json",
-         "seed_everything", "write_json", "load_examples", "load_prompts", "Evaluation", "answer_table", "compare", "evaluate", "score_table", "load_model", "model_preset",
+         "seed_everything", "write_json", "load_examples", "load_prompts", "Evaluation", "answer_table", "compare", "evaluate", "score_table", "load_model", "model_preset", "clear_cache",
          "chat_panel", "compare_panel", "dial_panel", "follow", "has_front_end", "launch_panel", "rollout_panel", "run_panel", "settings_form", "as_command", "as_parameters", "as_python", "run_settings", "run_figure", "story_figure", "PPOArgs", "ppo", "GRPOArgs", "group_advantages", "grpo", "DPOArgs", "RewardModelArgs", "dpo", "model_reward", "reward_model", "sample_pairs", "PretrainArgs", "new_model", "pretrain", "train_tokenizer", "DataReport", "data_report",
          "Reward", "exact_answer", "find_reward", "flexible_answer", "format_reward", "length_reward", "reference_overlap", "repetition_reward", "GenerateArgs", "Rollouts", "generate", "stream", "Run", "save_merged", "SFTArgs", "encode_rows",
          "sft", "CORPUS_PROMPT"] # what the star brings

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['RECIPES', 'COMMANDS', 'Parser', 'add_settings', 'read_settings', 'with_config', 'recipe_flags', 'data_options',
            'load_for_training', 'read_texts', 'load_for_pretraining', 'report', 'train_command', 'resume_command',
-           'evaluate_command', 'chat_command', 'notebook_command', 'quiet_libraries', 'quiet_bars', 'main']
+           'evaluate_command', 'chat_command', 'cache_command', 'notebook_command', 'quiet_libraries', 'quiet_bars',
+           'main']
 
 # %% ../nbs/04h_cli.ipynb #6dbdfd67
-import argparse, contextlib, difflib, json, logging, os, sys, warnings
+import argparse, contextlib, difflib, json, logging, os, sys, time, warnings
 from dataclasses import fields
 from pathlib import Path
 from . import __version__
@@ -286,6 +287,22 @@ def chat_command(parser: Parser, given: dict) -> int:
     chat_loop(model, tokenizer, **{k: given[k] for k in ("system", "temperature", "max_new_tokens") if k in given})
     return 0
 
+# %% ../nbs/04h_cli.ipynb #7751e0a0
+def _cache_flags(parser: Parser) -> None:
+    parser.add_argument("--clear", action="store_true", help="remove everything that is kept")
+
+def cache_command(parser: Parser, given: dict) -> int:
+    "List or clear what is kept."
+    from tinytrainer_nb.cache import cache_entries, cache_folder, cache_limit, clear_cache
+    from tinytrainer_nb.core import visible
+    if given.get("clear"): print(f"{cache_folder()}: {clear_cache() / 1e9:.2f} GB removed"); return 0
+    entries = cache_entries()
+    print(f"{cache_folder()}: {sum(e.bytes for e in entries) / 1e9:.2f} of at most {cache_limit() / 1e9:.2f} GB")
+    for e in reversed(entries):
+        about = {"base": "unreadable", "quantization": "", "dtype": ""} | e.about
+        print(f"  {visible(about['base']):40} {about['quantization']:5} {about['dtype']:5} {e.bytes / 1e9:6.2f} GB   last used {time.strftime('%Y-%m-%d %H:%M', time.localtime(e.used))}")
+    return 0
+
 # %% ../nbs/04h_cli.ipynb #b13990e7
 def _out_flag(parser: Parser, default: str) -> None:
     parser.add_argument("--out", metavar="DIR", help=f"folder for the executed notebook and its runs (default {default}; if it exists, a new one beside it)")
@@ -335,6 +352,7 @@ COMMANDS = { # name: what it does, its flags, what to call
     "evaluate": ("Score a model on data that it has not seen.", _evaluate_flags, evaluate_command),
     "resume": ("Go on with an interrupted run, exactly where it was.", _resume_flags, resume_command),
     "chat": ("Talk to a model in the terminal.", _chat_flags, chat_command),
+    "cache": ("List the quantized weights that are kept for the next load, or clear them.", _cache_flags, cache_command),
 }
 
 def _overview() -> Parser:
