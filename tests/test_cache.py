@@ -202,7 +202,7 @@ def cut(path: Path) -> None: os.truncate(path, path.stat().st_size // 2)
 def cut_by_a_byte(path: Path) -> None: os.truncate(path, path.stat().st_size - 1)
 def empty(path: Path) -> None: os.truncate(path, 0)
 def garble(path: Path) -> None: path.write_bytes(os.urandom(5000))
-def lose_a_tensor(path: Path) -> None: save_file(dict(list(load_file(path).items())[1:]), path)
+def lose_a_tensor(path: Path) -> None: save_file(dict(list(load_file(path).items())[1:]), path)  # which may be a constant of a weight that is there
 def another_shape(path: Path) -> None: save_file({k: t[:1].clone() if "norm" in k else t for k, t in load_file(path).items()}, path)
 
 

@@ -86,7 +86,7 @@ def keep_tensors(
     if (free := shutil.disk_usage(path.parent).free) < 2 * size: raise TinyTrainerError(f"the disk has only {free / 1e9:.2f} GB free, and {size / 1e9:.2f} GB would be kept")
     beside = path.with_name(f".{path.stem}.{os.getpid()}.partial")
     try:
-        save_file(tensors, beside, metadata=dict(about=json.dumps(plain(about))))
+        save_file(tensors, beside, metadata=dict(about=json.dumps(plain(about)), tensors=str(len(tensors))))
         with open(beside, "rb+") as f: os.fsync(f.fileno())
         patiently(os.replace, beside, path)
     finally: _remove(beside)
@@ -98,9 +98,10 @@ def find_tensors(key: str) -> dict[str, torch.Tensor] | None:
     path = _entry_path(key)
     if not path.exists(): return None
     try:
-        with safe_open(path, "pt", backend="pread") as f: tensors = {name: f.get_tensor(name).clone() for name in f.keys()}
+        with safe_open(path, "pt", backend="pread") as f: tensors, told = {name: f.get_tensor(name).clone() for name in f.keys()}, (f.metadata() or {}).get("tensors")
     except SafetensorError: _remove(path); return None # the file is cut, or of something else
     except OSError: return None
+    if told != str(len(tensors)): _remove(path); return None # a weight without its constants would be loaded, and be wrong
     with contextlib.suppress(OSError): os.utime(path)
     return tensors
 
