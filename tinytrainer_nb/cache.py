@@ -62,6 +62,8 @@ def _remove(path: Path) -> bool:
     return False
 
 # %% ../nbs/00g_cache.ipynb #65802794
+_FORMATS = {"U8": torch.uint8, "I8": torch.int8, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16} # all that quantized models hold
+
 def _make_room(size: int) -> None:
     "Remove what was not used for the longest time until `size` bytes fit, and what processes that died have left."
     for left in cache_folder().glob(".weights-*.partial"):
@@ -79,6 +81,7 @@ def keep_tensors(
     **about,                          # what they are, for `cache_entries`
 ) -> None:
     "Add an entry, or replace it. Raises `TinyTrainerError` if there is no room, `OSError` or `SafetensorError` if it cannot be written."
+    assert all(t.dtype in _FORMATS.values() for t in tensors.values()), "a number format that is not read back"
     path, size = _entry_path(key), sum(t.numel() * t.element_size() for t in tensors.values()) + 2**20 # a header
     if size > cache_limit(): raise TinyTrainerError(f"{size / 1e9:.2f} GB are more than TINYTRAINER_CACHE_GB allows, {cache_limit() / 1e9:.2f}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,22 +89,38 @@ def keep_tensors(
     if (free := shutil.disk_usage(path.parent).free) < 2 * size: raise TinyTrainerError(f"the disk has only {free / 1e9:.2f} GB free, and {size / 1e9:.2f} GB would be kept")
     beside = path.with_name(f".{path.stem}.{os.getpid()}.partial")
     try:
-        save_file(tensors, beside, metadata=dict(about=json.dumps(plain(about)), tensors=str(len(tensors))))
+        save_file(tensors, beside, metadata=dict(about=json.dumps(plain(about | dict(tensors=len(tensors))))))
         with open(beside, "rb+") as f: os.fsync(f.fileno())
         patiently(os.replace, beside, path)
     finally: _remove(beside)
     sync_folder(path.parent)
 
 # %% ../nbs/00g_cache.ipynb #4cd47211
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    "All tensors of a safetensors file."
+    tensors = {}
+    with safe_open(path, "pt", backend="pread") as f, open(path, "rb", buffering=0) as data:
+        told = json.loads(f.metadata()["about"])["tensors"]
+        data.seek(8 + int.from_bytes(data.read(8), "little")) # the length of the header, and the header
+        for name in f.offset_keys():
+            part = f.get_slice(name)
+            t = tensors[name] = torch.empty(part.get_shape(), dtype=_FORMATS[part.get_dtype()])
+            into = memoryview(t.view(-1).view(torch.uint8).numpy()) if t.numel() else memoryview(b"")
+            while len(into): into = into[_some(data.readinto(into)):] # a single read ends at two gigabytes
+    if len(tensors) != told: raise EOFError(f"{len(tensors)} of {told} tensors")
+    return tensors
+
+def _some(count: int) -> int:
+    if not count: raise EOFError("the file has ended")
+    return count
+
 def find_tensors(key: str) -> dict[str, torch.Tensor] | None:
     "The tensors of an entry, marked as used now; None if there is none, or a damaged one, which is removed."
     path = _entry_path(key)
     if not path.exists(): return None
-    try:
-        with safe_open(path, "pt", backend="pread") as f: tensors, told = {name: f.get_tensor(name).clone() for name in f.keys()}, (f.metadata() or {}).get("tensors")
-    except SafetensorError: _remove(path); return None # the file is cut, or of something else
+    try: tensors = _read(path)
+    except (SafetensorError, EOFError, KeyError, TypeError, ValueError): _remove(path); return None # the file is cut, or of something else
     except OSError: return None
-    if told != str(len(tensors)): _remove(path); return None # a weight without its constants would be loaded, and be wrong
     with contextlib.suppress(OSError): os.utime(path)
     return tensors
 
