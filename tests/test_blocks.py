@@ -1,17 +1,26 @@
 """Blocks compute what `transformers` and PEFT compute: losses and gradients of every adapter and weight, whatever shares a micro-batch."""
-import contextlib
-
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from tinytrainer_nb.adapters import LoraArgs, add_lora, trainable
+import tinytrainer_nb.blocks as blocks_module
+import tinytrainer_nb.trainer as trainer_module
+from tinytrainer_nb.adapters import LoraArgs, add_lora, trainable, using_adapters
 from tinytrainer_nb.attention import attend_documents, document_attention
-from tinytrainer_nb.blocks import copied_bytes, in_blocks, why_not
-from tinytrainer_nb.core import DTYPES
+from tinytrainer_nb.blocks import choose_path, copied_bytes, in_blocks, kept_bytes, why_not
+from tinytrainer_nb.core import DTYPES, TinyTrainerError
+from tinytrainer_nb.grpo import GRPOArgs, grpo
 from tinytrainer_nb.models import compute_context, load_model
+from tinytrainer_nb.ppo import PPOArgs, ppo
+from tinytrainer_nb.preference import DPOArgs, RewardModelArgs, dpo, reward_model
+from tinytrainer_nb.pretrain import PretrainArgs, pretrain
+from tinytrainer_nb.run import Run
+from tinytrainer_nb.sft import SFTArgs, sft
 from tinytrainer_nb.tinylora import TinyLoraArgs, add_tinylora
-from tinytrainer_nb.tokens import pack_row
+from tinytrainer_nb.tokens import pack_row, pack_trees
+from tinytrainer_nb.trainer import RunTrainer
+
+from live import adapter
 
 SHAPE = dict(vocab_size=199, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2)
 KINDS = dict(llama=(LlamaForCausalLM, LlamaConfig(**SHAPE)), tied=(LlamaForCausalLM, LlamaConfig(**SHAPE | dict(tie_word_embeddings=True))), qwen2=(Qwen2ForCausalLM, Qwen2Config(**SHAPE)),
@@ -159,3 +168,116 @@ def test_inside_the_model_still_speaks():
         with in_blocks(model, torch.bfloat16): inside, written = model(**ids).logits, model.generate(**ids, max_new_tokens=4, do_sample=False)
         assert torch.equal(inside, before) and torch.equal(model(**ids).logits, before) and written.shape[1] == ids.input_ids.shape[1] + 4
     assert not any("forward" in m.__dict__ for m in (model.get_base_model(), model.get_base_model().model))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_tree_is_computed_as_its_rows(recompute):
+    "A prompt with its branches, as reinforcement learning packs them, beside each branch behind a prompt of its own"
+    model = learned(add_lora(bare("llama"), LoraArgs(r=4, alpha=8), seed=0))
+    generator = torch.Generator().manual_seed(2)
+    def draw(n): return torch.randint(3, 199, (n,), generator=generator).tolist()
+    prompts = [draw(n) for n in (17, 40)]
+    trees = [dict(prompt=prompts[group], completion=draw(n), group=group) for group, n in ((0, 9), (0, 30), (0, 1), (1, 12), (1, 12))]
+    alone = [dict(input_ids=row["prompt"] + row["completion"], labels=[-100] * len(row["prompt"]) + row["completion"]) for row in trees]
+    packed = pack_trees(trees); model.zero_grad()
+    with in_blocks(model, torch.float32, recompute=recompute): loss = model(**packed, labels=packed["shift_labels"], num_items_in_batch=len(packed["shift_labels"]), use_cache=False).loss
+    loss.backward()
+    assert apart((loss.item(), {name: p.grad for name, p in trainable(model).items()}), plain(model, alone)) < 1e-4
+
+
+def test_what_is_computed_again_finds_its_own_adapters():
+    "PPO's value has an adapter of its own, which is active in its forward pass and no longer when gradients are computed"
+    model = learned(add_lora(bare("llama"), LoraArgs(r=4, alpha=8), seed=0))
+    model.add_adapter("value", model.peft_config["default"])
+    for name, p in model.named_parameters():
+        if ".value." in name: torch.nn.init.normal_(p.requires_grad_(), 0.0, 0.05)
+    packed = pack_row(rows())
+    def gradients(recompute):
+        model.zero_grad()
+        with in_blocks(model, torch.float32, recompute=recompute):
+            with using_adapters(model, ["value"]): loss = model(**packed, labels=packed["shift_labels"], use_cache=False).loss
+            loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    kept, again = gradients(False), gradients(True)
+    assert kept.keys() == again.keys() and all(".value." in name for name in kept) and all(torch.equal(g, again[name]) for name, g in kept.items())
+
+
+RECIPES = {
+    "sft": lambda model, tokenizer, out: sft(model, tokenizer, PROBLEMS[:12], SFTArgs(max_steps=1, batch_size=4, out=out)),
+    "pretrain": lambda model, tokenizer, out: pretrain(load_model("tiny", quantization="none", verbose=False)[0], tokenizer, ["Once upon a time there was a duck. " * 200], PretrainArgs(max_steps=1, batch_size=2, max_length=64, out=out)),
+    "ppo": lambda model, tokenizer, out: ppo(model, tokenizer, PROBLEMS[:8], "length", PPOArgs(max_steps=1, batch_size=2, num_generations=2, max_new_tokens=8, out=out)),
+    "grpo": lambda model, tokenizer, out: grpo(model, tokenizer, PROBLEMS[:8], "length", GRPOArgs(max_steps=1, batch_size=2, num_generations=4, max_new_tokens=8, out=out)),
+    "dpo": lambda model, tokenizer, out: dpo(model, tokenizer, PAIRS, DPOArgs(max_steps=1, batch_size=4, out=out)),
+    "reward_model": lambda model, tokenizer, out: reward_model(model, tokenizer, PAIRS, RewardModelArgs(max_steps=1, batch_size=4, out=out)),
+}
+PROBLEMS = [dict(prompt=f"How much is {i} plus {i + 1}?", completion=f"It is {2 * i + 1}.") for i in range(20)]
+PAIRS = [dict(prompt=row["prompt"], chosen=row["completion"], rejected="No idea.") for row in PROBLEMS]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_run_that_says_on_computes_in_blocks(recipe, tmp_path, monkeypatch):
+    "All of it: none of its documents goes through the model's own forward pass"
+    usual, seen = LlamaModel.forward, []
+    def own(self, *args, document_lengths=None, **kwargs):
+        assert document_lengths is None
+        return usual(self, *args, **kwargs)
+    monkeypatch.setattr(LlamaModel, "forward", own)
+    monkeypatch.setattr(blocks_module, "attend_documents", lambda *args: seen.append(args[3]) or attend_documents(*args))
+    model, tokenizer = load_model("tiny", quantization="none", verbose=False)
+    run = RECIPES[recipe](add_lora(model, LoraArgs(r=4)), tokenizer, str(tmp_path / "run"))
+    assert run.status == "finished" and run.info["fast"]["blocks"] and run.info["fast"]["why"].startswith("on") and seen
+
+
+def test_off_is_off(tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks_module, "attend_documents", None)
+    model, tokenizer = load_model("tiny", quantization="none", verbose=False)
+    run = sft(add_lora(model, LoraArgs(r=4)), tokenizer, PROBLEMS[:12], SFTArgs(max_steps=1, batch_size=4, fast="off", out=str(tmp_path / "run")))
+    assert run.info["fast"] == dict(blocks=False, copies=False, recompute=False, why="off, as asked")
+
+
+def test_a_run_goes_on_in_the_way_it_began(tmp_path, monkeypatch):
+    "Even where the machine that resumes it would choose another"
+    def train(out):
+        model, tokenizer = load_model("tiny", quantization="nf4", verbose=False)
+        return sft(add_lora(model, LoraArgs(r=4), seed=0), tokenizer, PROBLEMS, SFTArgs(max_steps=4, save_steps=2, batch_size=4, eval_steps=0, sample_steps=0, out=str(tmp_path / out)))
+    usual, whole = RunTrainer.training_step, train("whole")
+    def dying(self, *args, **kwargs):
+        if self.state.global_step == 2: raise OSError("no space left")
+        return usual(self, *args, **kwargs)
+    with monkeypatch.context() as m:
+        m.setattr(RunTrainer, "training_step", dying)
+        with pytest.raises(OSError): train("broken")
+    monkeypatch.setattr(trainer_module, "choose_path", lambda *_: pytest.fail("a resumed run chose anew"))
+    run = Run.open(tmp_path / "broken").resume()
+    assert run.info["fast"]["copies"] and adapter(run) == adapter(whole)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_what_a_step_keeps_is_known_before(kind):
+    "Memory that autograd holds after a forward pass through all blocks"
+    model = learned(add_lora(bare(kind), LoraArgs(r=4), seed=0))
+    packed, held, weights = pack_row(rows(lengths=(256, 256))), {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+    def note(x): held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes(); return x
+    with in_blocks(model, torch.float32), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x): model(**packed, labels=packed["shift_labels"], use_cache=False)
+    total = sum(size for place, size in held.items() if place not in weights)
+    assert kept_bytes(model, torch.float32) * 512 == pytest.approx(total, rel=0.15)
+
+
+def test_the_path_fits_the_memory(monkeypatch):
+    model = add_lora(load_model("tiny", quantization="nf4", dtype="bf16", verbose=False)[0], LoraArgs(r=4))
+    def path(free, mode="auto"):
+        monkeypatch.setattr(blocks_module, "free_memory", lambda *_: free)
+        found = choose_path(model, torch.bfloat16, mode, 4096)
+        return found["blocks"], found["copies"], found["recompute"]
+    copied, kept = copied_bytes(model, torch.bfloat16), kept_bytes(model, torch.bfloat16) * 4096
+    assert path(2**40) == (True, True, False) and path(2**40, "lean") == (True, False, True) and path(2**40, "off") == (False, False, False)
+    assert path(4 * copied + 1)[1] and not path(4 * copied)[1]
+    assert path(2 * kept + copied + 1 if kept > copied else 2 * kept) == (True, 2 * kept + copied + 1 > 4 * copied, False) and path(2 * kept - 1)[2]
+
+
+def test_a_window_that_hides_a_part_of_a_text_is_not_passed_over():
+    model = MistralForCausalLM(MistralConfig(**SHAPE | dict(sliding_window=32))).eval()
+    model.config._attn_implementation = "packed"
+    with in_blocks(model, torch.float32), torch.no_grad():
+        assert model.model(torch.arange(3, 35)[None]).last_hidden_state.shape == (1, 32, 64)
+        with pytest.raises(TinyTrainerError, match="last 32 tokens"): model.model(torch.arange(3, 36)[None])

@@ -17,6 +17,7 @@ from tinytrainer_nb.core import read_json
 from tinytrainer_nb.panels import RunPanel, follow, launch_panel, request_lines, run_panel
 from tinytrainer_nb.plots import LivePicture, run_html
 from tinytrainer_nb.rewards import find_reward
+from tinytrainer_nb.settings import grouped
 
 from live import adapter, figures, until
 
@@ -243,6 +244,24 @@ def test_the_form_is_locked_while_a_run_is_being_started(tmp_path):
     free.set()
     until(lambda: launcher.run is not None, "the run"); launcher.run.wait(60)
     launcher.close()
+
+
+def test_a_refused_field_is_found_and_says_what_the_run_still_uses(tmp_path):
+    launcher = launch_panel(lambda args: train(args.out, live=True, max_steps=args.max_steps), SFTArgs(max_steps=400, out=str(tmp_path / "run")))
+    launcher.form.inputs["batch_size"].value = 0
+    group = next(heading for heading, members in grouped(SFTArgs).items() if "batch_size" in [f.name for f in members])
+    launcher.form.switch.value = next(heading for heading in grouped(SFTArgs) if heading != group)
+    launcher.start_button.click()
+    until(lambda: "batch_size" in launcher.said.value, "the complaint")
+    assert launcher.form.switch.value == group, "the group of the wrong field is shown"
+    launcher.form.inputs["batch_size"].value = 4
+    run = launcher.start()
+    panel = RunPanel(run)
+    for form in (launcher.form, panel.form):
+        form.inputs["learning_rate"].value = 5.0
+        assert f"still uses {run.info['settings']['learning_rate']:g}" in form.errors["learning_rate"].value
+    run.stop(); run.wait(60)
+    panel.close(); launcher.close()
 
 
 def test_what_others_change_is_shown(tmp_path):

@@ -120,6 +120,7 @@ class Form(Panel):
     "Widgets for the fields of a settings object; `value` is the object that the form now describes."
     def __init__(self, args: Settings, only=None, changed=None, earlier: bool = False):
         self.args, self.kind, self.only, self.changed, self._filling = args, type(args), only, changed, False
+        self.still = lambda name: "" # what holds while a field is wrong, in words
         self.inputs, self.sliders, self.errors, self.rows, self.lists = {}, {}, {}, {}, []
         self.shown = [f for f in fields(args) if only is None or f.name in only]
         for f in self.shown: self._row(f, getattr(args, f.name))
@@ -173,6 +174,16 @@ def _turn(self) -> None:
     for heading, box in self.groups.items(): shown(box, self.switch.value in (heading, "all")); shown(box.children[0], self.switch.value == "all")
 
 @patch_to(Form)
+def turn_to_wrong(self) -> None:
+    "Show the group of the first field that is not allowed."
+    for heading, members in grouped(self.kind).items():
+        for f in members:
+            try: self.read(f)
+            except TinyTrainerError:
+                if self.switch.value != "all": self.switch.value = heading
+                return
+
+@patch_to(Form)
 def _find(self) -> None:
     "Look for earlier runs; a list without any is not shown."
     at = lambda run: time.strftime("%Y-%m-%d %H:%M", time.localtime(run.info["created"]))
@@ -184,7 +195,7 @@ def _find(self) -> None:
 def read(self, field):
     "The value of one field; a wrong one is told beside it and raised as a `TinyTrainerError`."
     try: value = read_widget(field, self.inputs[field.name])
-    except TinyTrainerError as e: self.errors[field.name].value = _lines(complaint(e)); raise
+    except TinyTrainerError as e: self.errors[field.name].value = _lines(complaint(e) + small(self.still(field.name))); raise
     self.errors[field.name].value = _lines(small(field.metadata["help"])) if self.explain.value else ""
     return value
 

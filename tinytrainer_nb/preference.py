@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .adapters import is_fresh, trainable
 from .core import DTYPES, TinyTrainerError, read_json, seed_everything, write_json
 from .data import as_examples, data_origin, empty_rows, load_prompts
-from .fast import need_plain_logits
+from .fast import need_plain_logits, token_logprobs
 from .models import compute_context
 from .rewards import find_reward
 from .rollout import GenerateArgs, fitting, generate, prompt_room
@@ -144,7 +144,7 @@ def answer_logprobs(
     next_ids = F.pad(labels[:, 1:], (0, 1), value=-100)
     said = next_ids != -100 # positions whose next token is an answer's (B, T)
     hidden = packed_hidden(base.get_decoder(), unpadded(input_ids, attention_mask))[said[attention_mask.bool()]]
-    logprobs = -F.cross_entropy(base.get_output_embeddings()(hidden).float(), next_ids[said], reduction="none")
+    logprobs, _ = token_logprobs(hidden, base.get_output_embeddings(), next_ids[said])
     placed = torch.zeros(said.shape, device=logprobs.device).masked_scatter(said, logprobs)[:, :-1]
     none = torch.zeros_like(placed) # figures of TRL's that are not shown here
     return FusedCausalLMOutput(log_probs=placed, entropy=none, mean_logits=none, is_top1=none.bool())

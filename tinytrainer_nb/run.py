@@ -113,7 +113,7 @@ class Lock:
     def take(self) -> None:
         "Take the lock; raises `TinyTrainerError` if a living process holds it."
         with FileLock(self.path.with_name(".taking")): # of two that find a dead process's lock, one comes first
-            if who := self.holder(): raise TinyTrainerError(f"{self.path.parent}: process {who['pid']} is training into this folder. Stop it first, or use another --out.")
+            if who := self.holder(): raise TinyTrainerError(f"{self.path.parent}: process {who['pid']} is training into this folder. Stop it first, or use another folder (out; in a terminal --out).")
             write_json(self.path, _me())
 
     def release(self) -> None:
@@ -144,7 +144,7 @@ STATES = ("running", "paused", "stopped", "finished", "failed", "interrupted")
 
 def _free_sibling(folder: Path, allowed: tuple[str, ...] = ()) -> Path:
     "`folder` if it is empty but for `allowed`, else the first of NAME-2, NAME-3, ... that does not exist."
-    if folder.exists() and not folder.is_dir(): raise TinyTrainerError(f"{folder}: is a file, so no run can be made there. Choose another --out.")
+    if folder.exists() and not folder.is_dir(): raise TinyTrainerError(f"{folder}: is a file, so no run can be made there. Choose another folder (out; in a terminal --out).")
     if not folder.exists() or all(p.name in allowed for p in folder.iterdir()): return folder
     return next(p for n in range(2, 10_000) if not (p := folder.with_name(f"{folder.name}-{n}")).exists())
 
@@ -185,10 +185,10 @@ class Run:
         if (folder / "run.json").exists():
             old = cls(folder)
             if old.status != "finished" and _same(old.info, plain(dict(recipe=recipe, settings=settings.to_dict(), **info))):
-                raise TinyTrainerError(f"{folder}: an unfinished run with these settings is here. {old.how_to_resume()} goes on with it; another --out starts anew.")
+                raise TinyTrainerError(f"{folder}: an unfinished run with these settings is here. {old.how_to_resume()} goes on with it; another folder (out; in a terminal --out) starts anew.")
         free = lambda: _free_sibling(folder, allowed=("notebook.ipynb",)) # which made this run
         try: staging = _beside(free())
-        except OSError as e: raise TinyTrainerError(f"{out}: cannot be made ({e.strerror}). Choose another --out.") from None
+        except OSError as e: raise TinyTrainerError(f"{out}: cannot be made ({e.strerror}). Choose another folder (out; in a terminal --out).") from None
         run = cls(staging)
         run.settings = settings
         try:
