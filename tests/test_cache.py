@@ -433,3 +433,11 @@ def test_a_broken_memory_of_hashes_is_none(large, cache, content):
     cache.mkdir(); (cache / "hashes.json").write_text(content)
     assert known_hash(large) == file_hash(large)
     assert str(large) in json.loads((cache / "hashes.json").read_text())
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux tells what is mapped")
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_quantized_model_leaves_its_file(base, quantization):
+    "One view of a mapped file keeps all of it in memory"
+    model, _ = load_model(base, quantization=quantization, verbose=False)
+    assert str(base) not in Path("/proc/self/maps").read_text()

@@ -28,8 +28,8 @@ def keep_memory() -> bool: # whether the C library took it
 
 # %% ../nbs/01j_blocks.ipynb #8fa463f3
 def _pieces(*tensors: Tensor, numbers: int = 2**18):
-    "Tensors of as many rows, a few rows at a time: about a megabyte in fp32, which stays in a core's cache."
-    rows = max(1, numbers // tensors[0].shape[-1])
+    "Tensors of as many rows, a few rows at a time: about a megabyte in fp32, which stays in a core's cache. Whole on a GPU, where each call has its price."
+    rows = max(1, numbers // tensors[0].shape[-1]) if tensors[0].device.type == "cpu" else max(1, len(tensors[0]))
     return zip(*(x.split(rows) for x in tensors))
 
 class _Norm(torch.autograd.Function):

@@ -265,9 +265,15 @@ def _load_weights(path: str, config, quantization: str, dtype: torch.dtype, devi
     if model is None:
         model = _pretrained(AutoModelForCausalLM, path, dtype=dtype, quantization_config=_quantization_config(quantization, dtype),
                             device_map={"": _own(device)}, use_safetensors=True)
+        if quantization != "none": _leave_file(model)
         cache = _keep(model, key, path, quantization, dtype, device) if key and processes()[0] == 0 else ""
     model.config._attn_implementation = "packed"
     return keep_gradients(model.requires_grad_(False).eval()), cache
+
+def _leave_file(model) -> None:
+    "Copy what was not quantized: it is a view of the weight file, all of which stays mapped into memory as long as one view lives."
+    for p in model.parameters():
+        if p.device.type == "cpu" and p.is_floating_point(): p.data = p.data.clone()
 
 def _own(device: str) -> str | torch.device:
     "Of several processes, each takes its own GPU."
