@@ -196,13 +196,13 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, chunk): # (K, width), (V, width), (K,)
         ctx.slope, total = torch.empty_like(hidden), torch.zeros((), device=hidden.device)
-        ctx.by_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        ctx.by_weight = None
         room = hidden.new_empty(min(chunk, len(hidden)), len(weight)) # one for all chunks
         for part, label, slope in zip(hidden.split(chunk), labels.split(chunk), ctx.slope.split(chunk)):
             logits = torch.mm(part, weight.t(), out=room[:len(part)])
             for some in zip(logits.split(32), label.split(32)): total -= to_slope(*some)[0].sum()
             torch.mm(logits, weight, out=slope)
-            if ctx.by_weight is not None: ctx.by_weight += logits.t() @ part
+            if ctx.needs_input_grad[1]: ctx.by_weight = _added(ctx.by_weight, logits.t() @ part)
         return total
 
     @staticmethod
@@ -210,13 +210,18 @@ class _TokenLoss(torch.autograd.Function):
         by_weight = None if ctx.by_weight is None else ctx.by_weight.mul_(gradient).to(ctx.slope.dtype)
         return ctx.slope.mul_(gradient), by_weight, None, None
 
+def _added(total: Tensor | None, part: Tensor) -> Tensor:
+    "A sum in fp32; what is alone needs none."
+    return part if total is None else total.float().add_(part)
+
 def token_loss(
     hidden: Tensor,   # last hidden states (K, width)
     weight: Tensor,   # of the head (V, width), in the same format
     labels: Tensor,   # the tokens (K,)
-    chunk: int = 256, # tokens whose logits exist at once
+    chunk: int = 256, # tokens whose logits exist at once, at least; as many as 128 MiB hold if the head is trained, for each chunk adds to its gradient
 ) -> Tensor:          # in fp32
     "Sum of the tokens' cross-entropies; one backward pass."
+    if weight.requires_grad: chunk = max(chunk, 2**27 // (weight.element_size() * len(weight)))
     return _TokenLoss.apply(hidden, weight, labels, chunk)
 
 # %% ../nbs/01j_blocks.ipynb #2f8f7a0a

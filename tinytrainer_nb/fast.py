@@ -351,7 +351,7 @@ def to_slope(
     with_entropy: bool = False, # of the distributions
 ) -> tuple[Tensor, Tensor | None]: # log-probabilities of the labels, entropies, (k,) in fp32
     "Log softmax(logits / temperature) at the labels; the logits become the gradient of its negative by them, times the temperature: softmax, less 1 at the label."
-    rows = 32 if logits.device.type == "cpu" else len(logits) # what stays in a core's cache
+    rows = max(1, 2**19 // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits)) # 2 MiB in fp32 stay in the cores' caches
     logprobs, entropy = zip(*(_to_slope(*some, temperature, with_entropy) for some in zip(logits.split(rows), labels[:, None].split(rows))))
     return torch.cat(logprobs), torch.cat(entropy) if with_entropy else None
 
