@@ -27,7 +27,7 @@ def setting_of(notebook: Path, name: str):
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
 def test_parameters_are_settings(notebook):
     parameters = notebook_parameters(notebook)
-    known = {"base", "data", "columns", "problems", "live", "eval_rows", "quick", "seeds", "results", "cases", "rounds", "turns", "instruction", "cot_data", "history"}
+    known = {"base", "data", "columns", "problems", "live", "eval_rows", "quick", "seeds", "results", "cases", "rounds", "turns", "instruction", "cot_data", "history", "modes", "peers", "old_cpu", "models", "tokens", "quantization", "curve_steps"}
     for name, parameter in parameters.items():
         field = setting_of(notebook, name)
         if field is None: assert name in known, f"{notebook.name}: parameter {name} is neither a setting nor one of {sorted(known)}"

@@ -86,21 +86,25 @@ class _Weight:
     "A frozen weight (m, n): what it makes of an input, and what it makes of a gradient."
     def __init__(self, layer: nn.Linear, dtype: torch.dtype, copies: bool):
         self.layer, self.dtype, self.copy, self.bias = layer, dtype, None, None if layer.bias is None else layer.bias.detach().to(dtype)
+        self.hold, self.held = False, None # hold: what is written out now is wanted once more, by `back`
         self.ordered = copies and has_blocks(layer.weight.device, dtype)
         if self.ordered: self.there, self.back_there = (in_blocked_order(w.contiguous(), None, rows=1024)[0] for w in (self.read(), self.read().t()))
         elif copies and _is_4bit(layer): self.copy = self.read()
 
-    def read(self) -> Tensor: return self.copy if self.copy is not None else written_out(self.layer).to(self.dtype)
+    def read(self) -> Tensor: return self.copy if self.copy is not None else self.held if self.held is not None else written_out(self.layer).to(self.dtype)
 
     def times(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         "x @ weight^T + bias + add."
         if self.ordered: return blocked_product(x, self.there, self.bias, add)
-        return F.linear(x, self.read(), self.bias) if add is None else torch.addmm(add if self.bias is None else add + self.bias, x, self.read().t())
+        weight = self.read()
+        if self.hold: self.held = weight
+        return F.linear(x, weight, self.bias) if add is None else torch.addmm(add if self.bias is None else add + self.bias, x, weight.t())
 
     def back(self, gradient: Tensor, add: Tensor | None = None) -> Tensor:
         "gradient @ weight + add, which may be written over."
         if self.ordered: return blocked_product(gradient, self.back_there, None, add)
-        return gradient @ self.read() if add is None else add.addmm_(gradient, self.read())
+        weight, self.held = self.read(), None
+        return gradient @ weight if add is None else add.addmm_(gradient, weight)
 
 class _Products(torch.autograd.Function):
     "x @ weight^T of several frozen weights, with (x @ down) @ up of their adapters added, and `residual` to the first."
@@ -164,6 +168,7 @@ def _together(layers: list[nn.Module], dtype: torch.dtype, copies: bool):
     def forward(x, residual=None):
         pairs = [(i, *thin_pair(m, a)) for i, m in enumerate(layers) if isinstance(m, BaseTunerLayer) and not m.disable_adapters for a in m.active_adapters if a in (m.tinylora_A if hasattr(m, "tinylora_A") else m.lora_A)]
         return _Products.apply(x, residual, weights, [i for i, _, _ in pairs], *(d.to(dtype) for _, d, _ in pairs), *(u.to(dtype) for _, _, u in pairs))
+    forward.weights = weights
     return forward
 
 def _plain_products(layers: list[nn.Module], x: Tensor, residual: Tensor | None) -> list[Tensor]:
@@ -189,6 +194,7 @@ def block_of(
         query, key = (_Rotate.apply(x if norm is None else normed(x, norm), cos, sin) for x, norm in zip((query, key), own))
         hidden, = out(attend_documents(query, key, value, lengths, attention.scaling).flatten(1), hidden)
         return down(_Gate.apply(*gates(normed(hidden, layer.post_attention_layernorm))), hidden)[0]
+    forward.weights = [w for part in (qkv, out, gates, down) for w in getattr(part, "weights", ())]
     return forward
 
 # %% ../nbs/01j_blocks.ipynb #50d5470c
@@ -255,18 +261,24 @@ def _decoder_forward(decoder: nn.Module, blocks: list, dtype: torch.dtype, recom
             hidden = hidden.flatten(0, 1)
             for layer, block in zip(decoder.layers, blocks):
                 if "forward" in layer.__dict__: hidden = layer.forward(hidden) # somebody passes over it
-                elif recompute and torch.is_grad_enabled(): hidden = checkpoint(block, hidden, *turn, lengths, use_reentrant=False, preserve_rng_state=False, context_fn=_as_now(layer))
+                elif recompute and torch.is_grad_enabled(): hidden = checkpoint(block, hidden, *turn, lengths, use_reentrant=False, preserve_rng_state=False, context_fn=_as_now(layer, block))
                 else: hidden = block(hidden, *turn, lengths)
             hidden = decoder.norm.forward(hidden) if "forward" in decoder.norm.__dict__ else _Norm.apply(hidden, decoder.norm.weight.to(dtype), decoder.norm.variance_epsilon)
         return BaseModelOutputWithPast(last_hidden_state=hidden.unflatten(0, (B, T)))
     return forward
 
-def _as_now(layer: nn.Module):
-    "The contexts in which a block is computed, and computed again when other adapters may be active (PPO's value, a reference)."
+def _as_now(layer: nn.Module, block):
+    "The contexts in which a block is computed, and computed again when other adapters may be active (PPO's value, a reference); its weights are then written out for both directions at once."
     adapted = next((m for m in layer.modules() if isinstance(m, BaseTunerLayer)), None)
-    if adapted is None: return lambda: (contextlib.nullcontext(), contextlib.nullcontext())
-    active = [] if adapted.disable_adapters else list(adapted.active_adapters)
-    return lambda: (contextlib.nullcontext(), using_adapters(layer, active))
+    active = [] if adapted is None or adapted.disable_adapters else list(adapted.active_adapters)
+    @contextlib.contextmanager
+    def again():
+        for weight in block.weights: weight.hold = True
+        try:
+            with using_adapters(layer, active): yield
+        finally:
+            for weight in block.weights: weight.hold = False
+    return lambda: (contextlib.nullcontext(), again())
 
 def _loss_forward(base: nn.Module, dtype: torch.dtype):
     usual = base.forward

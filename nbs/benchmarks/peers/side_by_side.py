@@ -1,0 +1,61 @@
+"""What the benchmark notebooks share: a contender in a process of its own, models that others can load, the line that names the machine."""
+import inspect
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+def said(*command, env: dict | None = None) -> dict:
+    "The last line of a Python process's output, as JSON; env: what is added to the environment."
+    done = subprocess.run([sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | (env or {}))
+    if done.returncode: raise RuntimeError(done.stderr[-3000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def called(function, *arguments, env: dict | None = None) -> dict:
+    "What a function prints that runs in a process of its own."
+    return said("-c", f"{inspect.getsource(function)}\n{function.__name__}(*{arguments!r})", env=env)
+
+
+def peer(script: str, *arguments, env: dict | None = None) -> dict:
+    "What one of the scripts beside this one prints."
+    return said(HERE / script, *arguments, env=env)
+
+
+def loadable(base: str, folder: Path) -> str:
+    "A model's folder for those who do not know the name `tiny`; with a chat template."
+    if base != "tiny": return base
+    from tinytrainer_nb.all import load_model
+    if not (copy := Path(folder) / "tiny").exists():
+        model, tokenizer = load_model(base, quantization="none", dtype="bf16", verbose=False)
+        model.save_pretrained(copy); tokenizer.save_pretrained(copy)
+    return str(copy)
+
+
+def median_of(found: list[dict], name: str) -> dict:
+    "The run in the middle by one figure, with all values of that figure as `turns`."
+    return sorted(found, key=lambda r: r[name])[len(found) // 2] | dict(turns=[r[name] for r in found])
+
+
+def ratio(ours: dict, theirs: dict) -> float:
+    "How many times as fast, in the median of the turns: the machine is not equally fast all the time."
+    return statistics.median(a / b for a, b in zip(ours["turns"], theirs["turns"]))
+
+
+def product_weights(config) -> tuple[int, int]:
+    "Numbers in the matrix products of a Llama-like model: of all blocks, of the head."
+    width, head_dim = config.hidden_size, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    queries, values = head_dim * config.num_attention_heads, head_dim * config.num_key_value_heads
+    return config.num_hidden_layers * (2 * width * queries + 2 * width * values + 3 * width * config.intermediate_size), config.vocab_size * width
+
+
+def machine(kept: dict) -> str:
+    "The machine that figures were taken on, in a line."
+    hardware, limits = kept["hardware"], kept["limits"]
+    where = hardware["gpu"] or f"{hardware['cpu']}, {hardware['cores']} cores"
+    return f"{where}, torch {kept['versions']['torch']}; {limits['bf16_gflops']:.0f} GFLOP/s in bf16, {limits['fp32_gflops']:.0f} in fp32, {limits['copy_gb_s']:.0f} GB/s. Median of {kept['turns']}."
