@@ -190,7 +190,10 @@ def test_an_interrupt_while_they_are_computed(tmp_path, monkeypatch):
         make(self, path, group); made.append(path.name)
         if len(made) == 3: signal.raise_signal(signal.SIGINT)
     monkeypatch.setattr(Hidden, "_make", interrupted)
-    with pytest.raises(KeyboardInterrupt): sft(*policy(), examples(24), SFTArgs(**QUIET, max_steps=2, keep_hidden=True, micro_batch_tokens=128, out=str(tmp_path / "run")))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt): sft(*policy(), examples(24), SFTArgs(**QUIET, max_steps=2, keep_hidden=True, micro_batch_tokens=128, out=str(tmp_path / "run")))
+    finally: signal.signal(signal.SIGINT, before)
     run = Run.open(tmp_path / "run")
     assert run.status == "interrupted" and {p.name for p in (run.folder / "hidden").iterdir()} == set(made) and len(made) == 3
     assert run.resume().status == "finished" and len(made) == len(set(made)) > 3

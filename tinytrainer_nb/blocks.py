@@ -7,7 +7,7 @@ __all__ = ['PARTS', 'keep_memory', 'why_not', 'copied_bytes', 'block_of', 'token
            'on_path']
 
 # %% ../nbs/01j_blocks.ipynb #48b93893
-import contextlib, ctypes, sys
+import contextlib, ctypes, os, sys
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,9 +35,9 @@ def _pieces(*tensors: Tensor, numbers: int = 2**18):
 class _Norm(torch.autograd.Function):
     "Root mean square norm (Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4), in fp32."
     @staticmethod
-    def forward(ctx, x, weight, eps): # (T, width), (width,)
+    def forward(ctx, x, weight, eps): # (T, width), which may have more bits than the weight (width,) and the result
         scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_().div_(x.shape[-1]).add_(eps).rsqrt_() # (T, 1)
-        out = torch.empty_like(x)
+        out = torch.empty_like(x, dtype=weight.dtype)
         for a, s, o in _pieces(x, scale, out): o.copy_(a * s)
         ctx.save_for_backward(x, weight, scale)
         return out.mul_(weight)
@@ -97,7 +97,7 @@ class _Weight:
         "x @ weight^T + bias + add."
         if self.ordered: return blocked_product(x, self.there, self.bias, add)
         weight = self.read()
-        if self.hold: self.held = weight
+        self.held = weight if self.hold else None
         return F.linear(x, weight, self.bias) if add is None else torch.addmm(add if self.bias is None else add + self.bias, x, weight.t())
 
     def back(self, gradient: Tensor, add: Tensor | None = None) -> Tensor:
@@ -142,13 +142,20 @@ def why_not(model: nn.Module) -> str: # empty if it can
     if not is_llama_like(model): return f"{type(base).__name__} is none of {', '.join(LLAMA_LIKE)}"
     if base.config.hidden_act != "silu": return f"its MLP uses {base.config.hidden_act}, not silu"
     if getattr(base.config, "attention_dropout", 0): return "its attention has dropout"
-    return next((why for layer in base.model.layers for owner in (layer.self_attn, layer.mlp) for name in PARTS if (part := getattr(owner, name, None)) is not None and (why := _why_not(part))), "")
+    if type(base.lm_head) is not nn.Linear or base.lm_head.bias is not None: return "its head has an adapter or a bias"
+    parts = [getattr(owner, name) for layer in base.model.layers for owner in (layer.self_attn, layer.mlp) for name in PARTS if hasattr(owner, name)]
+    if any(isinstance(part, BaseTunerLayer) for part in parts) and any(_trains_whole(part) for part in parts): return "whole weights are trained beside adapters"
+    return next((why for part in parts if (why := _why_not(part))), "")
+
+def _trains_whole(layer: nn.Module) -> bool: return getattr(layer, "base_layer", layer).weight.requires_grad
 
 def _why_not(layer: nn.Module) -> str:
     "The same of one linear layer, with its adapters."
     own = getattr(layer, "base_layer", layer)
     if not (isinstance(own, nn.Linear) and (own.weight.is_floating_point() or hasattr(own.weight, "quant_state"))): return f"{type(own).__name__} layers keep their own forward pass"
+    if own.bias is not None and own.bias.requires_grad and not own.weight.requires_grad: return "a bias is trained beside its frozen weight"
     if not isinstance(layer, BaseTunerLayer): return ""
+    if layer.merged: return "an adapter is merged into its weight"
     if not is_thin(layer): return "an adapter has more than two thin matrices (DoRA, or a bias)"
     return "an adapter has dropout" if any(getattr(p, "p", 0) for p in getattr(layer, "lora_dropout", {}).values()) else ""
 
@@ -163,7 +170,7 @@ def _is_4bit(layer: nn.Module) -> bool: return getattr(getattr(layer, "weight", 
 def _together(layers: list[nn.Module], dtype: torch.dtype, copies: bool):
     "A function of the input (T, n), and of what is added to the first output, that gives the outputs of layers that read the same."
     owns = [getattr(m, "base_layer", m) for m in layers]
-    if any(own.weight.requires_grad for own in owns): return lambda x, residual=None: _plain_products(layers, x, residual)
+    if any(map(_trains_whole, layers)): return lambda x, residual=None: _plain_products(layers, x, residual)
     weights = [_Weight(own, dtype, copies) for own in owns]
     def forward(x, residual=None):
         pairs = [(i, *thin_pair(m, a)) for i, m in enumerate(layers) if isinstance(m, BaseTunerLayer) and not m.disable_adapters for a in m.active_adapters if a in (m.tinylora_A if hasattr(m, "tinylora_A") else m.lora_A)]
@@ -194,20 +201,21 @@ def block_of(
         query, key = (_Rotate.apply(x if norm is None else normed(x, norm), cos, sin) for x, norm in zip((query, key), own))
         hidden, = out(attend_documents(query, key, value, lengths, attention.scaling).flatten(1), hidden)
         return down(_Gate.apply(*gates(normed(hidden, layer.post_attention_layernorm))), hidden)[0]
-    forward.weights = [w for part in (qkv, out, gates, down) for w in getattr(part, "weights", ())]
+    forward.weights = [w for part in (qkv, out, gates, down) for w in getattr(part, "weights", ())] # the frozen ones
     return forward
 
 # %% ../nbs/01j_blocks.ipynb #50d5470c
 class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, chunk): # (K, width), (V, width), (K,)
-        ctx.slope, total = torch.empty_like(hidden), torch.zeros((), device=hidden.device)
+        learns, total = any(ctx.needs_input_grad), torch.zeros((), device=hidden.device)
+        ctx.slope = torch.empty_like(hidden if learns else hidden[:0])
         ctx.by_weight = None
         room = hidden.new_empty(min(chunk, len(hidden)), len(weight)) # one for all chunks
-        for part, label, slope in zip(hidden.split(chunk), labels.split(chunk), ctx.slope.split(chunk)):
+        for i, (part, label) in enumerate(zip(hidden.split(chunk), labels.split(chunk))):
             logits = torch.mm(part, weight.t(), out=room[:len(part)])
             for some in zip(logits.split(32), label.split(32)): total -= to_slope(*some)[0].sum()
-            torch.mm(logits, weight, out=slope)
+            if learns: torch.mm(logits, weight, out=ctx.slope[i * chunk:i * chunk + len(part)])
             if ctx.needs_input_grad[1]: ctx.by_weight = _added(ctx.by_weight, logits.t() @ part)
         return total
 
@@ -252,7 +260,8 @@ def _decoder_forward(decoder: nn.Module, blocks: list, dtype: torch.dtype, recom
     def forward(input_ids=None, position_ids=None, document_lengths=None, inputs_embeds=None, use_cache=None, **rest):
         if use_cache or any(x is not None for x in rest.values()) or (document_lengths is None and position_ids is not None):
             return usual(input_ids=input_ids, position_ids=position_ids, document_lengths=document_lengths, inputs_embeds=inputs_embeds, use_cache=use_cache, **rest)
-        hidden = (decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds).to(dtype) # (B, T, width)
+        hidden = decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds # (B, T, width)
+        if any(block.weights for block in blocks): hidden = hidden.to(dtype) # where whole weights are trained, what all blocks add to keeps their bits
         B, T = hidden.shape[:2]
         lengths = document_lengths or [T] * B
         positions = torch.arange(T, device=hidden.device)[None] if position_ids is None else position_ids
@@ -282,24 +291,33 @@ def _as_now(layer: nn.Module, block):
 
 def _loss_forward(base: nn.Module, dtype: torch.dtype):
     usual = base.forward
-    def forward(input_ids=None, labels=None, shift_labels=None, logits_to_keep=None, num_items_in_batch=1, **rest):
-        if labels is None or shift_labels is None: return usual(input_ids=input_ids, labels=labels, logits_to_keep=0 if logits_to_keep is None else logits_to_keep, num_items_in_batch=num_items_in_batch, **rest | ({} if shift_labels is None else dict(shift_labels=shift_labels)))
+    def forward(input_ids=None, labels=None, shift_labels=None, logits_to_keep=None, num_items_in_batch=None, **rest):
+        if labels is None or shift_labels is None:
+            said = dict(shift_labels=shift_labels, logits_to_keep=logits_to_keep, num_items_in_batch=num_items_in_batch)
+            return usual(input_ids=input_ids, labels=labels, **rest, **{name: x for name, x in said.items() if x is not None})
         hidden = base.model(input_ids=input_ids, **rest).last_hidden_state.flatten(0, 1)
         if logits_to_keep is not None: hidden = hidden[logits_to_keep]
         with torch.autocast(hidden.device.type, enabled=False): loss = token_loss(hidden, base.lm_head.weight.to(dtype), shift_labels.flatten())
-        return CausalLMOutputWithPast(loss=loss / num_items_in_batch)
+        return CausalLMOutputWithPast(loss=loss / (shift_labels.numel() if num_items_in_batch is None else num_items_in_batch))
     return forward
 
 # %% ../nbs/01j_blocks.ipynb #005d717e
-def kept_bytes(model: nn.Module, dtype: torch.dtype, tokens: int = 256) -> int: # a token, all blocks together
-    "What the backward pass keeps of a document of so many tokens, measured on the first block."
-    layer = without_wrapper(model).model.layers[0]
+def kept_bytes(model: nn.Module, dtype: torch.dtype, tokens: int) -> int:
+    "What the backward pass keeps of so many tokens in documents of 256, all blocks together: measured on the last block with one document and with two, which tells what is kept of each from what is kept once."
+    layers = without_wrapper(model).model.layers
+    n = min(256, getattr(layers[-1].self_attn.config, "sliding_window", None) or 256)
+    one, two = (_kept_of(layers[-1], dtype, [n] * count) for count in (1, 2))
+    return int(len(layers) * (2 * one - two + (two - one) * tokens / n))
+
+def _kept_of(layer: nn.Module, dtype: torch.dtype, lengths: list[int]) -> int: # bytes
+    "What one block keeps of some documents."
+    tokens = sum(lengths)
     width, dim, device = layer.input_layernorm.weight.shape[0], layer.self_attn.head_dim // 2, layer.input_layernorm.weight.device
     hidden, turn = torch.ones(tokens, width, dtype=dtype, device=device, requires_grad=True), torch.ones(tokens, 1, dim, dtype=dtype, device=device)
     found, there_already = {}, {x.untyped_storage().data_ptr() for x in (turn, *layer.parameters())}
     def note(x): found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes(); return x
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x): block_of(layer, dtype)(hidden, turn, turn, [tokens])
-    return sum(size for place, size in found.items() if place not in there_already) * len(without_wrapper(model).model.layers) // tokens
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x): block_of(layer, dtype)(hidden, turn, turn, lengths)
+    return sum(size for place, size in found.items() if place not in there_already)
 
 def choose_path(
     model: nn.Module,    # with or without adapters
@@ -311,7 +329,9 @@ def choose_path(
     own = "off, as asked" if mode == "off" else why_not(model)
     if own: return dict(blocks=False, copies=False, recompute=False, why=own if mode == "off" else f"off: {own}")
     device, gib = next(model.parameters()).device.type, 2**30
-    free, copied, kept = free_memory(device), copied_bytes(model, dtype), kept_bytes(model, dtype) * tokens
+    still = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad) # gradient and the optimiser's two figures of each trained number, to come
+    free = max(0, free_memory(device) - still) // (int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device == "cpu" else 1)
+    copied, kept = copied_bytes(model, dtype), kept_bytes(model, dtype, tokens)
     copies = mode == "auto" and 0 < copied < free / 4
     recompute = mode == "lean" or kept > (free - copied * copies) / 2
     said = [f"16-bit copies of the frozen weights ({copied / gib:.2f} GiB)" if copies else "the frozen weights read as they are"] if copied else []
@@ -322,4 +342,6 @@ def choose_path(
 def on_path(model: nn.Module, dtype: torch.dtype, path: dict): # path: from `choose_path`, maybe on another machine
     "Inside, a run trains in this way."
     keep_memory()
-    with thin_adapters(model), in_blocks(model, dtype, path["copies"], path["recompute"]) if path["blocks"] else contextlib.nullcontext(): yield
+    try:
+        with thin_adapters(model), in_blocks(model, dtype, path["copies"], path["recompute"]) if path["blocks"] else contextlib.nullcontext(): yield
+    finally: give_back() # what was kept for the next step

@@ -39,7 +39,7 @@ def _plain(weight: Tensor, bias: Tensor | None):
     bias = bias if bias is None else bias.to(weight.dtype)
     return lambda x: F.linear(x.to(weight.dtype), weight, bias)
 
-def has_blocks(device: torch.device, dtype: torch.dtype) -> bool: return device.type == "cpu" and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+def has_blocks(device: torch.device, dtype: torch.dtype) -> bool: return device.type == "cpu" and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 def in_blocked_order(weight: Tensor, bias: Tensor | None, rows: int = 8) -> tuple[Tensor, Tensor | None]:
     "A weight in oneDNN's own order, which is the same for any small number of rows."

@@ -113,8 +113,7 @@ class Hidden:
     def _make(self, path: Path, group: list[dict]) -> None:
         "Write the file of a group."
         states = lower_states(self.model, pack_row(group), self.first, self.dtype)
-        assert states.dtype == self.kept, f"hidden states in {states.dtype}, embeddings in {self.kept}"
-        used = states[:sum(len(r["input_ids"]) for r in group)].cpu().contiguous() # without what fills the row up
+        used = states[:sum(len(r["input_ids"]) for r in group)].to("cpu", self.kept).contiguous() # without what fills the row up
         write_whole(path, used.view(torch.uint8).numpy().tobytes())
 
 # %% ../nbs/01k_upper.ipynb #d2716296

@@ -26,7 +26,8 @@ def main(out: str, tokenizer: str, *names: str) -> None:
         kind, config = SHAPES[name]
         model = kind(config).to(torch.bfloat16)
         model.save_pretrained(Path(out) / name)
-        for file in Path(tokenizer).iterdir(): shutil.copy(file, Path(out) / name)
+        for file in Path(tokenizer).glob("*"):
+            if file.name.startswith(("tokenizer", "special_tokens", "chat_template")): shutil.copy(file, Path(out) / name)
         print(f"{name}: {sum(p.numel() for p in model.parameters()):,} weights")
 
 
