@@ -84,7 +84,7 @@ class Panel(widgets.VBox):
         try: more = self.look()
         except Exception as e: self.trouble.value, more = complaint(e), False # the run's folder may be gone
         self._spent += time.thread_time() - began
-        self._rest = max(self.pace(), self._began + 40 * (self._spent - 0.6) - time.monotonic())
+        self._rest = max(self.pace(), self._began + 80 * (self._spent - 0.2) - time.monotonic())
         return more and not self._closed.is_set()
 
     def _watch(self) -> None:
