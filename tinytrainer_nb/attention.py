@@ -150,7 +150,14 @@ def packed_attention(module, query, key, value, attention_mask, document_lengths
     if document_lengths is None: return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     return _side_by_side(query, key, value, document_lengths, scaling), None
 
-def need_plain_attention(module, softcap, window, key: Tensor, lengths, cache) -> None:
+def need_plain_attention(
+    module: torch.nn.Module, # the attention layer, named in the error
+    softcap,                 # on its scores; None or 0: none
+    window,                  # tokens that it looks back; None or 0: all
+    key: Tensor,             # (B, heads, T, head_dim); looked at where there are no `lengths`
+    lengths: list | None,    # of each document in tokens; a tuple for a tree
+    cache,                   # a `SharedCache` while decoding, or None
+) -> None:
     "Raise `TinyTrainerError` where a model wants more than causal attention: scores with a cap, or a window that hides a part of the text."
     if softcap: raise TinyTrainerError(f"{type(module).__name__} caps its attention scores (softcap {softcap}), which is not computed here. Take another model, such as one of Llama's, Qwen's or Mistral's.")
     if not window: return
