@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import ipywidgets
@@ -143,6 +144,25 @@ def test_a_long_history_is_one_small_picture(tmp_path):
     drawn = picture.figure.axes[0].lines[0].get_ydata()
     assert len(drawn) <= 2001 and max(drawn) == 9.0 and min(drawn[1:]) == 1.0
     assert len(run_html(run)) < 5e6
+
+
+def test_a_panel_that_rests_long_shows_a_pause_at_once(tmp_path):
+    "On a slow machine a look is dear and the next one far; a pause must not wait for it, nor must the rest end for nothing"
+    looks = []
+    class Dear(RunPanel):
+        def look(self):
+            looks.append(time.monotonic()); end = time.thread_time() + 0.5
+            while time.thread_time() < end: pass
+            return super().look()
+    run = Run.create(tmp_path / "run", "sft", SFTArgs(max_steps=40), may_change=[])
+    panel = Dear(run, every=0.05)
+    run.log("metrics", 1, loss=2.0, learning_rate=1e-4); time.sleep(2)
+    assert len(looks) == 1 and panel._rest > 20
+    run.set_status("paused", 1)
+    until(lambda: panel.pause_button.disabled, "the pause is shown", seconds=5)
+    assert len(looks) == 2
+    panel.close(); panel.thread.join(5)
+    assert not panel.thread.is_alive()
 
 
 def test_the_form_is_locked_while_a_run_goes_on(tmp_path):

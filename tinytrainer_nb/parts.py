@@ -54,7 +54,7 @@ class Panel(widgets.VBox):
     "A box of widgets that `look` keeps up to date, over a static twin that is seen where widgets are dead."
     def __init__(self, children, every: float = 1.0): # seconds between two looks, at least
         self.every, self.thread, self._closed, self._rest = every, None, threading.Event(), every
-        self._began, self._spent = time.monotonic(), 0.0
+        self._began, self._spent, self._touched = time.monotonic(), 0.0, None
         self.mark, self._twins, self._kept, self._since = f"tinytrainer-{uuid.uuid4().hex[:12]}", [], "", 0.0
         self.trouble, hiding = widgets.HTML(), widgets.HTML(f"<style>.{self.mark}{{display:none}}</style>", layout=widgets.Layout(display="none"))
         super().__init__([*children, self.trouble, hiding])
@@ -68,6 +68,10 @@ class Panel(widgets.VBox):
         "How long to wait between two looks, at least."
         return self.every
 
+    def touched(self):
+        "What ends a rest when it changes: the state of the run that it shows, and its requests."
+        return run.touched() if (run := getattr(self, "run", None)) else None
+
     def twin(self) -> str: # HTML without widgets
         "What stays in a saved notebook; each panel fills this in."
         return ""
@@ -80,7 +84,7 @@ class Panel(widgets.VBox):
 
     def _look(self) -> bool:
         "`look`, and when the next one may come; what goes wrong is told."
-        began = time.thread_time()
+        began, self._touched = time.thread_time(), self.touched()
         try: more = self.look()
         except Exception as e: self.trouble.value, more = complaint(e), False # the run's folder may be gone
         self._spent += time.thread_time() - began
@@ -88,9 +92,16 @@ class Panel(widgets.VBox):
         return more and not self._closed.is_set()
 
     def _watch(self) -> None:
-        while not self._closed.wait(self._rest) and self._look():
+        while self._rested() and self._look():
             if time.monotonic() - self._since > 60: self.keep()
         if not self._closed.is_set(): self.keep()
+
+    def _rested(self) -> bool: # False: it was closed
+        "Wait for the next look: people who have pressed Pause see at once that it holds."
+        end = time.monotonic() + self._rest
+        while not self._closed.wait(max(0.0, min(self.every, end - time.monotonic()))):
+            if time.monotonic() >= end or self.touched() != self._touched: return True
+        return False
 
     def close(self) -> None:
         "Take the panel away with all that is in it; a run goes on."

@@ -121,16 +121,14 @@ def _changes(run) -> list[int]:
     "Steps at which a setting was changed."
     return [e["step"] for e in run.events if e["kind"] == "change"]
 
-def _draw(axes, run, title: str) -> list: # the lines
+def _draw(axes, run, title: str, lines: list, explained: str) -> None: # `lines` and `explained` from `_lines`
     "One panel: its figures, the evaluations, the changes."
-    lines, explained = _lines(run, title)
-    drawn = [axes.plot(steps, values, **look)[0] for steps, values, look in lines]
+    for steps, values, look in lines: axes.plot(steps, values, **look)
     for step in _changes(run): axes.axvline(step, color="#666666", linestyle=":", linewidth=1)
     axes.set(xlabel="step", ylabel=PANELS[title][1])
     axes.grid(alpha=0.25)
     axes.xaxis.get_major_locator().set_params(integer=True)
     if explained or sum("label" in look for _, _, look in lines) > 1: axes.legend(fontsize=8, frameon=False, title=explained or None, title_fontsize=8, alignment="left")
-    return drawn
 
 # %% ../nbs/03a_plots.ipynb #a511c5a8
 def run_figure(
@@ -138,14 +136,23 @@ def run_figure(
     width: float = 9.0,    # inches
 ) -> Figure:
     "The curves of a run, its alarms marked and told below; an empty frame before the first step."
-    titles = wanted_panels(run)
-    columns = min(2, max(1, len(titles))); rows = max(1, -(-len(titles) // columns))
+    return _figure(run, width, {title: _lines(run, title) for title in wanted_panels(run)})
+
+_HIGH, _LEFT, _RIGHT, _TOP, _BOTTOM = 3.0, 0.9, 0.15, 0.25, 0.5 # inches: a panel with its numbers and words; these around its frame. matplotlib's layout measures them, which takes as long as drawing
+
+def _figure(run, width: float, curves: dict[str, tuple]) -> Figure: # `curves`: `_lines` of each panel
+    "A panel for each title, two in a row, and what is in it."
+    columns = min(2, max(1, len(curves))); rows = max(1, -(-len(curves) // columns))
     told = [textwrap.fill(f"({i}) {line}", int(16 * width), subsequent_indent="      ") for i, line in enumerate(map(visible, alarm_lines(run).values()), start=1)]
     lines = "\n".join(told)
-    figure = Picture(figsize=(width, 3.0 * rows + 0.17 * bool(told) * (lines.count("\n") + 2)), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axes, title in zip(grid, titles): _draw(axes, run, title); _mark_alarms(axes, run, title)
-    for axes in grid[len(titles):]: axes.set_axis_off()
+    below = 0.17 * bool(told) * (lines.count("\n") + 2) # inches
+    high, wide = _HIGH * rows + below, width / columns
+    figure = Picture(figsize=(width, high))
+    for i, (title, (drawn, explained)) in enumerate(curves.items()):
+        row, column = divmod(i, columns)
+        left, bottom = column * wide + _LEFT, high - (row + 1) * _HIGH + _BOTTOM
+        axes = figure.add_axes((left / width, bottom / high, (wide - _LEFT - _RIGHT) / width, (_HIGH - _TOP - _BOTTOM) / high))
+        _draw(axes, run, title, drawn, explained); _mark_alarms(axes, run, title)
     if told: figure.supxlabel(lines, x=0.01, ha="left", fontsize=8)
     return figure
 
@@ -157,7 +164,7 @@ def story_figure(
     "Curves of several runs beside a bar for each score."
     figure = Picture(figsize=(4 * (len(curves) + 1), 3.2), layout="constrained")
     *left, right = figure.subplots(1, len(curves) + 1)
-    for axes, (run, title) in zip(left, curves): _draw(axes, run, title); axes.set_title(f"{run.info['recipe'].upper()}: {title}", fontsize=10)
+    for axes, (run, title) in zip(left, curves): _draw(axes, run, title, *_lines(run, title)); axes.set_title(f"{run.info['recipe'].upper()}: {title}", fontsize=10)
     bars = right.barh(list(scores), [100 * s for s in scores.values()], color=[COLOURS[0]] * len(scores))
     right.bar_label(bars, fmt="%.1f %%", padding=3)
     right.invert_yaxis(); right.set(xlim=(0, 120), xticks=range(0, 101, 20), xlabel="held-out problems right (%)"); right.set_title("before and after", fontsize=10)
@@ -210,7 +217,7 @@ class LivePicture:
         "The picture as it is now."
         now = [_lines(self.run, title) for title in wanted_panels(self.run)]
         kind = [(explained, [look.get("label") for _, _, look in lines]) for lines, explained in now], _changes(self.run), alarm_lines(self.run)
-        if kind != self._kind or not all(_fits(axes, lines) for axes, (lines, _) in zip(self.figure.axes, now)): self._begin(kind, [lines for lines, _ in now])
+        if kind != self._kind or not all(_fits(axes, lines) for axes, (lines, _) in zip(self.figure.axes, now)): self._begin(kind, now)
         self.canvas.restore_region(self._still)
         for axes, drawn, (lines, _) in zip(self.figure.axes, self.drawn, now):
             for line, (steps, values, _) in zip(drawn, lines): line.set_data(steps, values); axes.draw_artist(line)
@@ -218,11 +225,11 @@ class LivePicture:
 
     def _begin(self, kind, now: list) -> None:
         "A new figure, with room for what is to come; what stands still in it is drawn and kept."
-        self._kind, self.figure = kind, run_figure(self.run, self.width)
+        self._kind, self.figure = kind, _figure(self.run, self.width, dict(zip(wanted_panels(self.run), now)))
         self.figure.set_dpi(self.dpi)
         self.canvas, total = FigureCanvasAgg(self.figure), self.run.info["settings"].get("max_steps") or 0
         self.drawn = [axes.lines[:len(labels)] for axes, (_, labels) in zip(self.figure.axes, kind[0])]
-        for axes, drawn, lines in zip(self.figure.axes, self.drawn, now):
+        for axes, drawn, (lines, _) in zip(self.figure.axes, self.drawn, now):
             (low, high), last = axes.get_ylim(), _bounds(lines)[2]
             axes.set(xlim=(0, total if last <= total < 3 * last else max(2 * last, min(total, 20))), ylim=(low - 0.1 * (high - low), high + 0.1 * (high - low)))
             for line in drawn: line.set_animated(True)

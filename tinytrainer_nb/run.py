@@ -9,6 +9,7 @@ __all__ = ['TURN', 'STATES', 'ROOMS', 'Journal', 'Lock', 'Turn', 'Run', 'patch_t
 # %% ../nbs/01c_run.ipynb #dfa89909
 import builtins, contextlib, errno, glob, json, os, re, shutil, sys, tempfile, threading, time
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 import psutil
 from filelock import FileLock
@@ -19,7 +20,7 @@ class Journal:
     "An append-only file of events; reading is incremental, so asking often costs little."
     def __init__(self, path: Path): self.path, self._lock = Path(path), threading.Lock(); self._forget()
 
-    def _forget(self) -> None: self._events, self._columns, self._read = [], {}, 0
+    def _forget(self) -> None: self._events, self._kinds, self._read = [], {}, 0
 
     def append(self, kind: str, step: int, **values) -> dict:
         "Write one event; returns it."
@@ -51,11 +52,11 @@ class Journal:
 
     def names(self, kind: str) -> list[str]:
         "Names of all figures that one kind of event has."
-        with self._lock: self._catch_up(); return list(self._columns.get(kind, ()))
+        with self._lock: self._catch_up(); return [name for name, column in self._columns(kind).items() if column.is_figure()]
 
     def column(self, kind: str, name: str) -> tuple[list[int], list[float]]: # steps, values
         "One figure of one kind of event; what is not a number (None among it) is left out."
-        with self._lock: self._catch_up(); steps, values = self._columns.get(kind, {}).get(name, ((), ())); return list(steps), list(values)
+        with self._lock: self._catch_up(); return column.read() if (column := self._columns(kind).get(name)) else ([], [])
 
     def _catch_up(self) -> None:
         "Read what was written since."
@@ -65,23 +66,43 @@ class Journal:
             f.seek(self._read); data = f.read()
         whole = data[:data.rfind(b"\n") + 1]
         self._read += len(whole)
-        for event in _parsed(whole.splitlines()): self._add(event)
+        for event in _parsed(whole.splitlines()):
+            if event["kind"] == "status" and event.get("value") == "running" and any(e["step"] > event["step"] for e in reversed(self._events)):
+                self._events, self._kinds = [e for e in self._events if e["step"] <= event["step"]], {}
+            self._events.append(event)
 
-    def _add(self, event: dict) -> None:
-        if event["kind"] == "status" and event.get("value") == "running" and any(e["step"] > event["step"] for e in reversed(self._events)):
-            before, self._events, self._columns = self._events, [], {}
-            for e in before:
-                if e["step"] <= event["step"]: self._note(e)
-        self._note(event)
+    def _columns(self, kind: str) -> dict:
+        "The columns of one kind of event by name, with those that have come since."
+        known = self._kinds.setdefault(kind, _Kind())
+        known.events += [e for e in islice(self._events, known.seen, None) if e["kind"] == kind]
+        known.seen = len(self._events)
+        names = {}
+        for event in islice(known.events, known.named, None): names.update(event)
+        known.named = len(known.events)
+        for name in names:
+            if name not in ("time", "step", "kind"): known.columns.setdefault(name, _Column(known.events, name))
+        return known.columns
 
-    def _note(self, event: dict) -> None:
-        "Keep an event, and its figures by name."
-        self._events.append(event)
-        found = self._columns.setdefault(event["kind"], {})
-        for name, value in event.items():
-            if type(value) in (int, float) and name not in ("time", "step"):
-                steps, values = found.setdefault(name, ([], []))
-                steps.append(event["step"]); values.append(value)
+class _Kind:
+    "The events of one kind, and its columns as far as they were asked for: a picture wants two of a step's ten figures."
+    def __init__(self): self.events, self.columns, self.seen, self.named = [], {}, 0, 0
+
+class _Column:
+    "One figure of some events; what was read is kept."
+    def __init__(self, events: list[dict], name: str): self.events, self.name, self.steps, self.values, self.seen, self.looked, self.figure = events, name, [], [], 0, 0, False
+
+    def read(self) -> tuple[list[int], list[float]]: # steps, values
+        "All its numbers so far."
+        found = [(e["step"], e[self.name]) for e in islice(self.events, self.seen, None) if type(e.get(self.name)) in (int, float)]
+        self.steps += [step for step, _ in found]; self.values += [value for _, value in found]
+        self.seen = len(self.events)
+        return list(self.steps), list(self.values)
+
+    def is_figure(self) -> bool:
+        "Whether there is a number in it; looks no further than to the first."
+        while not self.figure and self.looked < len(self.events):
+            self.figure = type(self.events[self.looked].get(self.name)) in (int, float); self.looked += 1
+        return self.figure
 
 def _parsed(lines: list[bytes]):
     "The events of some lines, all at once, which is twice as fast; one by one if a line among them is broken."
@@ -361,6 +382,14 @@ def waiting(self) -> list[dict]:
     for path in sorted((self.folder / "requests").glob("*.json")):
         with contextlib.suppress(FileNotFoundError): found.append(read_json(path)) # taken at this moment
     return found
+
+@patch_to(Run)
+def touched(self) -> tuple: # nanoseconds
+    "When its state, and when its requests, last changed; cheap, for whoever waits for either."
+    times = []
+    for path in (self.folder / "run.json", self.folder / "requests"):
+        with contextlib.suppress(OSError): times.append(path.stat().st_mtime_ns)
+    return tuple(times)
 
 @patch_to(Run)
 def asked(self, action: str) -> bool:

@@ -47,6 +47,16 @@ def ratio(ours: dict, theirs: dict) -> float:
     return statistics.median(a / b for a, b in zip(ours["turns"], theirs["turns"]))
 
 
+def mean_of(probes: list[dict]) -> dict:
+    "What a machine could do on average over some probes: others use it, too."
+    return {name: round(statistics.mean(p[name] for p in probes), 2) if isinstance(value, (int, float)) else value for name, value in probes[0].items()}
+
+
+def kept_table(path: Path, table) -> str:
+    "The table of kept results; a sentence where there are none."
+    return table(json.loads(Path(path).read_text(encoding="utf8"))) if Path(path).exists() else "There are no kept results."
+
+
 def product_weights(config) -> tuple[int, int]:
     "Numbers in the matrix products of a Llama-like model: of all blocks, of the head."
     width, head_dim = config.hidden_size, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
