@@ -256,8 +256,9 @@ def test_off_is_off(tmp_path, monkeypatch):
     assert run.info["fast"] == dict(blocks=False, copies=False, recompute=False, why="off, as asked")
 
 
-def test_a_run_goes_on_in_the_way_it_began(tmp_path, monkeypatch):
-    "Even where the machine that resumes it would choose another"
+@pytest.mark.parametrize("found", [dict(blocks=False, copies=False, recompute=False), dict(blocks=True, copies=False, recompute=True)], ids=["in blocks", "with scarcer memory"])
+def test_a_run_goes_on_in_the_way_it_began(tmp_path, monkeypatch, found):
+    "Even where the machine that resumes it would choose another; what changes no bit follows the machine's memory"
     def train(out):
         model, tokenizer = load_model("tiny", quantization="nf4", verbose=False)
         return sft(add_lora(model, LoraArgs(r=4), seed=0), tokenizer, PROBLEMS, SFTArgs(max_steps=4, save_steps=2, batch_size=4, eval_steps=0, sample_steps=0, out=str(tmp_path / out)))
@@ -268,9 +269,10 @@ def test_a_run_goes_on_in_the_way_it_began(tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(RunTrainer, "training_step", dying)
         with pytest.raises(OSError): train("broken")
-    monkeypatch.setattr(trainer_module, "choose_path", lambda *_: pytest.fail("a resumed run chose anew"))
+    monkeypatch.setattr(trainer_module, "choose_path", lambda *_: found | dict(why="as this machine would"))
     run = Run.open(tmp_path / "broken").resume()
-    assert run.info["fast"]["copies"] and adapter(run) == adapter(whole)
+    fast = run.info["fast"]
+    assert fast["blocks"] and fast["copies"] != found["blocks"] and fast["recompute"] == found["recompute"] and adapter(run) == adapter(whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -284,6 +286,13 @@ def test_what_a_step_keeps_is_known_before(kind, whole, dtype):
     with in_blocks(model, dtype), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x): without_wrapper(model).model(**{k: packed[k] for k in ("input_ids", "position_ids", "document_lengths")}, use_cache=False)
     total = sum(size for place, size in held.items() if place not in weights)
     assert kept_bytes(model, dtype, 6 * 256) == pytest.approx(total, rel=0.2)
+
+
+def test_what_a_step_keeps_is_told_where_the_last_block_learns_nothing():
+    model = learned(add_lora(bare("llama"), LoraArgs(r=4), seed=0))
+    everywhere = kept_bytes(model, torch.float32, 1024)
+    without_wrapper(model).model.layers[-1].requires_grad_(False)
+    assert kept_bytes(model, torch.float32, 1024) == everywhere
 
 
 def test_the_path_fits_the_memory(monkeypatch):

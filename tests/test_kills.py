@@ -1,4 +1,4 @@
-"""SIGKILL at random moments of loading, stepping, saving, evaluating, rolling out and scoring: nothing is half written, each run goes on, and ends as if nothing had happened. Six moments are tried each time, eighty with `-m slow`."""
+"""SIGKILL at random moments of loading, stepping, saving, evaluating, rolling out and scoring: nothing is half written, each run goes on, and ends as if nothing had happened. Four moments are tried each time, eighty with `-m slow`."""
 import json
 import multiprocessing
 import os
@@ -16,7 +16,7 @@ MOMENTS = [("sft", "loading", 5), ("sft", "stepping", 6), ("sft", "saving", 9), 
            ("ppo", "loading", 5), ("ppo", "stepping", 6), ("ppo", "saving", 9), ("ppo", "evaluating", 4), ("ppo", "rolling out", 6), ("ppo", "scoring", 5),
            ("grpo", "stepping", 4), ("grpo", "saving", 3), ("grpo", "rolling out", 4), ("grpo", "scoring", 4)]
 KILLS = [(recipe, phase, i) for recipe, phase, count in MOMENTS for i in range(count)]
-ALWAYS = [("sft", "stepping", 0), ("sft", "saving", 1), ("ppo", "scoring", 0), ("ppo", "saving", 1), ("grpo", "rolling out", 0), ("grpo", "stepping", 0)]
+ALWAYS = [("sft", "stepping", 0), ("ppo", "scoring", 1), ("ppo", "saving", 1), ("grpo", "rolling out", 1)]  # the first of them is killed twice
 assert len(KILLS) == 80 and set(ALWAYS) < set(KILLS)
 
 

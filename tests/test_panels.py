@@ -73,7 +73,7 @@ def test_a_killed_kernel_is_found_again_and_goes_on(tmp_path, whole):
 
 def test_two_hundred_pauses_leave_nothing(tmp_path):
     alike = [dict(prompt="How much is 2 + 2?", completion="4")] * 50  # of other lengths PyTorch keeps code for each, which is memory, too
-    run = train(tmp_path / "run", live=True, examples=alike, max_steps=500)
+    run = train(tmp_path / "run", live=True, examples=alike, max_steps=500, batch_size=1)
     panel = RunPanel(run, every=0.05)
     until(lambda: run.step >= 2, "it trains")
     def pause():

@@ -24,7 +24,7 @@ def falls(run):
 def test_sft_of_tiny_on_real_data(shared, tmp_path, path):
     model, tokenizer = load_model("tiny", quantization="nf4", verbose=False)
     run = sft(add_lora(model), tokenizer, load_examples(shared / "data" / path),
-              SFTArgs(max_steps=24, batch_size=8, learning_rate=2e-3, eval_steps=4, eval_rows=24, sample_steps=0, save_steps=0, max_length=1024, out=str(tmp_path / "run")))
+              SFTArgs(max_steps=12, batch_size=8, learning_rate=2e-3, eval_steps=4, eval_rows=12, sample_steps=0, save_steps=0, max_length=1024, out=str(tmp_path / "run")))
     falls(run)
 
 

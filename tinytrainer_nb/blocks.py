@@ -303,10 +303,11 @@ def _loss_forward(base: nn.Module, dtype: torch.dtype):
 
 # %% ../nbs/01j_blocks.ipynb #005d717e
 def kept_bytes(model: nn.Module, dtype: torch.dtype, tokens: int) -> int:
-    "What the backward pass keeps of so many tokens in documents of 256, all blocks together: measured on the last block with one document and with two, which tells what is kept of each from what is kept once."
+    "What the backward pass keeps of so many tokens in documents of 256, all blocks together: measured on the block in which most is trained, with one document and with two, which tells what is kept of each from what is kept once."
     layers = without_wrapper(model).model.layers
-    n = min(256, getattr(layers[-1].self_attn.config, "sliding_window", None) or 256)
-    one, two = (_kept_of(layers[-1], dtype, [n] * count) for count in (1, 2))
+    learns = max(layers, key=lambda layer: sum(p.numel() for p in layer.parameters() if p.requires_grad))
+    n = min(256, getattr(learns.self_attn.config, "sliding_window", None) or 256)
+    one, two = (_kept_of(learns, dtype, [n] * count) for count in (1, 2))
     return int(len(layers) * (2 * one - two + (two - one) * tokens / n))
 
 def _kept_of(layer: nn.Module, dtype: torch.dtype, lengths: list[int]) -> int: # bytes
