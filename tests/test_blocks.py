@@ -258,7 +258,7 @@ def test_off_is_off(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("found", [dict(blocks=False, copies=False, recompute=False), dict(blocks=True, copies=False, recompute=True)], ids=["in blocks", "with scarcer memory"])
 def test_a_run_goes_on_in_the_way_it_began(tmp_path, monkeypatch, found):
-    "Even where the machine that resumes it would choose another; what changes no bit follows the machine's memory"
+    "Even where the machine that resumes it would choose another; where its memory is scarcer, without what it has no room for, which changes no bit"
     def train(out):
         model, tokenizer = load_model("tiny", quantization="nf4", verbose=False)
         return sft(add_lora(model, LoraArgs(r=4), seed=0), tokenizer, PROBLEMS, SFTArgs(max_steps=4, save_steps=2, batch_size=4, eval_steps=0, sample_steps=0, out=str(tmp_path / out)))

@@ -379,11 +379,11 @@ def fit(self) -> None:
 
 @patch_to(RunTrainer)
 def path(self) -> dict:
-    "How steps are computed. In blocks or not is decided when a run begins, for the roundings are others; with copies and recomputing, which change no bit, wherever it goes on: memory may be scarcer there."
+    "How steps are computed: as the run has decided when it began, on whatever machine. Where memory is scarcer now it does without copies, or computes again, which changes no bit."
     known = share(self.run.info.get("fast"))
     if known and not known["blocks"]: return known
     found = share(choose_path(self.run.model, self.dtype, self.settings.fast, self.settings.micro_batch_tokens))
-    if known and (not found["blocks"] or all(found[part] == known[part] for part in ("copies", "recompute"))): return known
+    if known and not (found["blocks"] and (known["copies"] > found["copies"] or known["recompute"] < found["recompute"])): return known
     self.run.update_info(fast=found)
     tell(self.run, f"fast path: {found['why']}")
     return found
