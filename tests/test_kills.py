@@ -1,6 +1,5 @@
 """SIGKILL at random moments of loading, stepping, saving, evaluating, rolling out and scoring: nothing is half written, each run goes on, and ends as if nothing had happened. Four moments are tried each time, eighty with `-m slow`."""
 import json
-import multiprocessing
 import os
 import random
 import time
@@ -9,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from forked import forking
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 PHASES = ("elsewhere", "loading", "stepping", "saving", "evaluating", "rolling out", "scoring")
@@ -62,8 +63,7 @@ def work(recipe: str, out: str, resume: bool, now, began) -> None:
 
 def begin(recipe: str, out: Path, resume: bool = False):
     "A process that works, and what it tells"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tinytrainer_nb.all"])  # imported once, not eighty times
+    context = forking()
     now, began = context.RawValue("i"), context.RawArray("i", len(PHASES))
     process = context.Process(target=work, args=(recipe, str(out), resume, now, began))
     process.start()
