@@ -1,5 +1,5 @@
 """Every notebook runs from top to bottom, in a folder of its own, as papermill would run it for a user."""
-import os
+import sys
 from pathlib import Path
 
 import nbformat
@@ -47,7 +47,7 @@ LONG = ["benchmarks/02_tinyllama_size"] # each of its stages is a process of its
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in NOTEBOOKS])
 def test_notebook(name, tmp_path, monkeypatch):
     monkeypatch.setenv("IN_TEST", "1")  # a module notebook's last cell then exports nothing
-    if hasattr(os, "fork"): monkeypatch.setattr(local_provisioner, "launch_kernel", Kernel)
+    if sys.platform == "linux": monkeypatch.setattr(local_provisioner, "launch_kernel", Kernel)
     executed = tmp_path / "executed.ipynb"
     papermill.execute_notebook(ROOT / "nbs" / f"{name}.ipynb", executed, parameters=SMALL.get(name, {}), cwd=tmp_path,
                                kernel_name="python3", execution_timeout=600, progress_bar=False)

@@ -1,5 +1,6 @@
 """A run that died or was stopped ends with the same adapter, bit for bit, as one that was never interrupted."""
 import os
+import random
 import subprocess
 import sys
 import time
@@ -8,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tinytrainer_nb.run import _alive, _me
+from tinytrainer_nb.run import Journal, _alive, _me
 
 
 def adapter(run: Path) -> bytes: return (run / "adapter" / "adapter_model.safetensors").read_bytes()
@@ -119,3 +120,21 @@ def test_the_form_of_a_question_is_kept(tmp_path, monkeypatch):
     Run.open(tmp_path / "broken").resume()
     assert adapter(tmp_path / "broken") == adapter(tmp_path / "whole")
     assert load_model(tmp_path / "broken", verbose=False)[1].chat_template == form
+
+
+def test_figures_are_those_of_the_events(tmp_path):
+    "However a journal has grown between two questions, and whatever a resume has taken back, a column is what a pass over the events finds"
+    chance, journal = random.Random(0), Journal(tmp_path / "events.jsonl")
+    for turn in range(60):
+        for _ in range(chance.randrange(4)):
+            step = chance.randrange(1, 9) if chance.random() < 0.1 else turn
+            kind = chance.choice(["metrics", "evaluation", "status"])
+            values = dict(value="running") if kind == "status" else {name: chance.choice([1.5, 2, None, "text", True, [3]]) for name in chance.sample("abc", 2)}
+            journal.append(kind, step, **values)
+        for kind in ("metrics", "evaluation") if chance.random() < 0.7 else ():
+            found = {}
+            for e in journal.events():
+                for name, value in e.items():
+                    if e["kind"] == kind and name not in ("time", "step") and type(value) in (int, float): found.setdefault(name, []).append((e["step"], value))
+            assert set(journal.names(kind)) == set(found)
+            for name in "abc": assert list(zip(*journal.column(kind, name))) == found.get(name, [])
