@@ -60,8 +60,8 @@ def bars_picture(
         if count <= 20: axes.bar_label(bars, [f"{v:+.2g}" if hatch or i not in moved else "" for i, v in values.items()], fontsize=6, padding=1)
     largest = max([1e-6, *map(abs, trained), *map(abs, moved.values())])
     axes.axhline(0, color="#222222", linewidth=0.8)
-    axes.set(xlim=(-0.7, count - 0.3), ylim=(-1.3 * largest, 1.3 * largest), xticks=range(0, count, 1 if count <= 20 else 4), xlabel="which number", ylabel="value")
-    axes.grid(axis="y", alpha=0.25); axes.tick_params(labelsize=8)
+    axes.set(xlim=(-0.7, count - 0.3), ylim=(-1.3 * largest, 1.3 * largest), xticks=range(0, count, 1 if count < 10 else 2 if count <= 20 else 4), yticks=[-largest, 0, largest], xlabel="which number", ylabel="value")
+    axes.grid(axis="y", alpha=0.25); axes.tick_params(labelsize=8); axes.yaxis.set_major_formatter("{x:.2g}")
     if moved: axes.legend(fontsize=7, frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 0.98), borderaxespad=0)
     return figure
 
