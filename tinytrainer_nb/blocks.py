@@ -87,6 +87,7 @@ class _Weight:
     def __init__(self, layer: nn.Linear, dtype: torch.dtype, copies: bool):
         self.layer, self.dtype, self.copy, self.bias = layer, dtype, None, None if layer.bias is None else layer.bias.detach().to(dtype)
         self.hold, self.held = False, None # hold: what is written out now is wanted once more, by `back`
+        self.unseen = False # whether nobody looks at what it makes of an input
         self.ordered = copies and has_blocks(layer.weight.device, dtype)
         if self.ordered: self.there, self.back_there = (in_blocked_order(w.contiguous(), None, rows=1024)[0] for w in (self.read(), self.read().t()))
         elif copies and _is_4bit(layer): self.copy = self.read()
@@ -95,6 +96,7 @@ class _Weight:
 
     def times(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         "x @ weight^T + bias + add."
+        if self.unseen: return x.new_empty(len(x), self.layer.out_features)
         if self.ordered: return blocked_product(x, self.there, self.bias, add)
         weight = self.read()
         self.held = weight if self.hold else None
@@ -202,6 +204,7 @@ def block_of(
         hidden, = out(attend_documents(query, key, value, lengths, attention.scaling).flatten(1), hidden)
         return down(_Gate.apply(*gates(normed(hidden, layer.post_attention_layernorm))), hidden)[0]
     forward.weights = [w for part in (qkv, out, gates, down) for w in getattr(part, "weights", ())] # the frozen ones
+    forward.last = getattr(down, "weights", ()) # whose product is the block's result, which a backward pass does not ask for
     return forward
 
 # %% ../nbs/01j_blocks.ipynb #50d5470c
@@ -277,16 +280,17 @@ def _decoder_forward(decoder: nn.Module, blocks: list, dtype: torch.dtype, recom
     return forward
 
 def _as_now(layer: nn.Module, block):
-    "The contexts in which a block is computed, and computed again when other adapters may be active (PPO's value, a reference); its weights are then written out for both directions at once."
+    "The contexts in which a block is computed, and computed again when other adapters may be active (PPO's value, a reference); its weights are then written out for both directions at once, and its last product is left out."
     adapted = next((m for m in layer.modules() if isinstance(m, BaseTunerLayer)), None)
     active = [] if adapted is None or adapted.disable_adapters else list(adapted.active_adapters)
     @contextlib.contextmanager
     def again():
-        for weight in block.weights: weight.hold = True
+        for weight in block.weights: weight.hold = weight not in block.last
+        for weight in block.last: weight.unseen = True
         try:
             with using_adapters(layer, active): yield
         finally:
-            for weight in block.weights: weight.hold = False
+            for weight in block.weights: weight.hold = weight.unseen = False
     return lambda: (contextlib.nullcontext(), again())
 
 def _loss_forward(base: nn.Module, dtype: torch.dtype):
