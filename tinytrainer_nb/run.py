@@ -74,18 +74,16 @@ class Journal:
     def _columns(self, kind: str) -> dict:
         "The columns of one kind of event by name, with those that have come since."
         known = self._kinds.setdefault(kind, _Kind())
-        known.events += [e for e in islice(self._events, known.seen, None) if e["kind"] == kind]
-        known.seen = len(self._events)
-        names = {}
-        for event in islice(known.events, known.named, None): names.update(event)
-        known.named = len(known.events)
+        new, names = [e for e in islice(self._events, known.seen, None) if e["kind"] == kind], {}
+        known.seen = len(self._events); known.events += new
+        for event in new: names.update(event)
         for name in names:
             if name not in ("time", "step", "kind"): known.columns.setdefault(name, _Column(known.events, name))
         return known.columns
 
 class _Kind:
     "The events of one kind, and its columns as far as they were asked for: a picture wants two of a step's ten figures."
-    def __init__(self): self.events, self.columns, self.seen, self.named = [], {}, 0, 0
+    def __init__(self): self.events, self.columns, self.seen = [], {}, 0 # seen: events of all kinds
 
 class _Column:
     "One figure of some events; what was read is kept."
