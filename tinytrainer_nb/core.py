@@ -145,9 +145,9 @@ def hardware() -> dict:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return dict(cpu=_cpu_model(), cores=num_threads(), memory_gb=round(psutil.virtual_memory().total / 2**30, 1), gpu=gpu)
 
-def versions() -> dict:
+def versions(*more: str) -> dict: # more: packages besides
     "Versions of Python and of the packages that decide what a run computes."
-    packages = "torch transformers peft bitsandbytes accelerate datasets".split()
+    packages = ["torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", *more]
     return dict(python=platform.python_version(), **{p: version(p) for p in packages})
 
 # %% ../nbs/00a_core.ipynb #11318e1e

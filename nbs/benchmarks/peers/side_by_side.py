@@ -42,9 +42,10 @@ def median_of(found: list[dict], name: str) -> dict:
     return sorted(found, key=lambda r: r[name])[len(found) // 2] | dict(turns=[r[name] for r in found])
 
 
-def ratio(ours: dict, theirs: dict) -> float:
-    "How many times as fast, in the median of the turns: the machine is not equally fast all the time."
-    return statistics.median(a / b for a, b in zip(ours["turns"], theirs["turns"]))
+def times(one: dict, other: dict) -> str:
+    "One figure over another's, turn by turn, for the machine is not equally fast all the time: the median, and behind it the range."
+    found = sorted(a / b for a, b in zip(one["turns"], other["turns"]))
+    return f"{statistics.median(found):.1f}x" + (f" ({found[0]:.1f} to {found[-1]:.1f})" if len(found) > 1 else "")
 
 
 def mean_of(probes: list[dict]) -> dict:
