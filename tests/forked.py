@@ -2,7 +2,11 @@
 import multiprocessing
 import os
 import signal
+import socket
 import sys
+import tempfile
+import time
+from pathlib import Path
 
 
 def forking():
@@ -42,3 +46,36 @@ def _serve(connection_file: str, env: dict, cwd: str, tell) -> None:
     sys.argv = ["ipykernel_launcher.py", "-f", connection_file]
     from ipykernel.kernelapp import launch_new_instance
     launch_new_instance()
+
+
+class Command:
+    "`tinytrainer ARGV...` in processes that train together, with the variables that `accelerate launch` would set; as much of a `subprocess.Popen` as tests ask for"
+    def __init__(self, *argv, processes: int = 1):
+        with socket.socket() as free: free.bind(("127.0.0.1", 0)); port = free.getsockname()[1]
+        together = lambda rank: dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes, MASTER_ADDR="127.0.0.1", MASTER_PORT=port) if processes > 1 else {}
+        self.folder, context = tempfile.TemporaryDirectory(), forking()
+        self.said = Path(self.folder.name) / "said"
+        self.processes = [context.Process(target=_command, args=([*map(str, argv)], dict(os.environ) | {k: str(v) for k, v in together(rank).items()}, str(self.said))) for rank in range(processes)]
+        for process in self.processes: process.start()
+
+    @property
+    def returncode(self): return max(self.processes, key=lambda p: abs(p.exitcode or 0)).exitcode
+
+    def communicate(self, timeout: float) -> tuple[str, None]:
+        end = time.monotonic() + timeout
+        for process in self.processes: process.join(max(0, end - time.monotonic()))
+        late = [process for process in self.processes if process.is_alive()]
+        for process in late: process.kill()
+        said = self.said.read_text(encoding="utf8") if self.said.exists() else ""
+        self.folder.cleanup()
+        assert not late, f"not within {timeout} s: {said}"
+        return said, None
+
+
+def _command(argv: list[str], env: dict, said: str) -> None:
+    os.environ.clear(); os.environ.update(env)
+    for stream in (1, 2): os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    import torch
+    from tinytrainer_nb.cli import main
+    torch.set_num_threads(1)
+    sys.exit(main(argv))

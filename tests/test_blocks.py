@@ -1,6 +1,7 @@
 """Blocks compute what `transformers` and PEFT compute: losses and gradients of every adapter and weight, whatever shares a micro-batch."""
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import tinytrainer_nb.blocks as blocks_module
@@ -103,6 +104,19 @@ def test_copies_and_recomputing_change_no_bit():
     for how in (dict(recompute=True), dict(copies=True), dict(copies=True, recompute=True)):
         other, others = blocks(model, rows(1000), torch.bfloat16, **how)
         assert other == loss and all(torch.equal(g, others[n]) for n, g in gradients.items())
+
+
+def test_a_block_computed_again_leaves_its_last_product_out():
+    "Nobody looks at what a block ends in once its input is known again: a pass less the MLP's way down is what recomputing costs"
+    model = learned(add_lora(bare("llama"), LoraArgs(r=4), seed=0))
+    def operations(f) -> int:
+        with FlopCounterMode(display=False) as counter: f()
+        return counter.get_total_flops()
+    seen = {name: x for name, x in pack_row(rows()).items() if name not in ("shift_labels", "logits_to_keep")}
+    with in_blocks(model, torch.float32), torch.no_grad(): a_pass = operations(lambda: without_wrapper(model).model(**seen, use_cache=False))
+    again = operations(lambda: blocks(model, rows(), recompute=True)) - operations(lambda: blocks(model, rows()))
+    down = 2 * sum(LENGTHS) * SHAPE["intermediate_size"] * SHAPE["hidden_size"] * SHAPE["num_hidden_layers"]
+    assert down <= a_pass - again < 1.2 * down
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

@@ -9,6 +9,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
+from forked import Command
 from tinytrainer_nb.run import Run
 
 COMMON = ["--quantization", "none", "--dtype", "fp32", "--max_length", "160", "--warmup_steps", "0"]
@@ -22,14 +23,14 @@ RECIPES = {
 LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 
 
-def start(*command, processes: int = 1, **kwargs) -> subprocess.Popen:
-    launch = LAUNCH if processes > 1 else []
+def launch(*command, processes: int = 2) -> subprocess.Popen:
+    "As a user would"
     env = os.environ | dict(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
-    return subprocess.Popen([sys.executable, *launch, "-m", "tinytrainer_nb.cli", *map(str, command)], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs)
+    return subprocess.Popen([sys.executable, *(LAUNCH if processes > 1 else []), "-m", "tinytrainer_nb.cli", *map(str, command)], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def train(*command, processes: int = 1) -> str:
-    process = start(*command, processes=processes)
+    process = (Command if sys.platform == "linux" else launch)(*command, processes=processes)
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
     return out
@@ -56,7 +57,7 @@ def test_two_processes_killed_and_resumed(tmp_path):
     "Both are killed after a checkpoint; resumed together they end with the adapter of the run that was left alone, bit for bit"
     recipe = RECIPES["ppo"]
     train("ppo", *recipe, "--out", tmp_path / "whole", processes=2)
-    process = start("ppo", *recipe, "--out", tmp_path / "killed", processes=2)
+    process = launch("ppo", *recipe, "--out", tmp_path / "killed")
     while not (tmp_path / "killed/checkpoints/step-000001").exists() and process.poll() is None: time.sleep(0.05)
     for doomed in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]: doomed.kill()  # the launcher first: it would clean up
     process.communicate()
@@ -68,6 +69,6 @@ def test_two_processes_killed_and_resumed(tmp_path):
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
-    process = start("sft", *RECIPES["sft"], "--batch_size", "5", "--out", tmp_path / "odd", processes=2)
+    process = launch("sft", *RECIPES["sft"], "--batch_size", "5", "--out", tmp_path / "odd")
     out, _ = process.communicate(timeout=120)
     assert process.returncode and "batch_size=5 is for all processes together: it must be a multiple of 2" in out and not (tmp_path / "odd").exists()

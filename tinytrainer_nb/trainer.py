@@ -383,7 +383,9 @@ def path(self) -> dict:
     known = share(self.run.info.get("fast"))
     if known and not known["blocks"]: return known
     found = share(choose_path(self.run.model, self.dtype, self.settings.fast, self.settings.micro_batch_tokens))
-    if known and not (found["blocks"] and (known["copies"] > found["copies"] or known["recompute"] < found["recompute"])): return known
+    if known:
+        leaner = found["blocks"] and (known["copies"] and not found["copies"] or found["recompute"] and not known["recompute"])
+        if not leaner: return known
     self.run.update_info(fast=found)
     tell(self.run, f"fast path: {found['why']}")
     return found

@@ -54,8 +54,8 @@ def mean_of(probes: list[dict]) -> dict:
 
 
 def kept_table(path: Path, table) -> str:
-    "The table of kept results; a sentence where there are none."
-    return table(json.loads(Path(path).read_text(encoding="utf8"))) if Path(path).exists() else "There are no kept results."
+    "The table of published results; a sentence where there are none."
+    return table(json.loads(Path(path).read_text(encoding="utf8"))) if Path(path).exists() else "There are no published results."
 
 
 def product_weights(config) -> tuple[int, int]:
