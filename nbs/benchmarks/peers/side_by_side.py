@@ -48,9 +48,10 @@ def times(one: dict, other: dict) -> str:
     return f"{statistics.median(found):.1f}x" + (f" ({found[0]:.1f} to {found[-1]:.1f})" if len(found) > 1 else "")
 
 
-def mean_of(probes: list[dict]) -> dict:
-    "What a machine could do on average over some probes: others use it, too."
-    return {name: round(statistics.mean(p[name] for p in probes), 2) if isinstance(value, (int, float)) else value for name, value in probes[0].items()}
+def best_of(probes: list[dict]) -> dict:
+    "What a machine can do: the best of some probes, for others use it, too, and none can make it faster."
+    best = lambda name, values: values[0] if not isinstance(values[0], (int, float)) else min(values) if name.endswith("_ms") else max(values)
+    return {name: best(name, [p[name] for p in probes]) for name in probes[0]}
 
 
 def kept_table(path: Path, table) -> str:
@@ -69,4 +70,4 @@ def machine(kept: dict) -> str:
     "The machine that figures were taken on, in a line."
     hardware, limits = kept["hardware"], kept["limits"]
     where = hardware["gpu"] or f"{hardware['cpu']}, {hardware['cores']} cores"
-    return f"{where}, torch {kept['versions']['torch']}; {limits['bf16_gflops']:.0f} GFLOP/s in bf16, {limits['fp32_gflops']:.0f} in fp32, {limits['copy_gb_s']:.0f} GB/s. Median of {kept['turns']}."
+    return f"{where}, torch {kept['versions']['torch']}; {limits['bf16_gflops']:.0f} GFLOP/s in bf16, {limits['fp32_gflops']:.0f} in fp32, {limits['copy_gb_s']:.0f} GB/s at best. Median of {kept['turns']}."
