@@ -357,10 +357,11 @@ def to_slope(
 
 def _to_slope(logits: Tensor, labels: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor | None]: # (k, V), (k, 1)
     scaled = logits if temperature == 1 and not with_entropy else logits.float().div_(temperature) if logits.dtype != torch.float32 else logits / temperature
-    largest, own = scaled.amax(-1, keepdim=True).float(), scaled.gather(-1, labels).float()
-    probabilities = torch.softmax(scaled, -1, dtype=torch.float32) # on a CPU four times as fast as exp
-    sure = probabilities.amax(-1, keepdim=True).log()
-    logprobs, entropy = own - largest + sure, (largest - sure)[:, 0] - torch.linalg.vecdot(probabilities, scaled) if with_entropy else None
+    own, probabilities = scaled.gather(-1, labels).float(), torch.softmax(scaled, -1, dtype=torch.float32) # on a CPU four times as fast as exp
+    logprobs = probabilities.gather(-1, labels).log()
+    far = logprobs < -80 # fp32 ends at -103, and loses bits before
+    if logits.device.type != "cpu" or far.any(): logprobs = torch.where(far, own - scaled.amax(-1, keepdim=True).float() + probabilities.amax(-1, keepdim=True).log(), logprobs) # a GPU would wait for the answer
+    entropy = (own - logprobs)[:, 0] - torch.linalg.vecdot(probabilities, scaled) if with_entropy else None
     logits.copy_(probabilities.scatter_(-1, labels, logprobs.expm1())) # near a sure token a small difference
     return logprobs[:, 0], entropy
 
