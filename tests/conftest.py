@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg")
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # the cores the project is written for; results then agree between machines
-if "PYTEST_XDIST_WORKER" in os.environ: os.environ["OMP_NUM_THREADS"] = "1"  # two workers, two cores: PyTorch processes whose threads take turns on a core slow each other tenfold
+if "PYTEST_XDIST_WORKER" in os.environ: os.environ["OMP_NUM_THREADS"] = "1"  # several workers, two cores: PyTorch processes whose threads take turns on a core slow each other tenfold
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # kernels import this checkout
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the folder of the process that started them; nobody's own cache is touched
     os.environ["TINYTRAINER_CACHE"] = tempfile.mkdtemp(prefix="tinytrainer-cache-")

@@ -8,9 +8,9 @@ import tinytrainer_nb.blocks as blocks_module
 import tinytrainer_nb.trainer as trainer_module
 from tinytrainer_nb.adapters import LoraArgs, add_lora, trainable, using_adapters
 from tinytrainer_nb.attention import attend_documents, document_attention
-from tinytrainer_nb.blocks import choose_path, copied_bytes, in_blocks, kept_bytes, why_not
+from tinytrainer_nb.blocks import Room, choose_path, copied_bytes, in_blocks, kept_bytes, token_loss, why_not
 from tinytrainer_nb.core import DTYPES, TinyTrainerError
-from tinytrainer_nb.fast import without_wrapper
+from tinytrainer_nb.fast import to_slope, without_wrapper
 from tinytrainer_nb.grpo import GRPOArgs, grpo
 from tinytrainer_nb.models import compute_context, load_model
 from tinytrainer_nb.ppo import PPOArgs, ppo
@@ -95,6 +95,31 @@ def test_over_the_embedded_base(adapter, quantization):
     model = learned(add_tinylora(model, TinyLoraArgs(u=2, n_tie=5)) if adapter == "tinylora" else add_lora(model, LoraArgs(r=8, target_modules="q_proj,v_proj" if adapter == "qv" else "all-linear"), seed=0))
     truth = plain(model, rows(1000))
     for how in (dict(), dict(recompute=True), dict(copies=True)): assert apart(blocks(model, rows(1000), **how), truth) < 1e-4
+
+
+@pytest.mark.parametrize("temperature, with_entropy", [(1.0, False), (0.7, True)])
+def test_a_token_that_is_all_but_impossible_has_its_logprob(temperature, with_entropy):
+    "Softmax in fp32 has no number below e^-103; the log-probability, its slope and the entropy have"
+    torch.manual_seed(0)
+    logits, labels = 300 * torch.randn(50, 40), torch.randint(0, 40, (50,))
+    truth = (logits.double() / temperature).log_softmax(-1)
+    slope, chosen = truth.exp() - torch.nn.functional.one_hot(labels, 40), truth.gather(-1, labels[:, None])[:, 0]
+    assert chosen.min() < -103 < chosen.max()
+    logprobs, entropy = to_slope(logits, labels, temperature, with_entropy)
+    torch.testing.assert_close(logprobs.double(), chosen, rtol=1e-6, atol=2e-4)  # logits of a thousand are 6e-5 apart in fp32
+    torch.testing.assert_close(logits.double(), slope, rtol=0, atol=2e-4)
+    if with_entropy: torch.testing.assert_close(entropy.double(), -(truth.exp() * truth).nan_to_num().sum(-1), rtol=0, atol=1e-3)
+
+
+def test_losses_that_share_their_memory():
+    "Two micro-batches of different sizes before either goes backward"
+    torch.manual_seed(0)
+    weight, room = torch.randn(50, 8), Room()
+    parts = [(torch.randn(n, 8, requires_grad=True), torch.randint(0, 50, (n,))) for n in (20, 30, 10)]
+    for loss in [token_loss(hidden, weight, labels, room=room) for hidden, labels in parts]: loss.backward()
+    for hidden, labels in parts:
+        alone = hidden.detach().requires_grad_(); torch.nn.functional.cross_entropy(alone @ weight.t(), labels, reduction="sum").backward()
+        torch.testing.assert_close(hidden.grad, alone.grad)
 
 
 def test_copies_and_recomputing_change_no_bit():

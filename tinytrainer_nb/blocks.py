@@ -213,7 +213,9 @@ class Room:
     kept = None
 
     def __call__(self, rows: int, columns: int, like: Tensor) -> Tensor: # (rows, columns), of any content
-        if self.kept is None or self.kept.numel() < rows * columns or self.kept.dtype != like.dtype: self.kept = None; self.kept = like.new_empty(rows * columns)
+        if self.kept is None or self.kept.numel() < rows * columns or self.kept.dtype != like.dtype:
+            self.kept = None # before there is another
+            self.kept = like.new_empty(rows * columns)
         return self.kept[:rows * columns].view(rows, columns)
 
 class _TokenLoss(torch.autograd.Function):
