@@ -73,9 +73,39 @@ class Command:
 
 
 def _command(argv: list[str], env: dict, said: str) -> None:
-    os.environ.clear(); os.environ.update(env)
-    for stream in (1, 2): os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-    import torch
+    _become(env, said, said)
     from tinytrainer_nb.cli import main
-    torch.set_num_threads(1)
     sys.exit(main(argv))
+
+
+class Script:
+    "`python -c CODE ARGV...`, with as much of a `subprocess.Popen` as tests ask for"
+    def __init__(self, code: str, *argv, **env):
+        self.folder = tempfile.TemporaryDirectory()
+        self.streams = [Path(self.folder.name) / name for name in ("out", "err")]
+        self.process = forking().Process(target=_script, args=(code, [*map(str, argv)], dict(os.environ) | env, *map(str, self.streams)))
+        self.process.start()
+
+    @property
+    def returncode(self): return self.process.exitcode
+
+    def kill(self): self.process.kill(); self.process.join()
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, f"not within {timeout} s"
+        return tuple(path.read_text(encoding="utf8") for path in self.streams)
+
+
+def _script(code: str, argv: list[str], env: dict, out: str, err: str) -> None:
+    _become(env, out, err)
+    sys.argv = ["-c", *argv]
+    exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+
+
+def _become(env: dict, out: str, err: str) -> None:
+    "A process of one thread with these variables, that says what it says into these files."
+    os.environ.clear(); os.environ.update(env)
+    for stream, path in ((1, out), (2, err)): os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    import torch
+    torch.set_num_threads(1)

@@ -152,6 +152,22 @@ def test_in_16_bits_blocks_are_no_further_from_the_truth(quantization):
     assert apart(blocks(model, rows(1000), torch.bfloat16), truth) < 1.25 * apart(plain(model, rows(1000), torch.bfloat16), truth)
 
 
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_in_16_bits_a_young_adapter_counts_in_full(copies, bias):
+    "What it adds is less than half of the last bit of what it is added to; it arrives all the same, on average"
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(128, 256, bias=bias).to(torch.bfloat16).requires_grad_(False)
+    weight = blocks_module._Weight(layer, torch.bfloat16, copies)
+    x, residual = torch.randn(400, 128).to(torch.bfloat16), torch.randn(400, 256).to(torch.bfloat16)
+    down, up = torch.randn(128, 8).to(torch.bfloat16), 1e-5 * torch.randn(8, 256).to(torch.bfloat16)
+    truth = (x.double() @ down.double()) @ up.double()
+    for more in (None, residual):
+        with_it, without = (blocks_module._Products.apply(x, more, [weight], [0], down, u)[0].double() for u in (up, 0 * up))
+        assert truth.abs().mean() < 0.2 * (without.abs() * 2**-8).mean()
+        assert abs(((with_it - without) * truth).sum() / truth.square().sum() - 1) < 0.2
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_whole_models_train_in_blocks_too(kind):
     "Every weight's gradient, embeddings and norms included"

@@ -19,6 +19,8 @@ from tinytrainer_nb.cli import main
 from tinytrainer_nb.core import TinyTrainerError, data_file, file_hash
 from tinytrainer_nb.models import load_model, weights_key
 
+from forked import Script
+
 
 def write_base(folder: Path, tied: bool = True) -> Path:
     "A Llama of 40 million random weights with the embedded base's tokenizer"
@@ -330,12 +332,12 @@ print(json.dumps([model.load_report.cache, hashlib.sha256(logits.float().numpy()
 """
 
 
-def start(base, before: str = "", **env) -> subprocess.Popen:
+def start(base, before: str = "") -> Script:
     "A process that loads and says what came out"
-    return subprocess.Popen([sys.executable, "-c", before + LOAD, str(base)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | env)
+    return Script(before + LOAD, base)
 
 
-def end(process: subprocess.Popen) -> tuple[str, str, str]: # what the report says of the cache, hash of logits, stderr
+def end(process: Script | subprocess.Popen) -> tuple[str, str, str]: # what the report says of the cache, hash of logits, stderr
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     return *json.loads(out.splitlines()[-1]), err
@@ -368,9 +370,7 @@ def test_a_folder_that_cannot_be_written(base, tmp_path, monkeypatch, capsys):
 def test_a_write_that_fails_in_the_middle(base, cache):
     "As on a full disk: a file may not grow beyond a megabyte here"
     resource = pytest.importorskip("resource", reason="needs limits of a process, which Windows has not")
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
-    process = subprocess.Popen([sys.executable, "-c", LOAD, str(base)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=limit)
-    told, digest, err = end(process)
+    told, digest, err = end(start(base, f"import resource\nresource.setrlimit({resource.RLIMIT_FSIZE}, (10**6, 10**6))\n"))
     assert told not in ("hit", "miss", "") and err.count("are not kept for the next time") == 1
     assert not cache_entries() and not list(cache.glob(".*.partial"))
     assert end(start(base))[1] == digest
@@ -388,8 +388,9 @@ def test_a_hub_id_is_kept_by_its_commit(base, tmp_path):
     for commit in commits:
         shutil.copytree(base, repo / "snapshots" / commit)
         (repo / "refs").mkdir(exist_ok=True); (repo / "refs" / "main").write_text(commit)
-        ends += [end(start("some/model", HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1"))[0] for _ in range(2)]
-    assert ends == ["miss", "hit"] * 2
+        done = subprocess.run([sys.executable, "-c", 2 * LOAD, "some/model"], capture_output=True, text=True, env=os.environ | dict(HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")) # read when it is imported
+        ends += [json.loads(line)[0] for line in done.stdout.splitlines() if line.startswith("[")]
+    assert ends == ["miss", "hit"] * 2, done.stderr
     assert {e.about["base"] for e in cache_entries()} == {"some/model"}
 
 

@@ -2,7 +2,6 @@
 import gc
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ from tinytrainer_nb.plots import LivePicture, run_html
 from tinytrainer_nb.rewards import find_reward
 from tinytrainer_nb.settings import grouped
 
+from forked import Script
 from live import adapter, figures, until
 
 NASTY = "<script>window.pwned=1</script><img src=x onerror='window.pwned=2'>\x1b[31mred\x1b[0m\u202eecalper\u200bzero"
@@ -58,9 +58,9 @@ def test_pause_and_continue_are_bit_for_bit(tmp_path, whole):
 def test_a_killed_kernel_is_found_again_and_goes_on(tmp_path, whole):
     "SIGKILL in mid-run; a panel of another process shows what was, and its Continue ends like the run that nobody touched"
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_panels import train\ntrain({str(tmp_path / 'run')!r}, save_steps=3)"
-    child = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"IN_TEST": "1"})
+    child = Script(code, IN_TEST="1")
     until(lambda: (tmp_path / "run" / "checkpoints" / "step-000003").exists(), "a checkpoint", 120)
-    child.send_signal(signal.SIGKILL); child.wait()
+    child.kill()
     run = Run.open(tmp_path / "run")
     panel = run.panel()
     assert run.status == "interrupted" and "interrupted" in panel.head.value and "<img" in panel.curves.value
@@ -179,7 +179,7 @@ def test_the_form_is_locked_while_a_run_goes_on(tmp_path):
 def test_what_was_asked_in_a_pause_outlives_a_kill(tmp_path):
     "A learning rate changed in a pause is in a checkpoint before the pause ends"
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_panels import train\ntrain({str(tmp_path / 'run')!r}, max_steps=400)"
-    child = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"IN_TEST": "1"})
+    child = Script(code, IN_TEST="1")
     try:
         until(lambda: (tmp_path / "run" / "run.json").exists() and Run(tmp_path / "run").step >= 2, "it trains", 120)
         run = Run.open(tmp_path / "run")
@@ -188,7 +188,7 @@ def test_what_was_asked_in_a_pause_outlives_a_kill(tmp_path):
         run.set(learning_rate=5e-4)
         until(lambda: run.last_checkpoint()[1] == run.step and not run.waiting(), "the checkpoint")
         assert run.status == "paused"
-    finally: child.send_signal(signal.SIGKILL); child.wait()
+    finally: child.kill()
     assert run.status == "interrupted" and read_json(run.last_checkpoint()[0] / "progress.json")["settings"]["learning_rate"] == 5e-4
     step = run.step
     again = Run.open(run.folder).resume(live=True)

@@ -100,7 +100,9 @@ class _Weight:
         if self.ordered: return blocked_product(x, self.there, self.bias, add)
         weight = self.read()
         self.held = weight if self.hold else None
-        return F.linear(x, weight, self.bias) if add is None else torch.addmm(add if self.bias is None else add + self.bias, x, weight.t())
+        if add is None: return F.linear(x, weight, self.bias)
+        out = torch.addmm(add, x, weight.t())
+        return out if self.bias is None else out.add_(self.bias)
 
     def back(self, gradient: Tensor, add: Tensor | None = None) -> Tensor:
         "gradient @ weight + add, which may be written over."
@@ -112,10 +114,12 @@ class _Products(torch.autograd.Function):
     "x @ weight^T of several frozen weights, with (x @ down) @ up of their adapters added, and `residual` to the first."
     @staticmethod
     def forward(ctx, x, residual, weights, owners, *thin): # (T, n); (T, m) or None; `_Weight`s; of each pair, its weight's place; down (n, r) of all pairs, then up (r, m)
-        outs = [weight.times(x, residual) for weight in weights]
-        downs, ups = thin[:len(owners)], thin[len(owners):]
+        downs, ups, beside = thin[:len(owners)], thin[len(owners):], {}
         between = x @ torch.cat(downs, 1) if downs else x.new_empty(len(x), 0)
-        for place, part, up in zip(owners, between.split([d.shape[1] for d in downs], 1), ups): outs[place].addmm_(part, up)
+        for place, part, up in zip(owners, between.split([d.shape[1] for d in downs], 1), ups): beside[place] = torch.addmm(beside[place], part, up) if place in beside else part @ up
+        if residual is not None and 0 not in beside: beside[0], residual = residual, None
+        outs = [weight.times(x, beside.pop(i, None)) for i, weight in enumerate(weights)] # added before the product is rounded: to 16 bits of the result a young adapter's share is less than half of the last one, and would be lost
+        if residual is not None: outs[0] += residual
         ctx.weights, ctx.owners = weights, owners
         ctx.save_for_backward(x if any(ctx.needs_input_grad[4:]) else None, between, *thin)
         return tuple(outs)
@@ -129,7 +133,7 @@ class _Products(torch.autograd.Function):
         by_x = None
         if ctx.needs_input_grad[0]:
             for weight, gradient in zip(ctx.weights, gradients): by_x = weight.back(gradient, by_x)
-            if downs: by_x.addmm_(thinned, torch.cat(downs, 1).t())
+            if downs: by_x.addmm_(thinned, torch.cat(downs, 1).t()) # too small for 16 bits, too, it is a small error of a gradient, no step that is lost
         learns = any(ctx.needs_input_grad[4:])
         by_downs = (x.t() @ thinned).split(ranks, 1) if learns else [None] * len(downs)
         by_ups = [part.t() @ gradients[i] if learns else None for i, part in zip(ctx.owners, between.split(ranks, 1))]

@@ -57,7 +57,9 @@ def blocked_product(
 
 def _blocked(weight: Tensor, bias: Tensor | None):
     weight, bias = in_blocked_order(weight, bias)
-    return lambda x: blocked_product(x.to(torch.bfloat16), weight, bias)
+    def forward(x, add=None): return blocked_product(x.to(torch.bfloat16), weight, bias, add)
+    forward.adds = True
+    return forward
 
 # %% ../nbs/01e_fast.ipynb #4f3e3050
 def _can_pack(layer: nn.Linear) -> bool:
@@ -230,9 +232,10 @@ def _beside(family: list, dtype: torch.dtype, product):
     return forward
 
 def _beside_in_blocks(product, down: Tensor, up: Tensor):
-    "The same with oneDNN's products, of which the second adds to what the base computed."
-    into, (up, _) = _blocked(down.t().contiguous(), None), in_blocked_order(up.t().contiguous(), None)
-    return lambda x, *args, **kwargs: blocked_product(into(x), up, add=product(x))
+    "The same with oneDNN's products, of which the last adds what the others computed: if it can, the base's, so that the sum is rounded once and nothing of a young adapter is lost."
+    into, beside = (_blocked(thin.t().contiguous(), None) for thin in (down, up))
+    if getattr(product, "adds", False): return lambda x, *args, **kwargs: product(x, beside(into(x)))
+    return lambda x, *args, **kwargs: beside(into(x), product(x))
 
 # %% ../nbs/01e_fast.ipynb #a5cdae00
 def without_wrapper(model: nn.Module) -> nn.Module:
