@@ -117,8 +117,7 @@ class _Products(torch.autograd.Function):
         downs, ups, beside = thin[:len(owners)], thin[len(owners):], {}
         between = x @ torch.cat(downs, 1) if downs else x.new_empty(len(x), 0)
         for place, part, up in zip(owners, between.split([d.shape[1] for d in downs], 1), ups): beside[place] = torch.addmm(beside[place], part, up) if place in beside else part @ up
-        if residual is not None and 0 not in beside: beside[0], residual = residual, None
-        outs = [weight.times(x, beside.pop(i, None)) for i, weight in enumerate(weights)] # added before the product is rounded: to 16 bits of the result a young adapter's share is less than half of the last one, and would be lost
+        outs = [weight.times(x, beside.pop(i, None)) for i, weight in enumerate(weights)] # the share of adapters is added before the product is rounded
         if residual is not None: outs[0] += residual
         ctx.weights, ctx.owners = weights, owners
         ctx.save_for_backward(x if any(ctx.needs_input_grad[4:]) else None, between, *thin)

@@ -70,4 +70,4 @@ def machine(kept: dict) -> str:
     "The machine that figures were taken on, in a line."
     hardware, limits = kept["hardware"], kept["limits"]
     where = hardware["gpu"] or f"{hardware['cpu']}, {hardware['cores']} cores"
-    return f"{where}, torch {kept['versions']['torch']}; {limits['bf16_gflops']:.0f} GFLOP/s in bf16, {limits['fp32_gflops']:.0f} in fp32, {limits['copy_gb_s']:.0f} GB/s at best. Median of {kept['turns']}."
+    return f"{where}, torch {kept['versions']['torch']}; {limits['bf16_gflops']:.0f} GFLOP/s in bf16, {limits['fp32_gflops']:.0f} in fp32, {limits['copy_gb_s']:.0f} GB/s; 46 MB of fresh memory in {limits['fresh_46mb_ms']:.0f} ms. Median of {kept['turns']}."
