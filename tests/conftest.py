@@ -1,5 +1,6 @@
 """What all tests share: an offline environment set before anything is imported, the order, what may be missing here."""
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -21,6 +22,11 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the folder of the p
 def pytest_collection_modifyitems(items):
     "Notebooks first: they teach, so they break first."
     items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+
+
+def pytest_collection_finish():
+    "What has been imported lives as long as the tests: the garbage collector, which every run calls some times, need not go through it again"
+    gc.collect(); gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
 """Processes forked from one that has imported the library: what every kernel would take seconds for is done once."""
+import gc
 import multiprocessing
 import os
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 
 def forking():
     "The context whose processes know the library when they begin"
+    if "forkserver" not in multiprocessing.get_all_start_methods(): return multiprocessing.get_context("spawn")  # Windows: slower, and the same
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tinytrainer_nb.all", "ipykernel.kernelapp"])
     return context
@@ -42,6 +44,7 @@ class Kernel:
 
 def _serve(connection_file: str, env: dict, cwd: str, tell) -> None:
     os.setsid(); tell.send(True)
+    gc.freeze()  # as in conftest.py
     os.environ.clear(); os.environ.update(env); os.chdir(cwd)
     sys.argv = ["ipykernel_launcher.py", "-f", connection_file]
     from ipykernel.kernelapp import launch_new_instance
@@ -105,6 +108,7 @@ def _script(code: str, argv: list[str], env: dict, out: str, err: str) -> None:
 
 def _become(env: dict, out: str, err: str) -> None:
     "A process of one thread with these variables, that says what it says into these files."
+    gc.freeze()
     os.environ.clear(); os.environ.update(env)
     for stream, path in ((1, out), (2, err)): os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     import torch

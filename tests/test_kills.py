@@ -1,4 +1,5 @@
 """SIGKILL at random moments of loading, stepping, saving, evaluating, rolling out and scoring: nothing is half written, each run goes on, and ends as if nothing had happened. Four moments are tried each time, eighty with `-m slow`."""
+import gc
 import json
 import os
 import random
@@ -42,6 +43,7 @@ def watched(journal: list, now, began) -> None:
 
 def work(recipe: str, out: str, resume: bool, now, began) -> None:
     "The whole of a run, or the rest of it; nf4, and dropout on, so that the random state matters too"
+    gc.freeze()  # as in conftest.py
     journal = []
     watched(journal, now, began)
     from tinytrainer_nb import models
