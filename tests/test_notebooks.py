@@ -26,7 +26,7 @@ SMALL = {
     "tutorials/09_live_rewards": {"sft_steps": 6, "max_steps": 2},
     "tutorials/10_by_hand": {"max_steps": 2},
     "benchmarks/01_quickstart_seeds": {"seeds": "0"},
-    "benchmarks/06_sft_speed": {"cases": "tiny:none:2", "batch_size": 4, "curve_steps": 8},
+    "benchmarks/06_sft_speed": {"cases": "tiny:none:2", "batch_size": 4, "curve_steps": 20},
     "benchmarks/07_pretrain_speed": {"cases": "tiny:2", "batch_size": 2, "max_length": 128},
     "benchmarks/09_scaling": {"tokens": 512, "max_steps": 2},
     "benchmarks/05_panel_cost": {"max_steps": 8, "history": 2000},
