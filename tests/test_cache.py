@@ -337,7 +337,7 @@ def start(base, before: str = "") -> Script:
     return Script(before + LOAD, base)
 
 
-def end(process: Script | subprocess.Popen) -> tuple[str, str, str]: # what the report says of the cache, hash of logits, stderr
+def end(process: Script) -> tuple[str, str, str]: # what the report says of the cache, hash of logits, stderr
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     return *json.loads(out.splitlines()[-1]), err

@@ -141,7 +141,7 @@ def test_bandit_converges(tmp_path):
 def test_price_holds_the_policy(tmp_path):
     "A large KL coefficient keeps the policy at its reference; of two seeds together, for ten rounds of one are a matter of luck"
     def distances(beta, seed):
-        run = ppo(*tiny_policy(dtype="bf16"), load_prompts(data_file("rl.jsonl"))[:16], letters, small(tmp_path / f"kl{beta}-{seed}", max_steps=10, batch_size=8, learning_rate=3e-3, kl_coef=beta, epochs=2, seed=seed))
+        run = ppo(*tiny_policy(), load_prompts(data_file("rl.jsonl"))[:16], letters, small(tmp_path / f"kl{beta}-{seed}", max_steps=10, batch_size=8, learning_rate=3e-3, kl_coef=beta, epochs=2, seed=seed))
         return [abs(kl) for kl in run.history("kl")[1][-3:]]
     free, held = (distances(beta, 0) + distances(beta, 1) for beta in (0.0, 10.0))
     assert sum(held) < 0.3 * sum(free), (free, held)

@@ -132,7 +132,7 @@ class _Products(torch.autograd.Function):
         by_x = None
         if ctx.needs_input_grad[0]:
             for weight, gradient in zip(ctx.weights, gradients): by_x = weight.back(gradient, by_x)
-            if downs: by_x.addmm_(thinned, torch.cat(downs, 1).t()) # too small for 16 bits, too, it is a small error of a gradient, no step that is lost
+            if downs: by_x.addmm_(thinned, torch.cat(downs, 1).t()) # here rounding costs a little of a gradient; forward it would cost the step itself
         learns = any(ctx.needs_input_grad[4:])
         by_downs = (x.t() @ thinned).split(ranks, 1) if learns else [None] * len(downs)
         by_ups = [part.t() @ gradients[i] if learns else None for i, part in zip(ctx.owners, between.split(ranks, 1))]
