@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from forked import Command
+from live import until
 from tinytrainer_nb.run import Run
 
 COMMON = ["--quantization", "none", "--dtype", "fp32", "--max_length", "160", "--warmup_steps", "0"]
@@ -61,7 +62,7 @@ def test_two_processes_killed_and_resumed(tmp_path):
     while not (tmp_path / "killed/checkpoints/step-000001").exists() and process.poll() is None: time.sleep(0.05)
     for doomed in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]: doomed.kill()  # the launcher first: it would clean up
     process.communicate()
-    assert Run.open(tmp_path / "killed").status == "interrupted"
+    until(lambda: Run.open(tmp_path / "killed").status == "interrupted", "the end of a killed process, which its system takes a moment for")
     train("resume", tmp_path / "killed", processes=2)
     for file in ("adapter_model.safetensors", "value_head.safetensors"):
         assert (tmp_path / "killed/adapter" / file).read_bytes() == (tmp_path / "whole/adapter" / file).read_bytes()

@@ -29,7 +29,7 @@ def weight_forms(
     quantized, cpu16 = _is_quantized(layer), has_blocks(layer.weight.device, dtype)
     forms = {"as it is": lambda: layer.forward}
     if quantized or layer.weight.dtype != dtype: forms["copy"] = lambda: _plain(written_out(layer).to(dtype), layer.bias)
-    if cpu16: forms["blocked"] = lambda: _blocked(written_out(layer).to(dtype), layer.bias)
+    if cpu16: forms["blocked"] = lambda: _Blocked(written_out(layer).to(dtype), layer.bias)
     if cpu16 and _can_pack(layer): forms["packed"] = lambda: _packed(layer)
     return forms
 
@@ -55,11 +55,11 @@ def blocked_product(
     pointwise = torch.ops.mkldnn._linear_pointwise
     return pointwise(x, weight, bias, "none", [], "") if add is None else pointwise.binary(x, add, weight, bias, "add")
 
-def _blocked(weight: Tensor, bias: Tensor | None):
-    weight, bias = in_blocked_order(weight, bias)
-    def forward(x, add=None): return blocked_product(x.to(torch.bfloat16), weight, bias, add)
-    forward.adds = True
-    return forward
+class _Blocked:
+    "A product with a weight of its own in oneDNN's order, that can take what is to be added before it rounds."
+    def __init__(self, weight: Tensor, bias: Tensor | None): self.weight, self.bias = in_blocked_order(weight, bias)
+
+    def __call__(self, x: Tensor, add: Tensor | None = None): return blocked_product(x.to(torch.bfloat16), self.weight, self.bias, add)
 
 # %% ../nbs/01e_fast.ipynb #4f3e3050
 def _can_pack(layer: nn.Linear) -> bool:
@@ -204,7 +204,7 @@ def _products(family: list, bases: list[nn.Linear], forms: list[str], dtype: tor
     alike = len(bases) > 1 and len(set(m.bias is None for m in bases)) == 1 and "packed" not in forms
     if alike and ("blocked" in forms or "copy" in forms):
         weight, bias = torch.cat([written_out(m).to(dtype) for m in bases]), None if bases[0].bias is None else torch.cat([m.bias for m in bases])
-        return [(family, (_blocked if "blocked" in forms else _plain)(weight, bias))]
+        return [(family, (_Blocked if "blocked" in forms else _plain)(weight, bias))]
     return [([m], weight_forms(base, dtype)[form]()) for m, base, form in zip(family, bases, forms) if form != "as it is" or is_thin(m)]
 
 def is_thin(layer: nn.Module) -> bool:
@@ -233,8 +233,8 @@ def _beside(family: list, dtype: torch.dtype, product):
 
 def _beside_in_blocks(product, down: Tensor, up: Tensor):
     "The same with oneDNN's products, of which the last adds what the others computed: if it can, the base's, so that the sum is rounded once and nothing of a young adapter is lost."
-    into, beside = (_blocked(thin.t().contiguous(), None) for thin in (down, up))
-    if getattr(product, "adds", False): return lambda x, *args, **kwargs: product(x, beside(into(x)))
+    into, beside = (_Blocked(thin.t().contiguous(), None) for thin in (down, up))
+    if isinstance(product, _Blocked): return lambda x, *args, **kwargs: product(x, beside(into(x)))
     return lambda x, *args, **kwargs: beside(into(x), product(x))
 
 # %% ../nbs/01e_fast.ipynb #a5cdae00
