@@ -71,7 +71,8 @@ def test_a_killed_kernel_is_found_again_and_goes_on(tmp_path, whole):
     panel.close()
 
 
-def test_two_hundred_pauses_leave_nothing(tmp_path):
+@pytest.mark.parametrize("pauses", [50, pytest.param(200, marks=pytest.mark.slow)])
+def test_many_pauses_leave_nothing(tmp_path, pauses):
     alike = [dict(prompt="How much is 2 + 2?", completion="4")] * 50  # of other lengths PyTorch keeps code for each, which is memory, too
     run = train(tmp_path / "run", live=True, examples=alike, max_steps=500, batch_size=1)
     panel = RunPanel(run, every=0.05)
@@ -82,30 +83,31 @@ def test_two_hundred_pauses_leave_nothing(tmp_path):
     for _ in range(20): pause()
     gc.collect()
     threads, widgets, memory = threading.active_count(), len(ipywidgets.widgets.widget._instances), psutil.Process().memory_info().rss
-    for _ in range(180): pause()
+    for _ in range(pauses - 20): pause()
     gc.collect()
     assert threading.active_count() == threads and len(ipywidgets.widgets.widget._instances) == widgets
     assert psutil.Process().memory_info().rss - memory < 30e6
     run.stop(); run.wait(120)
     values = [e["value"] for e in run.events if e["kind"] == "status"]
-    assert values == ["running"] + ["paused", "running"] * 200 + ["stopped"]
+    assert values == ["running"] + ["paused", "running"] * pauses + ["stopped"]
     assert not run.waiting() and not list((run.folder / "requests").iterdir())
     panel.close()
     until(lambda: not any(t.name.startswith("tinytrainer") for t in threading.enumerate()), "all threads end")
 
 
-def test_two_thousand_learning_rates_leave_nothing(tmp_path):
+@pytest.mark.parametrize("changed", [500, pytest.param(2000, marks=pytest.mark.slow)])
+def test_many_learning_rates_leave_nothing(tmp_path, changed):
     run = train(tmp_path / "run", live=True, max_steps=5000)
     panel = RunPanel(run, every=0.05)
     until(lambda: run.step >= 2, "it trains")
     threads = threading.active_count()
-    for i in range(2000): panel.change("learning_rate", 1e-4 + 1e-7 * i)
+    for i in range(changed): panel.change("learning_rate", 1e-4 + 1e-7 * i)
     run.save()  # the last request: when it has been taken, so have all before it
     until(lambda: not run.waiting(), "all are taken", 120)
     assert threading.active_count() == threads
     run.stop(); run.wait(120)
     changes = [e for e in run.events if e["kind"] == "change"]
-    assert [e["new"] for e in changes] == [1e-4 + 1e-7 * i for i in range(2000)]
+    assert [e["new"] for e in changes] == [1e-4 + 1e-7 * i for i in range(changed)]
     assert all(a["new"] == b["old"] for a, b in zip(changes, changes[1:]))
     assert all(e["asked"] <= e["time"] + 0.001 for e in changes)
     assert len(request_lines(run)) == 5
