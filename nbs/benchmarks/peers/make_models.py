@@ -20,6 +20,7 @@ SHAPES = {
 
 
 def main(out: str, tokenizer: str, *names: str) -> None:
+    if not (Path(tokenizer) / "tokenizer.json").exists(): raise SystemExit(f"{tokenizer} has no tokenizer.json.")
     for name in names or SHAPES:
         if (Path(out) / name / "model.safetensors").exists(): continue
         torch.manual_seed(0)
