@@ -1,4 +1,6 @@
 """Blocks compute what `transformers` and PEFT compute: losses and gradients of every adapter and weight, whatever shares a micro-batch."""
+import gc
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -368,3 +370,18 @@ def test_a_window_that_hides_a_part_of_a_text_is_not_passed_over():
     with in_blocks(model, torch.float32), torch.no_grad():
         assert model.model(torch.arange(3, 35)[None]).last_hidden_state.shape == (1, 32, 64)
         with pytest.raises(TinyTrainerError, match="last 32 tokens"): model.model(torch.arange(3, 36)[None])
+
+
+def test_an_exception_that_is_kept_keeps_no_copies(monkeypatch):
+    "As a run in the background keeps its own, and Jupyter the last one"
+    model, calls = learned(add_lora(bare("llama"), LoraArgs(r=4))), []
+    def fails(*args):
+        calls.append(args)
+        if len(calls) == 3: raise MemoryError("none is left")
+        return attend_documents(*args)
+    monkeypatch.setattr(blocks_module, "attend_documents", fails)
+    try:
+        with in_blocks(model, torch.bfloat16, copies=True): model(torch.arange(3, 40)[None], use_cache=False)
+    except MemoryError as e: kept = e
+    left = [x for x in gc.get_objects() if isinstance(x, blocks_module._Weight)]
+    assert kept.__traceback__ and left and not any(getattr(x, name, None) is not None for x in left for name in ("copy", "held", "there", "back_there"))

@@ -359,6 +359,21 @@ def test_a_process_that_dies_leaves_no_entry(base, cache):
     assert load(base).load_report.cache == "miss" and not left.exists() and len(cache_entries()) == 1
 
 
+def test_a_process_that_dies_while_it_writes_leaves_nothing_for_ever(base, cache):
+    "safetensors has a file of another name until it has written the last byte"
+    died = start(base, f"import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_DFL)\nresource.setrlimit({pytest.importorskip('resource').RLIMIT_FSIZE}, (10**6, 10**6))\n")
+    died.communicate(timeout=300)
+    assert died.returncode < 0 and not cache_entries() and any(f.is_file() for f in cache.rglob("*"))
+    assert clear_cache() > 0 and not list(cache.rglob("*"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+def test_who_shares_the_folder_shares_what_is_in_it(cache):
+    cache.mkdir(parents=True, exist_ok=True); cache.chmod(0o775)
+    keep_tensors("a" * 64, dict(x=torch.zeros(9)))
+    assert cache_entries()[0].path.stat().st_mode & 0o777 == 0o664
+
+
 def test_a_folder_that_cannot_be_written(base, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TINYTRAINER_CACHE", str(tmp_path / "file" / "cache")) # also root cannot

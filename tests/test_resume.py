@@ -138,3 +138,26 @@ def test_figures_are_those_of_the_events(tmp_path):
                     if e["kind"] == kind and name not in ("time", "step") and type(value) in (int, float): found.setdefault(name, []).append((e["step"], value))
             assert set(journal.names(kind)) == set(found)
             for name in "abc": assert list(zip(*journal.column(kind, name))) == found.get(name, [])
+
+
+def test_pretraining_goes_on_in_32_bits_from_a_model_in_16(tmp_path, monkeypatch):
+    "A model may be handed over as it was loaded; small steps would be lost in 16 bits"
+    import torch
+    from tinytrainer_nb.all import PretrainArgs, Run, load_model, pretrain
+    from tinytrainer_nb.trainer import RunTrainer
+    def train(out):
+        model, tokenizer = load_model("tiny", quantization="none", dtype="bf16", verbose=False)
+        run = pretrain(model, tokenizer, ["Tom has three apples and gives one to Ann. " * 300], PretrainArgs(max_steps=4, batch_size=2, max_length=64, save_steps=2, eval_steps=0, sample_steps=0, warmup_steps=0, out=str(out)))
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        return run
+    whole = train(tmp_path / "whole")
+    original = RunTrainer.obey
+    def die(self, *args, **kwargs):
+        if self.state.global_step == 3: raise OSError("no power")
+        return original(self, *args, **kwargs)
+    with monkeypatch.context() as m:
+        m.setattr(RunTrainer, "obey", die)
+        with pytest.raises(OSError): train(tmp_path / "broken")
+    run = Run.open(tmp_path / "broken").resume()
+    assert run.history("loss")[1] == whole.history("loss")[1]
+    assert (run.folder / "model/model.safetensors").read_bytes() == (whole.folder / "model/model.safetensors").read_bytes()

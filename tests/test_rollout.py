@@ -3,17 +3,20 @@ from functools import partial
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, TopKLogitsWarper, TopPLogitsWarper
+from peft import AdaLoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, GptOssConfig, GptOssForCausalLM, GraniteConfig, LlamaConfig, MambaConfig, MistralConfig, Qwen2Config, Qwen3Config, TopKLogitsWarper, TopPLogitsWarper
 
 from tinytrainer_nb import rollout
-from tinytrainer_nb.adapters import LoraArgs, add_lora, trainable
+from tinytrainer_nb.adapters import LoraArgs, add_lora, merged, trainable
 from tinytrainer_nb.attention import SharedCache
+from tinytrainer_nb.blocks import why_not
 from tinytrainer_nb.core import TinyTrainerError, data_file, mix_seed
 from tinytrainer_nb.data import load_prompts
 from tinytrainer_nb.fast import Decoder, choose_forms, weight_forms
 from tinytrainer_nb.models import load_model
 from tinytrainer_nb.rollout import GenerateArgs, Spoken, _cut, _living, generate, stream
 
+IDS = torch.arange(3, 43)[None]
 PROMPTS = [p["messages"] for p in load_prompts(data_file("rl.jsonl"))[:6]]
 
 
@@ -221,6 +224,8 @@ def test_windows_and_caps_are_refused_not_ignored(tmp_path, exact):
     with torch.no_grad(): torch.testing.assert_close(model(ids[:, :60]).logits, plain(ids[:, :60]).logits, atol=1e-4, rtol=1e-4)
     with pytest.raises(TinyTrainerError, match="sees the last 64 tokens alone, and a text here has 200"): model(ids)
     with pytest.raises(TinyTrainerError, match="sees the last 64 tokens"): sampled(model, tokenizer, temperature=0.0, max_new_tokens=64)
+    assert len(sampled(model, tokenizer, ["Tom"], temperature=0.0, max_new_tokens=16, num_generations=1).completion_ids[0]) == 16
+    with pytest.raises(TinyTrainerError, match="sees the last 64 tokens alone, and a text here has 65"): sampled(model, tokenizer, ["Tom"], temperature=0.0, max_new_tokens=128, num_generations=1)
     model, tokenizer = random_model(tmp_path / "gemma", exact, Gemma2Config(**SMALL | dict(num_attention_heads=4), head_dim=16))
     with pytest.raises(TinyTrainerError, match="caps its attention scores"): model(ids)
 
@@ -232,3 +237,54 @@ def test_changed_logits_are_refused_where_they_would_be_wrong(tmp_path, exact):
     with pytest.raises(TinyTrainerError, match=r"granite change their logits \(logits_scaling=8.0\)"): grpo(model, tokenizer, PROMPTS, "exact_answer", GRPOArgs(out=str(tmp_path / "grpo")))
     with pytest.raises(TinyTrainerError, match="granite change their logits"): dpo(model, tokenizer, [dict(prompt="a", chosen="b", rejected="c")] * 4, DPOArgs(out=str(tmp_path / "dpo")))
     assert not (tmp_path / "grpo").exists() and not (tmp_path / "dpo").exists()
+
+
+def test_a_merged_adapter_counts_once():
+    model, tokenizer = policy()
+    before = sampled(model, tokenizer, temperature=0.0)
+    model.merge_adapter()
+    after = sampled(model, tokenizer, temperature=0.0)
+    assert after.completion_ids == before.completion_ids
+    for a, b in zip(before.logprobs, after.logprobs): torch.testing.assert_close(torch.tensor(a), torch.tensor(b), atol=1e-4, rtol=1e-4)
+    with torch.no_grad(): torch.testing.assert_close(merged(model, torch.float32)(IDS).logits, model(IDS).logits, atol=1e-4, rtol=1e-4)
+
+
+class Doubled(torch.nn.Linear):
+    "A layer that is no plain product though it is a Linear, as those of FP8 and routers"
+    def forward(self, x): return 2 * super().forward(x)
+
+
+def test_a_linear_layer_with_a_forward_pass_of_its_own_keeps_it():
+    model, tokenizer = policy()
+    block = model.get_base_model().model.layers[0].mlp
+    own = block.up_proj.base_layer
+    twice = own.weight.data.clone()
+    own.__class__ = Doubled
+    said = sampled(model, tokenizer, temperature=0.0)
+    assert why_not(model) == "Doubled layers keep their own forward pass"
+    with pytest.raises(TinyTrainerError, match="Doubled weights cannot be written out"): merged(model)
+    own.__class__ = torch.nn.Linear; own.weight.data = 2 * twice
+    plain = sampled(model, tokenizer, temperature=0.0)
+    assert said.completion_ids == plain.completion_ids and plain.completion_ids != sampled(*policy(), temperature=0.0).completion_ids
+
+
+def test_adalora_speaks_by_its_own_forward_pass():
+    model, tokenizer = load_model("tiny", "none", "fp32", verbose=False)
+    before = sampled(model, tokenizer, temperature=0.0).completion_ids
+    model = get_peft_model(model, AdaLoraConfig(target_modules=["q_proj"], total_step=10, tinit=1, tfinal=1, task_type="CAUSAL_LM"))
+    assert sampled(model, tokenizer, temperature=0.0).completion_ids == before # fresh
+    for name, p in model.named_parameters():
+        if "lora_E" in name: torch.nn.init.constant_(p, 5.0)
+    assert sampled(model, tokenizer, temperature=0.0).completion_ids != before
+
+
+def test_what_is_added_to_scores_is_refused(tmp_path, exact):
+    model = GptOssForCausalLM(GptOssConfig(vocab_size=99, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_local_experts=2, num_experts_per_tok=1)).eval()
+    model.config._attn_implementation = "packed"
+    with pytest.raises(TinyTrainerError, match="adds to its attention scores .s_aux."): model(torch.arange(3, 13)[None])
+
+
+@pytest.mark.parametrize("config", [BloomConfig(vocab_size=1032, hidden_size=32, n_layer=1, n_head=2), MambaConfig(vocab_size=1032, hidden_size=32, num_hidden_layers=1, state_size=4)], ids=["attention", "state"])
+def test_models_in_which_documents_would_see_each_other_are_refused(tmp_path, exact, config):
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path); exact[1].save_pretrained(tmp_path)
+    with pytest.raises(TinyTrainerError, match="has an attention, or a state, of its own"): load_model(tmp_path, "none", verbose=False)

@@ -1,13 +1,15 @@
 """A second adapter on top of a frozen first one: both speak, one learns, and the stack is saved, resumed, merged and taken for the reference as one."""
+import math
 import time
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tinytrainer_nb.adapters import LoraArgs, add_lora, freeze_reference, is_fresh, merged, saved_adapters, stack_adapter, trainable, using_adapters
-from tinytrainer_nb.all import PPOArgs, Run, SFTArgs, TinyTrainerError, data_file, load_examples, load_model, ppo, save_merged, sft
+from tinytrainer_nb.all import DPOArgs, PPOArgs, RewardModelArgs, Run, SFTArgs, TinyTrainerError, data_file, dpo, load_examples, load_model, model_reward, ppo, reward_model, save_merged, sft
 
 IDS = torch.arange(3, 67).reshape(2, 32)
 QUICK = dict(warmup_steps=0, eval_steps=0, sample_steps=0, save_steps=0)
@@ -146,3 +148,30 @@ def test_a_stack_needs_something_below():
     with pytest.raises(TinyTrainerError, match="no adapter to stack another one on"): stack_adapter(base()[0])
     with pytest.raises(TinyTrainerError, match="Its linear layers: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"):
         stack_adapter(add_lora(base()[0], LoraArgs(r=2)), LoraArgs(target_modules="q_prj"))
+
+
+PAIRS = [dict(prompt=f"How much is {i} and {i}?", chosen=f"It is {2 * i}.", rejected="No idea.") for i in range(12)]
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_dpo_on_a_stack_prefers_to_the_stack_as_it_was_handed_over(tmp_path, trained):
+    "The reference is the whole stack, so the first loss is log 2; and the top alone learns"
+    model, tokenizer = base()
+    model = changed(add_lora(model, LoraArgs(r=4)), 0)
+    model = stack_adapter(model, LoraArgs(r=2))
+    if trained: changed(model, 1)
+    below, names = adapter(model, "default"), set(model.peft_config)
+    run = dpo(model, tokenizer, PAIRS, DPOArgs(max_steps=2, batch_size=4, out=str(tmp_path / "run"), **QUICK | dict(save_steps=1)))
+    assert abs(run.history("loss")[1][0] - math.log(2)) < 1e-5 and abs(run.history("margin")[1][0]) < 1e-5
+    assert all("cot" in name.split(".") for name in load_file(run.folder / "checkpoints" / "step-000001" / "trained.safetensors"))
+    assert same(below, adapter(model, "default")) and set(model.peft_config) == names and model.active_adapters == ["default", "cot"]
+    assert saved_adapters(run.folder / "adapter") == ["default", "cot"] and all("cot" in name.split(".") for name in trainable(model))
+
+
+def test_a_reward_model_on_a_stack_comes_back_with_what_it_learned(tmp_path):
+    model, tokenizer = base()
+    model = stack_adapter(changed(add_lora(model, LoraArgs(r=4)), 0), LoraArgs(r=2))
+    run = reward_model(model, tokenizer, PAIRS, RewardModelArgs(max_steps=6, batch_size=4, learning_rate=1e-2, out=str(tmp_path / "run"), **QUICK | dict(sample_steps=6)))
+    said = {e["completion"]: e["reward"] for e in run.events if e["kind"] == "sample" and e["step"] == 6 and e["prompt"] == PAIRS[0]["prompt"]}
+    found = model_reward(run.folder)([PAIRS[0]["prompt"]] * 2, list(said))
+    assert len(said) == 2 and found == pytest.approx(list(said.values()), abs=1e-5) and found[0] > found[1]

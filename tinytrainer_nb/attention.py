@@ -145,6 +145,8 @@ def _decode_spread(cache: SharedCache, store: tuple, query: Tensor, key: Tensor,
 def packed_attention(module, query, key, value, attention_mask, document_lengths=None, shared_cache=None, scaling=None, **kwargs):
     "Attention within each document of a row, or with a cache (B=1, heads, T, head_dim); without `document_lengths` and `shared_cache` it is `transformers`' SDPA."
     scaling = scaling or query.shape[-1] ** -0.5
+    for name in ("s_aux", "position_bias"): # sinks of GPT-OSS and others, a bias by distance
+        if kwargs.get(name) is not None: raise TinyTrainerError(f"{type(module).__name__} adds to its attention scores ({name}), which is not computed here. Take another model, such as one of Llama's, Qwen's or Mistral's.")
     need_plain_attention(module, kwargs.get("softcap"), kwargs.get("sliding_window"), key, document_lengths, shared_cache)
     if shared_cache is not None: return shared_cache.attend(module.layer_idx, query, key, value, scaling), None
     if document_lengths is None: return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from .adapters import using_adapters, written_out
+from .adapters import LINEAR, using_adapters, written_out
 from .attention import attend_documents, need_plain_attention
 from .core import free_memory, give_back
 from .fast import LLAMA_LIKE, blocked_product, has_blocks, in_blocked_order, is_llama_like, is_thin, put_back, replace_forwards, thin_adapters, thin_pair, to_slope, without_wrapper
@@ -92,6 +92,10 @@ class _Weight:
         if self.ordered: self.there, self.back_there = (in_blocked_order(w.contiguous(), None, rows=1024)[0] for w in (self.read(), self.read().t()))
         elif copies and _is_4bit(layer): self.copy = self.read()
 
+    def let_go(self) -> None:
+        "Free the copies; nothing can be computed any more."
+        self.copy = self.held = self.there = self.back_there = None
+
     def read(self) -> Tensor: return self.copy if self.copy is not None else self.held if self.held is not None else written_out(self.layer).to(self.dtype)
 
     def times(self, x: Tensor, add: Tensor | None = None) -> Tensor:
@@ -157,7 +161,7 @@ def _trains_whole(layer: nn.Module) -> bool: return getattr(layer, "base_layer",
 def _why_not(layer: nn.Module) -> str:
     "The same of one linear layer, with its adapters."
     own = getattr(layer, "base_layer", layer)
-    if not (isinstance(own, nn.Linear) and (own.weight.is_floating_point() or hasattr(own.weight, "quant_state"))): return f"{type(own).__name__} layers keep their own forward pass"
+    if type(own) not in LINEAR or not (own.weight.is_floating_point() or hasattr(own.weight, "quant_state")): return f"{type(own).__name__} layers keep their own forward pass"
     if own.bias is not None and own.bias.requires_grad and not own.weight.requires_grad: return "a bias is trained beside its frozen weight"
     if not isinstance(layer, BaseTunerLayer): return ""
     if layer.merged: return "an adapter is merged into its weight"
@@ -270,6 +274,9 @@ def in_blocks(
     if copies: give_back() # what was written out on the way
     before = replace_forwards([decoder, base], [_decoder_forward(decoder, blocks, dtype, recompute), _loss_forward(base, dtype)])
     try: yield
+    except BaseException: # which somebody may keep, with all that it has seen
+        for weight in (w for block in blocks for w in block.weights): weight.let_go()
+        raise
     finally: put_back(before)
 
 def _decoder_forward(decoder: nn.Module, blocks: list, dtype: torch.dtype, recompute: bool):

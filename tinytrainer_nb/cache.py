@@ -68,7 +68,7 @@ def _make_room(size: int) -> None:
     "Remove what was not used for the longest time until `size` bytes fit, and what processes that died have left."
     for left in cache_folder().glob(".weights-*.partial"):
         with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > 3600: left.unlink()
+            if time.time() - left.stat().st_mtime > 3600: shutil.rmtree(left)
     entries = cache_entries()
     total = sum(e.bytes for e in entries)
     for e in entries:
@@ -87,12 +87,14 @@ def keep_tensors(
     path.parent.mkdir(parents=True, exist_ok=True)
     _make_room(size)
     if (free := shutil.disk_usage(path.parent).free) < 2 * size: raise TinyTrainerError(f"the disk has only {free / 1e9:.2f} GB free, and {size / 1e9:.2f} GB would be kept")
-    beside = path.with_name(f".{path.stem}.{os.getpid()}.partial")
+    beside = path.with_name(f".{path.stem}.{os.getpid()}.partial") # a folder, for safetensors writes a file of another name first
     try:
-        save_file(tensors, beside, metadata=dict(about=json.dumps(plain(about | dict(tensors=len(tensors))))))
-        with open(beside, "rb+") as f: os.fsync(f.fileno())
-        patiently(os.replace, beside, path)
-    finally: _remove(beside)
+        beside.mkdir(exist_ok=True)
+        save_file(tensors, beside / path.name, metadata=dict(about=json.dumps(plain(about | dict(tensors=len(tensors))))))
+        (beside / path.name).chmod(path.parent.stat().st_mode & 0o666) # safetensors writes for the owner alone; who shares the folder shares what is in it
+        with open(beside / path.name, "rb+") as f: os.fsync(f.fileno())
+        patiently(os.replace, beside / path.name, path)
+    finally: shutil.rmtree(beside, ignore_errors=True)
     sync_folder(path.parent)
 
 # %% ../nbs/00g_cache.ipynb #4cd47211
@@ -151,10 +153,12 @@ def known_hash(path: Path | str) -> str:
 def clear_cache() -> int: # bytes that were freed
     "Remove everything that is kept. Raises `TinyTrainerError` if something cannot be removed."
     folder, freed = cache_folder(), 0
-    for path in [*(e.path for e in cache_entries()), *folder.glob(".weights-*.partial"), folder / "hashes.json"]:
+    partial = list(folder.glob(".weights-*.partial")) # of processes that died
+    for path in [*(e.path for e in cache_entries()), *(f for p in partial for f in p.glob("*")), folder / "hashes.json"]:
         try:
             size = path.stat().st_size
             path.unlink(); freed += size
         except (FileNotFoundError, NotADirectoryError): pass # not there, or no longer
         except OSError as e: raise TinyTrainerError(f"{path}: cannot be removed ({e.strerror}). Is it of another user, or in use by another program?") from None
+    for path in partial: shutil.rmtree(path, ignore_errors=True)
     return freed

@@ -12,7 +12,8 @@ import contextlib, copy, time
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .adapters import written_out
+from .adapters import LINEAR, written_out
+from .attention import need_plain_attention
 from .core import TinyTrainerError, free_memory
 from .models import compute_context
 from .tinylora import TinyLoraLayer
@@ -116,8 +117,8 @@ def _bytes(layer: nn.Linear, form: str, dtype: torch.dtype) -> float:
     return layer.in_features * layer.out_features * {"as it is": 0, "packed": 0.6}.get(form, dtype.itemsize)
 
 def _linears(model: nn.Module) -> list[nn.Linear]:
-    "The base's linear layers, adapters and trained weights left out."
-    return [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and ".lora_" not in name and not m.weight.requires_grad]
+    "The base's linear layers, adapters and trained weights left out; a subclass with a forward pass of its own (such as one of FP8) keeps it."
+    return [m for name, m in model.named_modules() if type(m) in LINEAR and ".lora_" not in name and not m.weight.requires_grad]
 
 # %% ../nbs/01e_fast.ipynb #87850844
 SIBLINGS = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")] # layers of Llama- and Qwen-like models that read the same input, in the order in which they do
@@ -209,7 +210,7 @@ def _products(family: list, bases: list[nn.Linear], forms: list[str], dtype: tor
 
 def is_thin(layer: nn.Module) -> bool:
     "Whether this is an adapter of the form `base(x) + (x @ down) @ up`."
-    plain = isinstance(layer, TinyLoraLayer) or isinstance(layer, LoraLayer) and not any((*layer.use_dora.values(), *layer.lora_bias.values(), *layer.lora_variant.values()))
+    plain = isinstance(layer, TinyLoraLayer) or isinstance(layer, LoraLayer) and isinstance(layer.lora_A, nn.ModuleDict) and not any((*layer.use_dora.values(), *layer.lora_bias.values(), *layer.lora_variant.values())) # AdaLoRA has parameters there
     return plain and isinstance(getattr(layer, "base_layer", None), nn.Linear)
 
 def thin_pair(layer: LoraLayer | TinyLoraLayer, adapter: str) -> tuple[Tensor, Tensor]: # down (in, r), up (r, out)
@@ -220,7 +221,7 @@ def thin_pair(layer: LoraLayer | TinyLoraLayer, adapter: str) -> tuple[Tensor, T
 @torch.no_grad()
 def _beside(family: list, dtype: torch.dtype, product):
     "The forward pass of adapter layers with the same input: that of their bases, and beside it their active adapters in `dtype`."
-    pairs = [[thin_pair(m, a) for a in m.active_adapters if a in (m.tinylora_A if isinstance(m, TinyLoraLayer) else m.lora_A) and not m.disable_adapters] for m in family]
+    pairs = [[thin_pair(m, a) for a in m.active_adapters if a in (m.tinylora_A if isinstance(m, TinyLoraLayer) else m.lora_A) and a not in m.merged_adapters and not m.disable_adapters] for m in family]
     down = [d for own in pairs for d, _ in own]
     if not down: return product
     down = torch.cat(down, dim=1).to(dtype).contiguous() # (in, all r)
@@ -264,6 +265,7 @@ def _quick_step(model: nn.Module):
 def _quick_layer(layer: nn.Module):
     "One block: attention and MLP, each behind its norm."
     attention, mlp = layer.self_attn, layer.mlp
+    window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)) # Mistral's stands in its config alone
     norms = [getattr(attention, name).forward if hasattr(attention, name) else None for name in ("q_norm", "k_norm")] # Qwen3 has them
     def heads(x: Tensor) -> Tensor: return x.view(x.shape[1], -1, attention.head_dim) # (R, heads, head_dim)
     def turned(x: Tensor, norm, cos: Tensor, sin: Tensor) -> Tensor:
@@ -273,6 +275,7 @@ def _quick_layer(layer: nn.Module):
     def block(hidden: Tensor, cos: Tensor, sin: Tensor, cache) -> Tensor:
         x = layer.input_layernorm.forward(hidden)
         query, key, value = (part.forward(x) for part in (attention.q_proj, attention.k_proj, attention.v_proj))
+        need_plain_attention(attention, None, window, hidden, None, cache)
         out = cache.attend(attention.layer_idx, turned(query, norms[0], cos, sin), turned(key, norms[1], cos, sin), heads(value).transpose(0, 1)[None], attention.scaling)
         hidden = hidden + attention.o_proj.forward(out.flatten(2))
         x = layer.post_attention_layernorm.forward(hidden)

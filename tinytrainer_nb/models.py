@@ -240,7 +240,7 @@ def load_model(
         why += "; " + reason
     tokenizer = ensure_template(_pretrained(AutoTokenizer, path))
     if len(tokenizer) > config.vocab_size: raise TinyTrainerError(f"{name}: its tokenizer has {len(tokenizer):,} tokens and the model knows {config.vocab_size:,}, so they do not belong together. Put the model's own tokenizer beside it.")
-    _no_pickle(path)
+    _no_pickle(path); _no_attention_of_its_own(config)
     parameters = count_parameters(config)
     model, cache = _load_weights(path, config, quantization, compute, device)
     model.load_report = LoadReport(str(name), path, base_hash(path), parameters, _stored_bytes(path, parameters), tensor_bytes(model), quantization,
@@ -256,6 +256,12 @@ def _no_pickle(path: str) -> None:
     pickled = [f.name for kind in ("*.bin", "*.pt", "*.pth") for f in sorted(Path(path).glob(kind))] if Path(path).is_dir() else []
     if pickled and not list(Path(path).glob("*.safetensors")):
         raise TinyTrainerError(f"{path}: its weights are in {', '.join(pickled[:3])}, a pickle, which may run code when it is opened and is not read. Convert them to safetensors, or take another model.")
+
+def _no_attention_of_its_own(config) -> None:
+    "Raise `TinyTrainerError` for models in which documents in one row would see each other: those that compute attention without `transformers`' interface, and those that carry a state from token to token."
+    kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if kind and (kind._is_stateful or not kind._supports_attention_backend):
+        raise TinyTrainerError(f"{kind.__name__} has an attention, or a state, of its own, which is not computed here. Take another model, such as one of Llama's, Qwen's or Mistral's.")
 
 def _load_weights(path: str, config, quantization: str, dtype: torch.dtype, device: str) -> tuple: # model, what the report says of the cache
     "The model itself, frozen, in evaluation mode, with packed attention."

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from .adapters import is_fresh, trainable
+from .adapters import freeze_reference, saved_adapters, trainable, using_adapters
 from .core import DTYPES, TinyTrainerError, read_json, seed_everything, write_json
 from .data import as_examples, data_origin, empty_rows, load_prompts
 from .fast import need_plain_logits, token_logprobs
@@ -227,15 +227,22 @@ def _start(run, trainer: type, model, tokenizer, train, pairs, held, args, live)
 def as_it_was(model):
     "Inside, TRL may switch dropout off, name a padding token, add a copy of the adapter and replace the forward pass; all of it is taken back."
     base = model.get_base_model()
-    rates, pads = {m: m.p for m in model.modules() if isinstance(m, nn.Dropout)}, [(config, config.pad_token_id) for config in (base.config, base.generation_config)]
+    adapters, rates, pads = list(model.peft_config), {m: m.p for m in model.modules() if isinstance(m, nn.Dropout)}, [(config, config.pad_token_id) for config in (base.config, base.generation_config)]
     try: yield model
     finally:
         for m, rate in rates.items(): m.p = rate
         for config, pad in pads: config.pad_token_id = pad
         base.__dict__.pop("forward", None)
-        if "ref" in model.peft_config: model.delete_adapter("ref")
+        for name in set(model.peft_config) - set(adapters): model.delete_adapter(name)
 
 # %% ../nbs/02g_preference.ipynb #7749970c
+class _Reference:
+    "The policy with the adapters that it was handed over with, for TRL a model of its own."
+    def __init__(self, model, adapters: list[str]): self.model, self.adapters = model, adapters
+
+    def __call__(self, **kwargs):
+        with using_adapters(self.model, self.adapters): return self.model(**kwargs)
+
 class DPOTrainer(PairTrainer, trl.DPOTrainer):
     "TRL's DPO; the reference is the policy as it was handed over."
     sample = SFTTrainer.sample # greedy answers to held-out questions
@@ -243,12 +250,13 @@ class DPOTrainer(PairTrainer, trl.DPOTrainer):
     def __init__(self, run, settings: DPOArgs, dtype, model, tokenizer, shown: list[dict], **kwargs):
         asked, room = [row["messages"] for row in shown[:20]], prompt_room(model, settings.sample_tokens)
         self.questions = [a for a, fits in zip(asked, fitting(model, tokenizer, asked, room)) if fits][:2]
-        fresh, handed_over = is_fresh(model), {name: p.data for name, p in trainable(model).items()}
+        reference, handed_over = freeze_reference(model), {name: p.data for name, p in trainable(model).items()} # before TRL switches dropout off, which holds for the reference too
         config = partial(trl.DPOConfig, beta=settings.beta, gradient_checkpointing=False)
         collator = PairCollator(dpo_trainer.DataCollatorForPreference(pad_token_id=0), settings.micro_batch_tokens)
         super().__init__(run, settings, dtype, config, model=model, tokenizer=tokenizer, data_collator=collator, **kwargs)
         for name, p in trainable(model).items(): p.data = handed_over[name] # TRL rounds an adapter on 4-bit weights to bf16
-        if fresh: model.delete_adapter("ref") # TRL's copy of the adapter: the base alone is the same
+        model.delete_adapter("ref") # TRL's copy of the lowest adapter
+        self.ref_model = _Reference(model, reference)
         base = model.get_base_model()
         plain = base.forward
         base.forward = lambda *args, fused_lm_head=False, **kwargs: answer_logprobs(base, **kwargs) if fused_lm_head else plain(*args, **kwargs)
@@ -365,6 +373,7 @@ def model_reward(
     scorer, dtype, saved = Scorer(policy), DTYPES[run.info["load"]["dtype"]], load_file(run.folder / "adapter" / "adapter_model.safetensors")
     with torch.no_grad(): scorer.score.weight.copy_(saved.pop(SCORE))
     set_peft_model_state_dict(policy, saved)
+    for name in saved_adapters(run.folder / "adapter")[1:]: set_peft_model_state_dict(policy, load_file(run.folder / "adapter" / name / "adapter_model.safetensors"), name)
 
     def reward(prompts: list, completions: list[str], **columns) -> list[float]:
         "What the reward model says of each completion."

@@ -136,7 +136,7 @@ def pretrain(
     args: PretrainArgs = None, # settings
     live: bool = False,        # train in a worker thread and return at once
 ) -> Run:
-    "Train all weights of `model` in place on plain text. Raises `TinyTrainerError` if the text is shorter than a block."
+    "Train all weights of `model` in place on plain text, in fp32 whatever it was loaded in. Raises `TinyTrainerError` if the text is shorter than a block."
     args = args or PretrainArgs()
     texts = examples["text"] if isinstance(examples, Dataset) else examples
     stream = token_stream(tokenizer, texts)
@@ -147,7 +147,7 @@ def pretrain(
         (run.folder / "data").mkdir()
         np.save(run.folder / "data" / "tokens.npy", stream)
         with whole_folder(run.folder / "start") as folder: tokenizer.save_pretrained(folder)
-    with run.failing(): return _start(run, model, tokenizer, stream, args, live)
+    with run.failing(): return _start(run, model.float(), tokenizer, stream, args, live) # small steps would be lost in 16 bits
 
 def _held_out(blocks: Blocks, args: PretrainArgs) -> int: return min(args.eval_blocks if args.eval_steps else 0, len(blocks) // 10)
 
