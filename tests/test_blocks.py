@@ -26,7 +26,7 @@ from tinytrainer_nb.trainer import RunTrainer
 
 from live import adapter
 
-SHAPE = dict(vocab_size=199, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2)
+SHAPE = dict(vocab_size=199, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=1, eos_token_id=2)
 KINDS = dict(llama=(LlamaForCausalLM, LlamaConfig(**SHAPE)), tied=(LlamaForCausalLM, LlamaConfig(**SHAPE | dict(tie_word_embeddings=True))), qwen2=(Qwen2ForCausalLM, Qwen2Config(**SHAPE)),
              qwen3=(Qwen3ForCausalLM, Qwen3Config(**SHAPE | dict(head_dim=32))), mistral=(MistralForCausalLM, MistralConfig(**SHAPE | dict(sliding_window=None))))
 LENGTHS = (37, 5, 64, 90, 12, 2)
@@ -82,7 +82,7 @@ def apart(a: tuple, b: tuple) -> float:
     return max(abs(a[0] - b[0]) / abs(b[0]), *(((x - b[1][n]).norm() / b[1][n].norm()).item() for n, x in a[1].items()))
 
 
-@pytest.mark.parametrize("lengths", [(64,), LENGTHS, (300, 20), (128, 128)], ids=["single", "packed", "long", "whole"])
+@pytest.mark.parametrize("lengths", [(64,), LENGTHS, (600, 20), (128, 128)], ids=["single", "packed", "long", "whole"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_compute_what_transformers_and_peft_compute(kind, lengths):
     model = learned(add_lora(bare(kind), LoraArgs(r=4, alpha=8), seed=0))
@@ -201,7 +201,7 @@ def test_documents_do_not_see_each_other(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_of_many_documents_is_that_of_each(dtype):
     generator = torch.Generator().manual_seed(0)
-    lengths = [33, 7, 300, 64, 1, 64, 129, 31]
+    lengths = [33, 7, 300, 64, 1, 700, 64, 129, 31, 513]
     inputs = [torch.randn(sum(lengths), h, 32, generator=generator).to(dtype).requires_grad_() for h in (8, 4, 4)]
     weight = torch.randn(sum(lengths), 8, 32, generator=generator)
     def both(f, kind):
