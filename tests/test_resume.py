@@ -15,6 +15,17 @@ from tinytrainer_nb.run import Journal, _alive, _me
 def adapter(run: Path) -> bytes: return (run / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
+def dies_after_two_steps(monkeypatch, train) -> None:
+    from tinytrainer_nb.trainer import RunTrainer
+    step = RunTrainer.training_step
+    def die(self, *args, **kwargs):
+        if self.state.global_step == 2: raise OSError("no power")
+        return step(self, *args, **kwargs)
+    with monkeypatch.context() as m:
+        m.setattr(RunTrainer, "training_step", die)
+        with pytest.raises(OSError): train()
+
+
 def test_death_between_the_last_step_and_the_end(tmp_path, monkeypatch):
     "What is left to do is to save the result, not to train one step more"
     from tinytrainer_nb.all import LoraArgs, Run, SFTArgs, add_lora, data_file, load_examples, load_model, sft
@@ -103,20 +114,13 @@ def test_two_that_begin_at_once_get_a_folder_each(tmp_path, capsys):
 def test_the_form_of_a_question_is_kept(tmp_path, monkeypatch):
     "A chat template that was changed after loading: the resumed run reads its rows in it, and whoever loads the run asks in it"
     from tinytrainer_nb.all import LoraArgs, Run, SFTArgs, add_lora, data_file, load_examples, load_model, sft
-    from tinytrainer_nb.trainer import RunTrainer
     form = "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}Question: {{ m['content'] }}\nAnswer:{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
     def train(out):
         model, tokenizer = load_model("tiny", quantization="none", verbose=False)
         tokenizer.chat_template = form
         return sft(add_lora(model, LoraArgs(r=4)), tokenizer, load_examples(data_file("sft.jsonl")).select(range(20)), SFTArgs(max_steps=3, batch_size=3, save_steps=2, eval_steps=0, sample_steps=0, out=str(out)))
     train(tmp_path / "whole")
-    step = RunTrainer.training_step
-    def die(self, *args, **kwargs):
-        if self.state.global_step == 2: raise OSError("no power")
-        return step(self, *args, **kwargs)
-    with monkeypatch.context() as m:
-        m.setattr(RunTrainer, "training_step", die)
-        with pytest.raises(OSError): train(tmp_path / "broken")
+    dies_after_two_steps(monkeypatch, lambda: train(tmp_path / "broken"))
     Run.open(tmp_path / "broken").resume()
     assert adapter(tmp_path / "broken") == adapter(tmp_path / "whole")
     assert load_model(tmp_path / "broken", verbose=False)[1].chat_template == form
@@ -144,20 +148,13 @@ def test_pretraining_goes_on_in_32_bits_from_a_model_in_16(tmp_path, monkeypatch
     "A model may be handed over as it was loaded; small steps would be lost in 16 bits"
     import torch
     from tinytrainer_nb.all import PretrainArgs, Run, load_model, pretrain
-    from tinytrainer_nb.trainer import RunTrainer
     def train(out):
         model, tokenizer = load_model("tiny", quantization="none", dtype="bf16", verbose=False)
         run = pretrain(model, tokenizer, ["Tom has three apples and gives one to Ann. " * 300], PretrainArgs(max_steps=4, batch_size=2, max_length=64, save_steps=2, eval_steps=0, sample_steps=0, warmup_steps=0, out=str(out)))
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         return run
     whole = train(tmp_path / "whole")
-    original = RunTrainer.obey
-    def die(self, *args, **kwargs):
-        if self.state.global_step == 3: raise OSError("no power")
-        return original(self, *args, **kwargs)
-    with monkeypatch.context() as m:
-        m.setattr(RunTrainer, "obey", die)
-        with pytest.raises(OSError): train(tmp_path / "broken")
+    dies_after_two_steps(monkeypatch, lambda: train(tmp_path / "broken"))
     run = Run.open(tmp_path / "broken").resume()
     assert run.history("loss")[1] == whole.history("loss")[1]
     assert (run.folder / "model/model.safetensors").read_bytes() == (whole.folder / "model/model.safetensors").read_bytes()

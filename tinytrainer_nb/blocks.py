@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from .adapters import LINEAR, using_adapters, written_out
-from .attention import attend_documents, need_plain_attention
+from .attention import attend_documents, need_plain_attention, window_of
 from .core import free_memory, give_back
 from .fast import LLAMA_LIKE, blocked_product, has_blocks, in_blocked_order, is_llama_like, is_thin, put_back, replace_forwards, thin_adapters, thin_pair, to_slope, without_wrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -205,7 +205,7 @@ def block_of(
     own = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
     def normed(x, norm): return _Norm.apply(x.flatten(0, -2), norm.weight.to(dtype), norm.variance_epsilon).view(x.shape)
     def forward(hidden, cos, sin, lengths):
-        need_plain_attention(attention, None, getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)), hidden, lengths, None) # Mistral's stands in its config alone
+        need_plain_attention(attention, None, window_of(attention), hidden, lengths, None)
         query, key, value = map(heads, qkv(normed(hidden, layer.input_layernorm)))
         query, key = (_Rotate.apply(x if norm is None else normed(x, norm), cos, sin) for x, norm in zip((query, key), own))
         hidden, = out(attend_documents(query, key, value, lengths, attention.scaling).flatten(1), hidden)
@@ -331,7 +331,7 @@ def kept_bytes(model: nn.Module, dtype: torch.dtype, tokens: int) -> int:
     "What the backward pass keeps of so many tokens in documents of 256, all blocks together: measured on the block in which most is trained, with one document and with two, which tells what is kept of each from what is kept once."
     layers = without_wrapper(model).model.layers
     learns = max(layers, key=lambda layer: sum(p.numel() for p in layer.parameters() if p.requires_grad))
-    n = min(256, getattr(learns.self_attn.config, "sliding_window", None) or 256)
+    n = min(256, window_of(learns.self_attn) or 256)
     one, two = (_kept_of(learns, dtype, [n] * count) for count in (1, 2))
     return int(len(layers) * (2 * one - two + (two - one) * tokens / n))
 

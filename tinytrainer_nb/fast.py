@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .adapters import LINEAR, written_out
-from .attention import need_plain_attention
+from .attention import need_plain_attention, window_of
 from .core import TinyTrainerError, free_memory
 from .models import compute_context
 from .tinylora import TinyLoraLayer
@@ -265,7 +265,6 @@ def _quick_step(model: nn.Module):
 def _quick_layer(layer: nn.Module):
     "One block: attention and MLP, each behind its norm."
     attention, mlp = layer.self_attn, layer.mlp
-    window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)) # Mistral's stands in its config alone
     norms = [getattr(attention, name).forward if hasattr(attention, name) else None for name in ("q_norm", "k_norm")] # Qwen3 has them
     def heads(x: Tensor) -> Tensor: return x.view(x.shape[1], -1, attention.head_dim) # (R, heads, head_dim)
     def turned(x: Tensor, norm, cos: Tensor, sin: Tensor) -> Tensor:
@@ -275,7 +274,7 @@ def _quick_layer(layer: nn.Module):
     def block(hidden: Tensor, cos: Tensor, sin: Tensor, cache) -> Tensor:
         x = layer.input_layernorm.forward(hidden)
         query, key, value = (part.forward(x) for part in (attention.q_proj, attention.k_proj, attention.v_proj))
-        need_plain_attention(attention, None, window, hidden, None, cache)
+        need_plain_attention(attention, None, window_of(attention), hidden, None, cache)
         out = cache.attend(attention.layer_idx, turned(query, norms[0], cos, sin), turned(key, norms[1], cos, sin), heads(value).transpose(0, 1)[None], attention.scaling)
         hidden = hidden + attention.o_proj.forward(out.flatten(2))
         x = layer.post_attention_layernorm.forward(hidden)
