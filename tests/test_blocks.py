@@ -364,6 +364,14 @@ def test_the_path_fits_the_memory(monkeypatch):
     assert path(2 * kept + copied + 1 if kept > copied else 2 * kept) == (True, 2 * kept + copied + 1 > 4 * copied, False) and path(2 * kept - 1)[2]
 
 
+def test_copies_are_called_what_they_are():
+    "Of 4-bit weights, in the number format that is computed in"
+    model = load_model("tiny", quantization="nf4", dtype="fp32", verbose=False)[0]
+    linear = sum(m.in_features * m.out_features for layer in model.model.layers for m in layer.modules() if isinstance(m, torch.nn.Linear))
+    assert copied_bytes(model, torch.float32) == 4 * linear
+    assert "with 32-bit copies of the frozen weights" in choose_path(model, torch.float32, "auto", 256)["why"]
+
+
 def test_a_window_that_hides_a_part_of_a_text_is_not_passed_over():
     model = MistralForCausalLM(MistralConfig(**SHAPE | dict(sliding_window=32))).eval()
     model.config._attn_implementation = "packed"

@@ -17,6 +17,8 @@ from tinytrainer_nb.preference import DPOArgs
 from tinytrainer_nb.run import Run
 from tinytrainer_nb.sft import SFTArgs
 
+from live import until
+
 LOAD = dict(base="tiny", sha256="a" * 64, quantization="nf4", dtype="bf16", adapter=dict(r=8, alpha=32.0, target_modules=["q", "v"]))
 DATA = dict(name="x/sft.jsonl", files={"x/sft.jsonl": "b" * 64}, rows=4000)
 
@@ -30,12 +32,6 @@ def make(folder, args=None, steps=20, recipe="sft", status="finished", seed=0, t
         run.log("metrics", step, **figures, learning_rate=1e-3, tokens=tokens * step, seconds=0.5, tokens_per_s=200.0)
     if status != "running": run.set_status(status, steps)
     return run
-
-
-def until(condition, seconds=20):
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end: time.sleep(0.02)
-    assert condition()
 
 
 def test_all_that_differs_and_nothing_else(tmp_path):
@@ -167,6 +163,22 @@ def test_a_run_that_goes_on_is_followed(tmp_path):
     panel.thread.join(10)
     assert not panel.thread.is_alive() and "finished, step 6" in panel.finals.value
     panel.close()
+
+
+def test_a_panel_that_rests_long_shows_an_end_at_once(tmp_path):
+    "On a slow machine the next look is far; the end of a run must not wait for it"
+    class Dear(OverlayPanel):
+        def look(self):
+            end = time.thread_time() + 0.5
+            while time.thread_time() < end: pass
+            return super().look()
+    done, going = make(tmp_path / "done"), make(tmp_path / "going", steps=5, status="running")
+    panel = Dear([done, going], every=0.05)
+    assert panel._rest > 20
+    going.set_status("finished", 5)
+    until(lambda: "finished, step 5" in panel.finals.value, "the end is shown", seconds=10)
+    panel.close(); panel.thread.join(5)
+    assert not panel.thread.is_alive()
 
 
 def test_nothing_new_draws_nothing(tmp_path):

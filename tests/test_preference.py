@@ -154,7 +154,7 @@ def test_stopped_and_resumed_ends_like_the_uninterrupted(tmp_path, monkeypatch, 
     def begin(out, wishes):
         with monkeypatch.context() as m:
             ask(m, wishes)
-            return work(*policy(True, "bf16", "nf4", dropout=0.1), pairs(10), settings(**SMALL | dict(max_steps=6, save_steps=3, sample_steps=6, eval_steps=3, eval_rows=1), out=str(tmp_path / out)))
+            return work(*policy(True, "auto", "nf4", dropout=0.1), pairs(10), settings(**SMALL | dict(max_steps=6, save_steps=3, sample_steps=6, eval_steps=3, eval_rows=1), out=str(tmp_path / out)))
     whole, stopped = begin("whole", change), begin("stopped", change | stop)
     assert stopped.status == "stopped" and stopped.step == 4
     again = Run.open(stopped.folder).resume()
@@ -187,7 +187,7 @@ def test_reward_model_against_plain_transformers(tmp_path):
 def test_a_reward_model_learns_its_pairs_and_teaches_ppo(tmp_path):
     "It ranks what it was trained on; its reward is finite, without gradient, the same each time; PPO takes it, and takes it again"
     rows = pairs(8)
-    model, tokenizer = policy(dtype="bf16")
+    model, tokenizer = policy(dtype="auto")
     reward_model(model, tokenizer, rows, RewardModelArgs(**SMALL | dict(max_steps=12, batch_size=8, learning_rate=5e-3), out=str(tmp_path / "judge")))
     judge = model_reward(tmp_path / "judge")
     with pytest.raises(TinyTrainerError, match="scores answers and does not speak"): load_model(tmp_path / "judge")
@@ -277,5 +277,5 @@ def test_real_pairs(tmp_path, shared):
     "300 conversations of several turns, answers of hundreds of tokens"
     examples = load_examples(shared / "data/preference/dpo_en_demo.json")
     assert len(examples) == 300
-    run = dpo(*policy(dtype="bf16"), examples.select(range(40)), DPOArgs(**SMALL | dict(max_steps=2, batch_size=2, eval_steps=2, sample_steps=2, sample_tokens=4), max_length=1024, out=str(tmp_path / "run")))
+    run = dpo(*policy(dtype="auto"), examples.select(range(40)), DPOArgs(**SMALL | dict(max_steps=2, batch_size=2, eval_steps=2, sample_steps=2, sample_tokens=4), max_length=1024, out=str(tmp_path / "run")))
     assert run.status == "finished" and events(run, "sample") and math.isfinite(events(run, "evaluation")[0]["loss"])

@@ -205,7 +205,7 @@ def adapter(run: Path) -> bytes: return (run / "adapter" / "adapter_model.safete
 def work(out: str, resume: bool) -> None:
     "A run in a process of its own, or the rest of it"
     if resume: Run.open(out).resume()
-    else: sft(*policy("nf4", "bf16", dropout=0.1), examples(30), SFTArgs(**QUIET | dict(save_steps=2, eval_steps=3), max_steps=10, micro_batch_tokens=256, keep_hidden=True, out=out))
+    else: sft(*policy("nf4", "auto", dropout=0.1), examples(30), SFTArgs(**QUIET | dict(save_steps=2, eval_steps=3), max_steps=10, micro_batch_tokens=256, keep_hidden=True, out=out))
 
 
 def begin(out: Path, resume: bool = False):

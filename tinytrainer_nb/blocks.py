@@ -196,7 +196,7 @@ def _plain_products(layers: list[nn.Module], x: Tensor, residual: Tensor | None)
 def block_of(
     layer: nn.Module,       # a decoder layer of a model that `is_llama_like`
     dtype: torch.dtype,     # computed in
-    copies: bool = False,   # whether frozen weights get 16-bit copies in the best order
+    copies: bool = False,   # whether frozen weights get copies in `dtype`, in 16 bits in the best order
 ):                          # hidden (T, width), cos and sin (T, 1, head_dim / 2), lengths of the documents -> hidden (T, width)
     "The forward pass of one block."
     attention, mlp = layer.self_attn, layer.mlp
@@ -264,7 +264,7 @@ def token_loss(
 def in_blocks(
     model: nn.Module,         # for which `why_not` says nothing
     dtype: torch.dtype,       # computed in
-    copies: bool = False,     # whether frozen weights get 16-bit copies in the best order
+    copies: bool = False,     # whether frozen weights get copies in `dtype`, in 16 bits in the best order
     recompute: bool = False,  # whether the backward pass computes the blocks again
 ):
     "Inside, whole documents go through the model in few steps, forward and backward."
@@ -360,7 +360,7 @@ def choose_path(
     copied, kept = copied_bytes(model, dtype), kept_bytes(model, dtype, tokens)
     copies = mode == "auto" and 0 < copied < free / 4
     recompute = mode == "lean" or kept > (free - copied * copies) / 2
-    said = [f"16-bit copies of the frozen weights ({copied / gib:.2f} GiB)" if copies else "the frozen weights read as they are"] if copied else []
+    said = [f"{8 * dtype.itemsize}-bit copies of the frozen weights ({copied / gib:.2f} GiB)" if copies else "the frozen weights read as they are"] if copied else []
     said.append(f"blocks computed again in the backward pass, instead of keeping {kept / gib:.2f} GiB" if recompute else f"a backward pass that keeps {kept / gib:.2f} GiB for {tokens:,} tokens")
     return dict(blocks=True, copies=copies, recompute=recompute, why=f"on, with {' and '.join(said)}; {free / gib:.1f} GiB were free" + (", as asked: lean" if mode == "lean" else ""))
 

@@ -233,6 +233,8 @@ class OverlayPanel(Panel):
         self.differences.value, self.curves.value, self.finals.value = difference_html(runs), self.picture.html(runs, x, looks), final_html(runs)
         self.trouble.value = small(f"Not all of these runs say their {self.axis.value}: the curves are drawn over steps.") if x != self.axis.value else ""
 
+    def touched(self): return [run.touched() for run in self.runs]
+
     def twin(self) -> str: return f"<div>{self.differences.value}{self.curves.value}{self.finals.value}</div>"
 
 def compare_panel(
