@@ -32,4 +32,6 @@ def main(out: str, tokenizer: str, *names: str) -> None:
         print(f"{name}: {sum(p.numel() for p in model.parameters()):,} weights")
 
 
-if __name__ == "__main__": main(*sys.argv[1:])
+if __name__ == "__main__":
+    if len(sys.argv) < 3: raise SystemExit(f"{__doc__}\nNames: {', '.join(SHAPES)}; without any, all.")
+    main(*sys.argv[1:])
