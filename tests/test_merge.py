@@ -86,7 +86,7 @@ def test_a_dora_adapter_is_its_own_reference(tmp_path):
     assert run.history("kl")[1] == [0.0]
 
 
-@pytest.mark.parametrize("layers, said", [("0-9", "this model has layers 0 to 6"), ("a", "must be all, or numbers and ranges"), ("", "must be all")])
+@pytest.mark.parametrize("layers, said", [("0-9", "this model has layers 0 to 6"), ("a", "must be all, or numbers and ranges"), ("6-4", "from low to high"), ("", "must be all")])
 def test_layers_that_are_not_there_are_refused(layers, said):
     with pytest.raises(TinyTrainerError, match=said): add_lora(load_model("tiny", "none", "fp32", verbose=False)[0], LoraArgs(layers=layers))
 

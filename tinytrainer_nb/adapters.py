@@ -39,7 +39,7 @@ def layer_numbers(text: str) -> list[int] | None: # None: all
     "`0-3,6` as [0, 1, 2, 3, 6]; raises `TinyTrainerError` for anything else."
     if text.strip() == "all": return None
     found = [re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip()) for part in text.split(",")]
-    if not all(found): raise TinyTrainerError(f"layers={text!r} is not allowed: it must be all, or numbers and ranges such as 0-3,6.")
+    if not all(m and int(m[1]) <= int(m[2] or m[1]) for m in found): raise TinyTrainerError(f"layers={text!r} is not allowed: it must be all, or numbers and ranges from low to high, such as 0-3,6.")
     return sorted({n for m in found for n in range(int(m[1]), int(m[2] or m[1]) + 1)})
 
 # %% ../nbs/01b_adapters.ipynb #ae766943

@@ -362,7 +362,7 @@ def choose_path(
     recompute = mode == "lean" or kept > (free - copied * copies) / 2
     said = [f"{8 * dtype.itemsize}-bit copies of the frozen weights ({copied / gib:.2f} GiB)" if copies else "the frozen weights read as they are"] if copied else []
     said.append(f"blocks computed again in the backward pass, instead of keeping {kept / gib:.2f} GiB" if recompute else f"a backward pass that keeps {kept / gib:.2f} GiB for {tokens:,} tokens")
-    return dict(blocks=True, copies=copies, recompute=recompute, why=f"on, with {' and '.join(said)}; {free / gib:.1f} GiB were free" + (", as asked: lean" if mode == "lean" else ""))
+    return dict(blocks=True, copies=copies, recompute=recompute, why=f"on{', lean as asked' if mode == 'lean' else ''}, with {' and '.join(said)}; {free / gib:.1f} GiB were free")
 
 @contextlib.contextmanager
 def on_path(model: nn.Module, dtype: torch.dtype, path: dict): # path: from `choose_path`, maybe on another machine

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tinytrainer_nb.core import TinyTrainerError
+
 HERE = Path(__file__).resolve().parent
 LARGE_PAGES = dict(THP_MEM_ALLOC_ENABLE="1") # of PyTorch: what importing the package adds to the environment of its own processes
 KEPT = dict(MALLOC_MMAP_THRESHOLD_=str(2**32), MALLOC_TRIM_THRESHOLD_=str(2**34), MALLOC_ARENA_MAX="1") | LARGE_PAGES # of glibc: bytes from which memory is mapped afresh, and given back; heaps
@@ -28,6 +30,25 @@ def called(function, *arguments, env: dict | None = None) -> dict:
 def peer(script: str, *arguments, env: dict | None = None) -> dict:
     "What one of the scripts beside this one prints."
     return said(HERE / script, *arguments, env=env)
+
+
+def listed(parameter: str, text: str, allowed) -> list[str]:
+    "What a notebook's parameter lists, separated by commas; raises `TinyTrainerError` for a name that is not allowed."
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    if wrong := [name for name in found if name not in allowed]: raise TinyTrainerError(f"{parameter}={text!r} is not allowed: {wrong[0]!r} is none of {', '.join(allowed)}.")
+    return found
+
+
+def cases_of(text: str, turns: int, *quantizations: str) -> list[tuple]:
+    "The cases of a notebook, (folder, quantization, steps), or (folder, steps) without quantizations; raises `TinyTrainerError` before anything is measured."
+    if turns < 1: raise TinyTrainerError(f"turns={turns} is not allowed: it must be at least 1.")
+    form, cases = ("FOLDER:QUANTIZATION:STEPS, such as tiny:none:3", []) if quantizations else ("FOLDER:STEPS, such as tiny:3", [])
+    for case in map(str.strip, text.split(",")):
+        base, *between, steps = case.rsplit(":", 2 if quantizations else 1) if ":" in case else (case, "")
+        if not steps.isdecimal() or int(steps) < 2 or len(between) != bool(quantizations) or any(q not in quantizations for q in between): raise TinyTrainerError(f"cases={case!r} is not allowed: it must be {form}, with at least 2 steps{', and a quantization of ' + ' or '.join(quantizations) if quantizations else ''}.")
+        if base != "tiny" and not (Path(base) / "config.json").exists(): raise TinyTrainerError(f"cases={case!r} is not allowed: {base} holds no model (no config.json). Name tiny or a model's folder.")
+        cases.append((base, *between, int(steps)))
+    return cases
 
 
 def loadable(base: str, folder: Path) -> str:
