@@ -1,9 +1,11 @@
 """A notebook's parameters that are settings agree with the settings dataclass: name, type, and a default that validates."""
+import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from tinytrainer_nb.core import TinyTrainerError
 from tinytrainer_nb.grpo import GRPOArgs
 from tinytrainer_nb.notebooks import notebook_parameters
 from tinytrainer_nb.ppo import PPOArgs
@@ -34,3 +36,12 @@ def test_parameters_are_settings(notebook):
         elif name not in known:
             assert type(parameter.default) is field_type(field), f"{notebook.name}: {name} is {type(parameter.default).__name__}, the setting is {field_type(field).__name__}"
             check_value(field, parameter.default)
+
+
+@pytest.mark.parametrize("cases, turns, said", [("tiny", 1, "FOLDER:QUANTIZATION:STEPS"), ("tiny:3", 1, "FOLDER:QUANTIZATION:STEPS"), ("tiny:nf3:3", 1, "none or nf4"), ("tiny:none:1", 1, "at least 2 steps"), ("nowhere:none:3", 1, "holds no model"), ("", 1, "FOLDER"), ("tiny:none:3", 0, "turns=0")])
+def test_a_benchmark_refuses_wrong_cases_before_it_measures(monkeypatch, cases, turns, said):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "nbs" / "benchmarks" / "peers"), *sys.path])
+    from side_by_side import cases_of, listed
+    assert cases_of("tiny:none:3, tiny:nf4:2", 1, "none", "nf4") == [("tiny", "none", 3), ("tiny", "nf4", 2)] and cases_of("tiny:3", 1) == [("tiny", 3)]
+    with pytest.raises(TinyTrainerError, match=said): cases_of(cases, turns, "none", "nf4")
+    with pytest.raises(TinyTrainerError, match="'fastest' is none of default, tuned"): listed("peers", "default,fastest", ["default", "tuned"])
