@@ -1,5 +1,5 @@
 """A notebook's parameters that are settings agree with the settings dataclass: name, type, and a default that validates."""
-import sys
+import importlib
 from dataclasses import fields
 from pathlib import Path
 
@@ -38,10 +38,18 @@ def test_parameters_are_settings(notebook):
             check_value(field, parameter.default)
 
 
+@pytest.fixture
+def side_by_side(monkeypatch):
+    "The module that the benchmark notebooks share"
+    monkeypatch.syspath_prepend(ROOT / "nbs" / "benchmarks" / "peers")
+    return importlib.import_module("side_by_side")
+
+
 @pytest.mark.parametrize("cases, turns, said", [("tiny", 1, "FOLDER:QUANTIZATION:STEPS"), ("tiny:3", 1, "FOLDER:QUANTIZATION:STEPS"), ("tiny:nf3:3", 1, "none or nf4"), ("tiny:none:1", 1, "at least 2 steps"), ("nowhere:none:3", 1, "holds no model"), ("", 1, "FOLDER"), ("tiny:none:3", 0, "turns=0")])
-def test_a_benchmark_refuses_wrong_cases_before_it_measures(monkeypatch, cases, turns, said):
-    monkeypatch.setattr(sys, "path", [str(ROOT / "nbs" / "benchmarks" / "peers"), *sys.path])
-    from side_by_side import cases_of, listed
-    assert cases_of("tiny:none:3, tiny:nf4:2", 1, "none", "nf4") == [("tiny", "none", 3), ("tiny", "nf4", 2)] and cases_of("tiny:3", 1) == [("tiny", 3)]
-    with pytest.raises(TinyTrainerError, match=said): cases_of(cases, turns, "none", "nf4")
-    with pytest.raises(TinyTrainerError, match="'fastest' is none of default, tuned"): listed("peers", "default,fastest", ["default", "tuned"])
+def test_a_benchmark_refuses_wrong_cases_before_it_measures(side_by_side, cases, turns, said):
+    with pytest.raises(TinyTrainerError, match=said): side_by_side.cases_of(cases, turns, "none", "nf4")
+
+
+def test_a_benchmark_reads_its_cases(side_by_side):
+    assert side_by_side.cases_of("tiny:none:3, tiny:nf4:2", 1, "none", "nf4") == [("tiny", "none", 3), ("tiny", "nf4", 2)] and side_by_side.cases_of("tiny:3", 1) == [("tiny", 3)]
+    with pytest.raises(TinyTrainerError, match="'fastest' is none of default, tuned"): side_by_side.listed("peers", "default,fastest", ["default", "tuned"])

@@ -69,7 +69,7 @@ class Panel(widgets.VBox):
         return self.every
 
     def touched(self):
-        "What ends a rest when it changes: the state of the run that it shows, and its requests; a panel of several runs says so itself."
+        "What ends a rest when it changes: the state of the run that it shows, and its requests. Other panels may fill this in."
         return run.touched() if (run := getattr(self, "run", None)) else None
 
     def twin(self) -> str: # HTML without widgets

@@ -42,12 +42,13 @@ def listed(parameter: str, text: str, allowed) -> list[str]:
 def cases_of(text: str, turns: int, *quantizations: str) -> list[tuple]:
     "The cases of a notebook, (folder, quantization, steps), or (folder, steps) without quantizations; raises `TinyTrainerError` before anything is measured."
     if turns < 1: raise TinyTrainerError(f"turns={turns} is not allowed: it must be at least 1.")
-    form, cases = ("FOLDER:QUANTIZATION:STEPS, such as tiny:none:3", []) if quantizations else ("FOLDER:STEPS, such as tiny:3", [])
+    form, parts, cases = ("FOLDER:QUANTIZATION:STEPS, such as tiny:none:3", 3, []) if quantizations else ("FOLDER:STEPS, such as tiny:3", 2, [])
+    among = f", and a quantization of {' or '.join(quantizations)}" if quantizations else ""
     for case in map(str.strip, text.split(",")):
-        base, *between, steps = case.rsplit(":", 2 if quantizations else 1) if ":" in case else (case, "")
-        if not steps.isdecimal() or int(steps) < 2 or len(between) != bool(quantizations) or any(q not in quantizations for q in between): raise TinyTrainerError(f"cases={case!r} is not allowed: it must be {form}, with at least 2 steps{', and a quantization of ' + ' or '.join(quantizations) if quantizations else ''}.")
+        base, *rest = case.rsplit(":", parts - 1)
+        if len(rest) != parts - 1 or not rest[-1].isdecimal() or int(rest[-1]) < 2 or any(q not in quantizations for q in rest[:-1]): raise TinyTrainerError(f"cases={case!r} is not allowed: it must be {form}, with at least 2 steps{among}.")
         if base != "tiny" and not (Path(base) / "config.json").exists(): raise TinyTrainerError(f"cases={case!r} is not allowed: {base} holds no model (no config.json). Name tiny or a model's folder.")
-        cases.append((base, *between, int(steps)))
+        cases.append((base, *rest[:-1], int(rest[-1])))
     return cases
 
 
