@@ -32,10 +32,11 @@ def peer(script: str, *arguments, env: dict | None = None) -> dict:
     return said(HERE / script, *arguments, env=env)
 
 
-def listed(parameter: str, text: str, allowed) -> list[str]:
-    "What a notebook's parameter lists, separated by commas; raises `TinyTrainerError` for a name that is not allowed."
+def listed(parameter: str, text: str, allowed, least: int = 0) -> list[str]:
+    "What a notebook's parameter lists, separated by commas; raises `TinyTrainerError` for a name that is not allowed, and for fewer than `least`."
     found = [name.strip() for name in text.split(",") if name.strip()]
     if wrong := [name for name in found if name not in allowed]: raise TinyTrainerError(f"{parameter}={text!r} is not allowed: {wrong[0]!r} is none of {', '.join(allowed)}.")
+    if len(found) < least: raise TinyTrainerError(f"{parameter}={text!r} is not allowed: it must name at least {least} of {', '.join(allowed)}.")
     return found
 
 
