@@ -27,11 +27,11 @@ def weight_forms(
     dtype: torch.dtype,    # computed in
 ) -> dict:                 # name: a function that makes the forward pass in this form
     "The forms that the weight of `layer` can take, the first one needing no copy."
-    quantized, cpu16 = _is_quantized(layer), has_blocks(layer.weight.device, dtype)
+    device, quantized = layer.weight.device, _is_quantized(layer)
     forms = {"as it is": lambda: layer.forward}
     if quantized or layer.weight.dtype != dtype: forms["copy"] = lambda: _plain(written_out(layer).to(dtype), layer.bias)
-    if cpu16: forms["blocked"] = lambda: _Blocked(written_out(layer).to(dtype), layer.bias)
-    if cpu16 and _can_pack(layer): forms["packed"] = lambda: _packed(layer)
+    if _may_have_blocks(device, dtype): forms["blocked"] = lambda: _Blocked(written_out(layer).to(dtype), layer.bias)
+    if has_blocks(device, dtype) and _can_pack(layer): forms["packed"] = lambda: _packed(layer)
     return forms
 
 def _is_quantized(layer: nn.Linear) -> bool: return layer.weight.dtype in (torch.uint8, torch.int8)
@@ -41,6 +41,10 @@ def _plain(weight: Tensor, bias: Tensor | None):
     return lambda x: F.linear(x.to(weight.dtype), weight, bias)
 
 def has_blocks(device: torch.device, dtype: torch.dtype) -> bool: return device.type == "cpu" and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+def _may_have_blocks(device: torch.device, dtype: torch.dtype) -> bool:
+    "Whether blocks are worth a try: in fp32 they are twice as fast for a few rows and a large weight on some processors, and no faster for others."
+    return has_blocks(device, dtype) or device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 def in_blocked_order(weight: Tensor, bias: Tensor | None, rows: int = 8) -> tuple[Tensor, Tensor | None]:
     "A weight in oneDNN's own order, which is the same for any small number of rows."
@@ -58,9 +62,9 @@ def blocked_product(
 
 class _Blocked:
     "A product with a weight of its own in oneDNN's order, that can take what is to be added before it rounds."
-    def __init__(self, weight: Tensor, bias: Tensor | None): self.weight, self.bias = in_blocked_order(weight, bias)
+    def __init__(self, weight: Tensor, bias: Tensor | None): self.dtype, (self.weight, self.bias) = weight.dtype, in_blocked_order(weight, bias)
 
-    def __call__(self, x: Tensor, add: Tensor | None = None): return blocked_product(x.to(torch.bfloat16), self.weight, self.bias, add)
+    def __call__(self, x: Tensor, add: Tensor | None = None): return blocked_product(x.to(self.dtype), self.weight, self.bias, add)
 
 # %% ../nbs/01e_fast.ipynb #4f3e3050
 def _can_pack(layer: nn.Linear) -> bool:
@@ -95,7 +99,7 @@ def choose_forms(
     model: nn.Module,    # with or without adapters
     dtype: torch.dtype,  # computed in
     rows: int,           # completions decoded together
-    small: int = 2**20,  # weights with fewer entries than this are not probed: in blocks where that can be, else copied
+    small: int = 2**20,  # weights with fewer entries than this are not probed: in blocks in 16 bits, else copied
 ) -> dict[str, str]:     # by kind and shape of a layer, such as "Linear4bit 2048x5632"
     "The fastest form for the layers of each shape; those as they are, if the copies would take more than a quarter of the free memory."
     layers, chosen = {key(m): m for m in _linears(model)}, {}
@@ -103,7 +107,7 @@ def choose_forms(
     others = torch.zeros(2**25, device=device) # 128 MiB
     for name, layer in layers.items():
         forms = weight_forms(layer, dtype)
-        if layer.in_features * layer.out_features < small: chosen[name] = next(form for form in ("blocked", "copy", "as it is") if form in forms); continue
+        if layer.in_features * layer.out_features < small: chosen[name] = next(form for form in ("blocked", "copy", "as it is") if form in forms and (form != "blocked" or has_blocks(device, dtype))); continue
         x = torch.ones(rows, layer.in_features, device=device, dtype=dtype) # drawing numbers would disturb a run that trains
         chosen[name] = min(forms, key=lambda form: seconds_of(forms[form](), x, others))
     need = sum(_bytes(m, chosen[key(m)], dtype) for m in _linears(model))
