@@ -52,6 +52,9 @@ def test_a_benchmark_refuses_wrong_cases_before_it_measures(side_by_side, cases,
 
 def test_a_benchmark_reads_its_cases(side_by_side):
     assert side_by_side.cases_of("tiny:none:3, tiny:nf4:2", 1, "none", "nf4") == [("tiny", "none", 3), ("tiny", "nf4", 2)] and side_by_side.cases_of("tiny:3", 1) == [("tiny", 3)]
+
+
+def test_a_benchmark_reads_its_lists(side_by_side):
     with pytest.raises(TinyTrainerError, match="'fastest' is none of default, tuned"): side_by_side.listed("peers", "default,fastest", ["default", "tuned"])
     with pytest.raises(TinyTrainerError, match="modes='' is not allowed: it must name at least 1 of auto, off"): side_by_side.listed("modes", "", ["auto", "off"], least=1)
     assert side_by_side.listed("peers", "", ["default"]) == []

@@ -23,7 +23,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 # %% ../nbs/01e_fast.ipynb #9354392f
 def weight_forms(
-    layer: nn.Linear,      # of 16 bits, or quantized by bitsandbytes
+    layer: nn.Linear,      # of 16 or 32 bits, or quantized by bitsandbytes
     dtype: torch.dtype,    # computed in
 ) -> dict:                 # name: a function that makes the forward pass in this form
     "The forms that the weight of `layer` can take, the first one needing no copy."
@@ -43,7 +43,7 @@ def _plain(weight: Tensor, bias: Tensor | None):
 def has_blocks(device: torch.device, dtype: torch.dtype) -> bool: return device.type == "cpu" and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 def _may_have_blocks(device: torch.device, dtype: torch.dtype) -> bool:
-    "Whether blocks are worth a try: in fp32 they are twice as fast for a few rows and a large weight on some processors, and no faster for others."
+    "Whether blocks are worth a try: in fp32 they are no gain for small weights, and may halve the time of large ones."
     return has_blocks(device, dtype) or device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 def in_blocked_order(weight: Tensor, bias: Tensor | None, rows: int = 8) -> tuple[Tensor, Tensor | None]:
@@ -107,7 +107,7 @@ def choose_forms(
     others = torch.zeros(2**25, device=device) # 128 MiB
     for name, layer in layers.items():
         forms = weight_forms(layer, dtype)
-        if layer.in_features * layer.out_features < small: chosen[name] = next(form for form in ("blocked", "copy", "as it is") if form in forms and (form != "blocked" or has_blocks(device, dtype))); continue
+        if layer.in_features * layer.out_features < small: chosen[name] = "blocked" if has_blocks(device, dtype) else "copy" if "copy" in forms else "as it is"; continue
         x = torch.ones(rows, layer.in_features, device=device, dtype=dtype) # drawing numbers would disturb a run that trains
         chosen[name] = min(forms, key=lambda form: seconds_of(forms[form](), x, others))
     need = sum(_bytes(m, chosen[key(m)], dtype) for m in _linears(model))
