@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tinytrainer_nb.alarms import LIMITS, ROUNDS, Alarm, find_alarms, new_alarms, round_figures, rounds
-from tinytrainer_nb.plots import ALARMS, PANELS, alarm_lines, run_figure, run_html
-from tinytrainer_nb.rewards import find_reward
-from tinytrainer_nb.run import Run
-from tinytrainer_nb.sft import SFTArgs
-from tinytrainer_nb.watch import news
+from tinytrainer_nb.recipes.alarms import LIMITS, ROUNDS, Alarm, find_alarms, new_alarms, round_figures, rounds
+from tinytrainer_nb.views.plots import ALARMS, PANELS, alarm_lines, run_figure, run_html
+from tinytrainer_nb.recipes.rewards import find_reward
+from tinytrainer_nb.runs.run import Run
+from tinytrainer_nb.recipes.arguments import SFTArgs
+from tinytrainer_nb.views.terminal import news
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED = json.loads((ROOT / "nbs" / "benchmarks" / "results" / "alarms.json").read_text(encoding="utf-8"))

@@ -6,23 +6,37 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-import tinytrainer_nb.blocks as blocks_module
-import tinytrainer_nb.trainer as trainer_module
-from tinytrainer_nb.adapters import LoraArgs, add_lora, trainable, using_adapters
-from tinytrainer_nb.attention import attend_documents, document_attention
-from tinytrainer_nb.blocks import Room, choose_path, copied_bytes, in_blocks, kept_bytes, token_loss, why_not
-from tinytrainer_nb.core import DTYPES, TinyTrainerError
-from tinytrainer_nb.fast import to_slope, without_wrapper
-from tinytrainer_nb.grpo import GRPOArgs, grpo
-from tinytrainer_nb.models import compute_context, load_model
-from tinytrainer_nb.ppo import PPOArgs, ppo
-from tinytrainer_nb.preference import DPOArgs, RewardModelArgs, dpo, reward_model
-from tinytrainer_nb.pretrain import PretrainArgs, pretrain
-from tinytrainer_nb.run import Run
-from tinytrainer_nb.sft import SFTArgs, sft
-from tinytrainer_nb.tinylora import TinyLoraArgs, add_tinylora
-from tinytrainer_nb.tokens import pack_row, pack_trees
-from tinytrainer_nb.trainer import RunTrainer
+import tinytrainer_nb.compute.blocks as blocks_module
+import tinytrainer_nb.compute.path as path_module
+import tinytrainer_nb.recipes.trainer as trainer_module
+from tinytrainer_nb.model.arguments import LoraArgs
+from tinytrainer_nb.model.lora import add_lora, using_adapters
+from tinytrainer_nb.model.layers import trainable
+from tinytrainer_nb.model.attention import attend_documents, document_attention
+from tinytrainer_nb.compute.logprobs import Room, token_loss
+from tinytrainer_nb.compute.path import choose_path, copied_bytes, kept_bytes
+from tinytrainer_nb.compute.blocks import in_blocks, why_not
+from tinytrainer_nb.hardware import DTYPES
+from tinytrainer_nb.core import TinyTrainerError
+from tinytrainer_nb.compute.logprobs import to_slope
+from tinytrainer_nb.model.layers import plain_model
+from tinytrainer_nb.recipes.arguments import GRPOArgs
+from tinytrainer_nb.recipes.grpo import grpo
+from tinytrainer_nb.model.base import compute_context
+from tinytrainer_nb.model.load import load_model
+from tinytrainer_nb.recipes.arguments import PPOArgs
+from tinytrainer_nb.recipes.ppo import ppo
+from tinytrainer_nb.recipes.arguments import DPOArgs, RewardModelArgs
+from tinytrainer_nb.recipes.preference import dpo, reward_model
+from tinytrainer_nb.recipes.arguments import PretrainArgs
+from tinytrainer_nb.recipes.pretrain import pretrain
+from tinytrainer_nb.runs.run import Run
+from tinytrainer_nb.recipes.arguments import SFTArgs
+from tinytrainer_nb.recipes.sft import sft
+from tinytrainer_nb.model.arguments import TinyLoraArgs
+from tinytrainer_nb.model.tinylora import add_tinylora
+from tinytrainer_nb.data.tokens import pack_row, pack_trees
+from tinytrainer_nb.recipes.trainer import RunTrainer
 
 from live import adapter
 
@@ -140,7 +154,7 @@ def test_a_block_computed_again_leaves_its_last_product_out():
         with FlopCounterMode(display=False) as counter: f()
         return counter.get_total_flops()
     seen = {name: x for name, x in pack_row(rows()).items() if name not in ("shift_labels", "logits_to_keep")}
-    with in_blocks(model, torch.float32), torch.no_grad(): a_pass = operations(lambda: without_wrapper(model).model(**seen, use_cache=False))
+    with in_blocks(model, torch.float32), torch.no_grad(): a_pass = operations(lambda: plain_model(model).model(**seen, use_cache=False))
     again = operations(lambda: blocks(model, rows(), recompute=True)) - operations(lambda: blocks(model, rows()))
     down = 2 * sum(LENGTHS) * SHAPE["intermediate_size"] * SHAPE["hidden_size"] * SHAPE["num_hidden_layers"]
     assert a_pass / 2 < again <= a_pass - down
@@ -340,7 +354,7 @@ def test_what_a_step_keeps_is_known_before(kind, whole, dtype):
     model = bare(kind).requires_grad_(True) if whole else learned(add_lora(bare(kind), LoraArgs(r=4), seed=0))
     packed, held, weights = pack_row(rows(lengths=(256,) * 6)), {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
     def note(x): held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes(); return x
-    with in_blocks(model, dtype), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x): without_wrapper(model).model(**{k: packed[k] for k in ("input_ids", "position_ids", "document_lengths")}, use_cache=False)
+    with in_blocks(model, dtype), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x): plain_model(model).model(**{k: packed[k] for k in ("input_ids", "position_ids", "document_lengths")}, use_cache=False)
     total = sum(size for place, size in held.items() if place not in weights)
     assert kept_bytes(model, dtype, 6 * 256) == pytest.approx(total, rel=0.2)
 
@@ -348,14 +362,14 @@ def test_what_a_step_keeps_is_known_before(kind, whole, dtype):
 def test_what_a_step_keeps_is_told_where_the_last_block_learns_nothing():
     model = learned(add_lora(bare("llama"), LoraArgs(r=4), seed=0))
     everywhere = kept_bytes(model, torch.float32, 1024)
-    without_wrapper(model).model.layers[-1].requires_grad_(False)
+    plain_model(model).model.layers[-1].requires_grad_(False)
     assert kept_bytes(model, torch.float32, 1024) == everywhere
 
 
 def test_the_path_fits_the_memory(monkeypatch):
     model = add_lora(load_model("tiny", quantization="nf4", dtype="bf16", verbose=False)[0], LoraArgs(r=4))
     def path(free, mode="auto"):
-        monkeypatch.setattr(blocks_module, "free_memory", lambda *_: free + 12 * sum(p.numel() for p in trainable(model).values()))
+        monkeypatch.setattr(path_module, "free_memory", lambda *_: free + 12 * sum(p.numel() for p in trainable(model).values()))
         found = choose_path(model, torch.bfloat16, mode, 4096)
         return found["blocks"], found["copies"], found["recompute"]
     copied, kept = copied_bytes(model, torch.bfloat16), kept_bytes(model, torch.bfloat16, 4096)

@@ -12,12 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tinytrainer_nb import models
-from tinytrainer_nb.adapters import LoraArgs, add_lora
-from tinytrainer_nb.cache import cache_entries, cache_folder, cache_limit, clear_cache, find_tensors, keep_tensors, known_hash
+from tinytrainer_nb.model import base as models
+from tinytrainer_nb.model.arguments import LoraArgs
+from tinytrainer_nb.model.lora import add_lora
+from tinytrainer_nb.model.cache import cache_entries, cache_folder, cache_limit, clear_cache, find_tensors, keep_tensors, known_hash
 from tinytrainer_nb.cli import main
 from tinytrainer_nb.core import TinyTrainerError, data_file, file_hash
-from tinytrainer_nb.models import load_model, weights_key
+from tinytrainer_nb.model.load import load_model
+from tinytrainer_nb.model.base import weights_key
 
 from forked import Script
 
@@ -325,7 +327,7 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
 
 LOAD = """
 import hashlib, json, sys, torch
-from tinytrainer_nb.models import load_model
+from tinytrainer_nb.model.load import load_model
 model = load_model(sys.argv[1], "nf4", "bf16", device="cpu")[0]
 with torch.no_grad(): logits = model(torch.arange(48)[None] * 7 % 1024).logits
 print(json.dumps([model.load_report.cache, hashlib.sha256(logits.float().numpy().tobytes()).hexdigest()]))
@@ -425,7 +427,7 @@ def large(tmp_path) -> Path:
 def test_a_hash_is_remembered_until_the_file_changes(large, cache, monkeypatch):
     time.sleep(2.1)
     asked = []
-    monkeypatch.setattr("tinytrainer_nb.cache.file_hash", lambda path: asked.append(path) or file_hash(path))
+    monkeypatch.setattr("tinytrainer_nb.model.cache.file_hash", lambda path: asked.append(path) or file_hash(path))
     assert known_hash(large) == known_hash(large) == file_hash(large) and len(asked) == 1
     old = large.stat()
     with open(large, "rb+") as f: f.write(b"x")

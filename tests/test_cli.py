@@ -11,10 +11,11 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from tinytrainer_nb.adapters import LoraArgs
-from tinytrainer_nb.cli import RECIPES, _settings_class, main
+from tinytrainer_nb.model.arguments import LoraArgs
+from tinytrainer_nb.cli import main
 from tinytrainer_nb.core import data_file
-from tinytrainer_nb.run import Run
+from tinytrainer_nb.recipes.table import RECIPES
+from tinytrainer_nb.runs.run import Run
 
 SMALL = "--batch_size 4 --eval_steps 0 --sample_steps 0 --save_steps 2 --lora_r 4".split()
 
@@ -100,16 +101,16 @@ def test_a_wrong_configuration_is_one_line(text, words, tmp_path, monkeypatch, c
     assert stderr.count("\n") == 1 and words in stderr
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [row.name for row in RECIPES.values() if row.command])
 def test_help_names_every_setting(recipe, capsys):
     assert main([recipe, "--help"]) == 0
     shown = capsys.readouterr().out
-    names = [f.name for f in dataclasses.fields(_settings_class(recipe))]
+    names = [f.name for f in dataclasses.fields(RECIPES[recipe].settings_class)]
     if recipe != "pretrain": names += ["quantization", *(f"lora_{f.name}" for f in dataclasses.fields(LoraArgs))]
     missing = [n for n in [*names, "base", "data", "dtype", "config"] if f"--{n} " not in shown]
     assert not missing
     squeeze = lambda text: "".join(text.split())  # lines are broken where the terminal ends
-    untold = [f.name for f in dataclasses.fields(_settings_class(recipe)) if squeeze(f.metadata["help"]) not in squeeze(shown)]
+    untold = [f.name for f in dataclasses.fields(RECIPES[recipe].settings_class) if squeeze(f.metadata["help"]) not in squeeze(shown)]
     assert not untold
 
 
@@ -149,7 +150,7 @@ def test_a_run_is_a_base(finished, monkeypatch):
     assert main([*"ppo --base first --max_steps 1 --batch_size 4 --num_generations 2 --max_new_tokens 24 --sample_steps 0 --save_steps 0".split(),
                  "--reward", "exact_answer=1,reference_overlap=0.5", "--out", "second"]) == 0
     run = Run.open(finished.parent / "second")
-    assert run.info["reward"] == "exact_answer=1,reference_overlap=0.5"
+    assert run.info["reward"] == dict(kind="built_in", spec="exact_answer=1,reference_overlap=0.5", names=["exact_answer", "reference_overlap"])
     r = lambda folder: json.loads((folder / "adapter/adapter_config.json").read_text(encoding="utf-8"))["r"]
     assert r(run.folder) == r(finished) == 4, "the adapter of the first run was trained on"
 

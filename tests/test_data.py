@@ -15,14 +15,19 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from tinytrainer_nb import core, data
-from tinytrainer_nb.cli import data_options, main, read_texts
-from tinytrainer_nb.core import TinyTrainerError, _cgroup_free, data_file, patiently, peak_memory, read_json, write_json
-from tinytrainer_nb.data import MAPPINGS, as_examples, data_origin, empty_rows, load_examples, load_prompts
-from tinytrainer_nb.reading import data_report
-from tinytrainer_nb.rewards import exact_answer
-from tinytrainer_nb.sft import _lessons, encode_rows, hold_out, read_examples
-from tinytrainer_nb.tokens import encode_chat, ensure_template, render
+from tinytrainer_nb import core
+from tinytrainer_nb.data import formats as data
+from tinytrainer_nb.cli import main, read_data_settings
+from tinytrainer_nb.data.arguments import DataArgs
+from tinytrainer_nb.recipes.pretrain import read_texts
+from tinytrainer_nb.core import TinyTrainerError, data_file, patiently, read_json, write_json
+from tinytrainer_nb.hardware import _cgroup_free, peak_memory
+from tinytrainer_nb.data.formats import MAPPINGS, as_examples, data_origin, empty_rows, load_examples, load_prompts
+from tinytrainer_nb.views.data_report import data_report
+from tinytrainer_nb.recipes.rewards import exact_answer
+from tinytrainer_nb.recipes.sft import _lessons
+from tinytrainer_nb.data.rows import encode_rows, hold_out, read_examples
+from tinytrainer_nb.data.tokens import encode_chat, ensure_template, render
 
 INSTRUCTION = "### Instruction:\nName a color.\n### Response:\nRed."
 GiB = 2 ** 30
@@ -417,7 +422,7 @@ def test_the_hub_is_asked_once_whether_it_is_there(monkeypatch):
 
 def test_columns_on_the_command_line(tmp_path, capsys):
     path = jsonl(tmp_path, dict(frage="Is it far?", antwort="No."))
-    assert data_options(dict(columns={"prompt": "frage"}, out="x")) == dict(columns={"prompt": "frage"})
+    assert read_data_settings(dict(columns={"prompt": "frage"}, out="x")) == DataArgs(columns="prompt=frage")
     for written in ("prompt=frage,completion=antwort", "prompt=frage, completion = antwort"):
         assert main(["evaluate", "--data", str(path), "--columns", written, "--task", "loss", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["n"] == 1

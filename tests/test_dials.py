@@ -3,14 +3,16 @@
 import pytest
 import torch
 
-from tinytrainer_nb.adapters import LoraArgs, add_lora, save_adapter
+from tinytrainer_nb.model.arguments import LoraArgs
+from tinytrainer_nb.model.lora import add_lora, save_adapter
 from tinytrainer_nb.all import GRPOArgs, PPOArgs, Run, SFTArgs, TinyLoraArgs, TinyTrainerError, add_tinylora, data_file, from_line, grpo, load_examples, load_model, ppo, sft
-from tinytrainer_nb.dials import bars_html, dial_panel, has_dials, run_numbers, saved_numbers, scale_of, turned
-from tinytrainer_nb.fast import Decoder
-from tinytrainer_nb.rollout import GenerateArgs, generate
-from tinytrainer_nb.core import mix_seed
-from tinytrainer_nb.tinylora import few_numbers, trained_vector
-from tinytrainer_nb.trainer import begin
+from tinytrainer_nb.panels.sliders import bars_html, dial_panel, has_dials, run_numbers, saved_numbers, scale_of, turned
+from tinytrainer_nb.compute.decode import Decoder
+from tinytrainer_nb.compute.arguments import GenerateArgs
+from tinytrainer_nb.compute.generate import generate
+from tinytrainer_nb.hardware import mix_seed
+from tinytrainer_nb.model.tinylora import few_numbers, trained_vector
+from tinytrainer_nb.recipes.start import begin
 
 from live import adapter, figures, until
 
@@ -150,7 +152,7 @@ def test_numbers_in_the_journal(tmp_path):
 
 def test_who_has_dials(tmp_path):
     def run_of(name, model):
-        from tinytrainer_nb.trainer import describe
+        from tinytrainer_nb.recipes.start import describe
         run = Run.create(tmp_path / name, "sft", SFTArgs(), may_change=[], load=describe(model, base()[1]))
         begin(run, model)
         return run

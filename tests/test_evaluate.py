@@ -6,8 +6,8 @@ import random
 import pytest
 
 from tinytrainer_nb.core import TinyTrainerError
-from tinytrainer_nb.evaluate import Z, Evaluation, answer_table, compare, score_table, wilson
-from tinytrainer_nb.rewards import find_reward
+from tinytrainer_nb.recipes.evaluate import Z, Evaluation, answer_table, compare, score_table, wilson
+from tinytrainer_nb.recipes.rewards import find_reward
 
 
 def scored(rewards: list[float], task: str = "exact_answer", **kwargs) -> Evaluation:

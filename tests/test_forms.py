@@ -7,18 +7,20 @@ from dataclasses import fields, replace
 import pytest
 
 from tinytrainer_nb import cli
-from tinytrainer_nb.adapters import LoraArgs
+from tinytrainer_nb.model.arguments import LoraArgs
 from tinytrainer_nb.core import TinyTrainerError, escaped, write_json
-from tinytrainer_nb.forms import SETTINGS, Form, as_command, as_parameters, as_python, earlier_runs, not_default, run_settings, settings_class, settings_form, version_gap
-from tinytrainer_nb.grpo import GRPOArgs
+from tinytrainer_nb.recipes.table import RECIPES, find_recipe, run_settings
+from tinytrainer_nb.panels.settings_form import Form, earlier_runs, settings_form, version_gap
+from tinytrainer_nb.recipes.reproduce import as_command, as_parameters, as_python, not_default
+from tinytrainer_nb.recipes.arguments import GRPOArgs
 from tinytrainer_nb.notebooks import read_parameters
-from tinytrainer_nb.ppo import PPOArgs
-from tinytrainer_nb.preference import DPOArgs, RewardModelArgs
-from tinytrainer_nb.pretrain import PretrainArgs
-from tinytrainer_nb.run import Run
+from tinytrainer_nb.recipes.arguments import PPOArgs
+from tinytrainer_nb.recipes.arguments import DPOArgs, RewardModelArgs
+from tinytrainer_nb.recipes.arguments import PretrainArgs
+from tinytrainer_nb.runs.run import Run
 from tinytrainer_nb.settings import check_value, field_type, grouped, parse_value
-from tinytrainer_nb.sft import SFTArgs
-from tinytrainer_nb.tinylora import TinyLoraArgs
+from tinytrainer_nb.recipes.arguments import SFTArgs
+from tinytrainer_nb.model.arguments import TinyLoraArgs
 
 CLASSES = [SFTArgs, PPOArgs, GRPOArgs, DPOArgs, RewardModelArgs, PretrainArgs, LoraArgs, TinyLoraArgs]
 TEXTS = ["runs/a b", "it's", 'say "x"', "$HOME", "-x", "--out", "a\\b", "none", "true", "1e3", "ä/ö", "#x", "a: b", "", "*", "<img src=x onerror=alert(1)>"]
@@ -64,7 +66,7 @@ def test_a_form_says_its_settings(cls):
 @each
 def test_code_leads_back(cls, tmp_path):
     r = random.Random(cls.__name__)
-    prefix, command = ("lora_", "sft") if cls is LoraArgs else ("", next((c for c, said in cli.RECIPES.items() if said[0] == cls.__name__), None))
+    prefix, command = ("lora_", "sft") if cls is LoraArgs else ("", next((row.name for row in RECIPES.values() if row.command and row.settings_class is cls), None))
     for args in [cls(), *(some(cls, r) for _ in range(25))]:
         assert eval(as_python(args), {cls.__name__: cls}) == args
         (tmp_path / "f.yaml").write_text(as_parameters(args), encoding="utf-8")
@@ -73,14 +75,14 @@ def test_code_leads_back(cls, tmp_path):
             with pytest.raises(TinyTrainerError, match=f"no command takes {cls.__name__}"): as_command(args)
             continue
         words = shlex.split(as_command(args))
-        cli.recipe_flags(command, parser := cli.Parser(command))
+        cli.recipe_flags(RECIPES[command], parser := cli.Parser(command))
         assert words[:2] == ["tinytrainer", command] and cli.read_settings(cls, parser.parse(words[2:]), prefix) == args
 
 
 def test_recipes_are_those_of_the_command_line():
-    assert {recipe: name for recipe, name in SETTINGS.items() if recipe != "reward_model"} == {recipe: said[0] for recipe, said in cli.RECIPES.items()}
-    assert [settings_class(recipe) for recipe in SETTINGS] == [SFTArgs, PPOArgs, GRPOArgs, DPOArgs, PretrainArgs, RewardModelArgs]
-    with pytest.raises(TinyTrainerError, match="Known: sft"): settings_class("nonsense")
+    assert {name for name in RECIPES if name != "reward_model"} == {name for name in cli.COMMANDS if name in RECIPES}
+    assert [row.settings_class for row in RECIPES.values()] == [SFTArgs, PPOArgs, GRPOArgs, DPOArgs, RewardModelArgs, PretrainArgs]
+    with pytest.raises(TinyTrainerError, match="Known: sft"): find_recipe("nonsense")
 
 
 def wrong_values(f):

@@ -5,14 +5,21 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from tinytrainer_nb.adapters import LoraArgs, add_lora, stack_adapter, trainable
-from tinytrainer_nb.core import DTYPES, data_file
-from tinytrainer_nb.evaluate import evaluate
-from tinytrainer_nb.fast import Decoder, thin_adapters
-from tinytrainer_nb.models import compute_context, load_model
-from tinytrainer_nb.rollout import GenerateArgs, generate
-from tinytrainer_nb.tinylora import TinyLoraArgs, add_tinylora
-from tinytrainer_nb.tokens import encode_chat, pack_row
+from tinytrainer_nb.model.arguments import LoraArgs
+from tinytrainer_nb.model.lora import add_lora, stack_adapter
+from tinytrainer_nb.model.layers import trainable
+from tinytrainer_nb.hardware import DTYPES
+from tinytrainer_nb.core import data_file
+from tinytrainer_nb.recipes.evaluate import evaluate
+from tinytrainer_nb.compute.decode import Decoder
+from tinytrainer_nb.compute.thin import thin_adapters
+from tinytrainer_nb.model.base import compute_context
+from tinytrainer_nb.model.load import load_model
+from tinytrainer_nb.compute.arguments import GenerateArgs
+from tinytrainer_nb.compute.generate import generate
+from tinytrainer_nb.model.arguments import TinyLoraArgs
+from tinytrainer_nb.model.tinylora import add_tinylora
+from tinytrainer_nb.data.tokens import encode_chat, pack_row
 
 MESSAGES = [dict(role="user", content="Mia has 3 boxes with 24 pens in each box. How many pens has she?"), dict(role="assistant", content="3 * 24 = 72 pens.\n#### 72")]
 

@@ -6,17 +6,20 @@ from html.parser import HTMLParser
 
 import pytest
 
-import tinytrainer_nb.groups as room
-from tinytrainer_nb.adapters import LoraArgs, add_lora
+import tinytrainer_nb.panels.rollouts as room
+from tinytrainer_nb.model.arguments import LoraArgs
+from tinytrainer_nb.model.lora import add_lora
 from tinytrainer_nb.core import data_file, visible
-from tinytrainer_nb.data import load_prompts
-from tinytrainer_nb.groups import columns_of, groups_of, ordered, rollout_panel, spread
-from tinytrainer_nb.grpo import GRPOArgs, group_advantages, grpo
-from tinytrainer_nb.models import load_model
-from tinytrainer_nb.plots import sample_rows
-from tinytrainer_nb.ppo import PPOArgs, ppo
-from tinytrainer_nb.run import Run
-from tinytrainer_nb.watch import news
+from tinytrainer_nb.data.formats import load_prompts
+from tinytrainer_nb.panels.rollouts import columns_of, groups_of, ordered, rollout_panel, spread
+from tinytrainer_nb.recipes.arguments import GRPOArgs
+from tinytrainer_nb.recipes.grpo import group_advantages, grpo
+from tinytrainer_nb.model.load import load_model
+from tinytrainer_nb.views.plots import sample_rows
+from tinytrainer_nb.recipes.arguments import PPOArgs
+from tinytrainer_nb.recipes.ppo import ppo
+from tinytrainer_nb.runs.run import Run
+from tinytrainer_nb.views.terminal import news
 
 RECIPES = dict(ppo=(ppo, PPOArgs), grpo=(grpo, GRPOArgs))
 PARTS = {"reference_overlap": 1.0, "repetition": 0.5}

@@ -2,15 +2,18 @@
 import pytest
 import torch
 
-from tinytrainer_nb.adapters import LoraArgs, add_lora, trainable
+from tinytrainer_nb.model.arguments import LoraArgs
+from tinytrainer_nb.model.lora import add_lora
+from tinytrainer_nb.model.layers import trainable
 from tinytrainer_nb.core import TinyTrainerError, data_file
-from tinytrainer_nb.data import load_prompts
-from tinytrainer_nb.grpo import GRPOArgs, GRPOTrainer, group_advantages, grpo, importance_weights, loss_weights
-from tinytrainer_nb.models import load_model
-from tinytrainer_nb.rl import Policy
-from tinytrainer_nb.run import Run
-from tinytrainer_nb.tokens import micro_trees, pack_trees
-from tinytrainer_nb.watch import summary_line
+from tinytrainer_nb.data.formats import load_prompts
+from tinytrainer_nb.recipes.arguments import GRPOArgs
+from tinytrainer_nb.recipes.grpo import GRPOTrainer, group_advantages, grpo, importance_weights, loss_weights
+from tinytrainer_nb.model.load import load_model
+from tinytrainer_nb.recipes.rounds import Policy
+from tinytrainer_nb.runs.run import Run
+from tinytrainer_nb.data.tokens import micro_trees, pack_trees
+from tinytrainer_nb.views.terminal import summary_line
 
 PROMPTS = load_prompts(data_file("rl.jsonl"))[:8]
 
@@ -222,7 +225,7 @@ def test_what_an_idle_round_does_not_know_it_does_not_say(tmp_path):
 def test_a_start_that_fails_leaves_the_model_as_it_was(tmp_path, monkeypatch):
     model, tokenizer = policy()
     before = list(model.peft_config)
-    monkeypatch.setattr("tinytrainer_nb.rl.Decoder", lambda *args: 1 / 0)
+    monkeypatch.setattr("tinytrainer_nb.recipes.rounds.Decoder", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError): grpo(model, tokenizer, PROMPTS, letters, small(tmp_path / "run"))
     assert list(model.peft_config) == before
 

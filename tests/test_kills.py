@@ -24,7 +24,8 @@ assert len(KILLS) == 80 and set(ALWAYS) < set(KILLS)
 
 def watched(journal: list, now, began) -> None:
     "Have the library tell what it is doing: the phase in `now`, how often it was entered in `began`, and how long each lasted in `journal`"
-    from tinytrainer_nb import models, ppo, rl, sft, trainer
+    from tinytrainer_nb.model import load
+    from tinytrainer_nb.recipes import ppo, rounds as rl, sft, trainer
     def tell(owner, name: str, phase: str):
         plain = getattr(owner, name)
         def telling(*args, **kwargs):
@@ -33,7 +34,7 @@ def watched(journal: list, now, began) -> None:
             try: return plain(*args, **kwargs)
             finally: now.value = before; journal.append([*place[:2], time.perf_counter() - place[2]])
         setattr(owner, name, telling)
-    tell(models, "load_model", "loading"); tell(trainer, "load_model", "loading")
+    tell(load, "load_model", "loading")
     for owner in (sft, rl): tell(owner, "begin", "loading")
     tell(trainer.RunTrainer, "training_step", "stepping"); tell(rl.RolloutTrainer, "update", "stepping"); tell(rl.RolloutTrainer, "scored", "scoring")
     for owner, name in ((trainer.RunTrainer, "_save_checkpoint"), (trainer.RunTrainer, "save_result"), (rl.RolloutTrainer, "save_result"), (ppo.PPOTrainer, "save_result"), (trainer.RunTrainer, "finish")): tell(owner, name, "saving")
@@ -46,10 +47,10 @@ def work(recipe: str, out: str, resume: bool, now, began) -> None:
     gc.freeze()  # as in conftest.py
     journal = []
     watched(journal, now, began)
-    from tinytrainer_nb import models
+    from tinytrainer_nb.model import load
     from tinytrainer_nb.all import GRPOArgs, LoraArgs, PPOArgs, Run, SFTArgs, add_lora, data_file, grpo, load_examples, load_prompts, ppo, sft
     if resume: return Run.open(out).resume()
-    model, tokenizer = models.load_model("tiny", quantization="nf4", verbose=False)
+    model, tokenizer = load.load_model("tiny", quantization="nf4", verbose=False)
     model = add_lora(model, LoraArgs(r=4, dropout=0.1))
     if recipe != "sft": # as after an SFT: the reference is a frozen copy
         for n, p in model.named_parameters():
@@ -110,7 +111,7 @@ def check_whole(run: Path) -> None:
 
 @pytest.mark.parametrize("recipe, phase, i", [pytest.param(*kill, marks=[] if kill in ALWAYS else pytest.mark.slow) for kill in KILLS])
 def test_kill(recipe, phase, i, whole, tmp_path):
-    from tinytrainer_nb.run import Run
+    from tinytrainer_nb.runs.run import Run
     chance, (reference, phases), run = random.Random(), whole[recipe], tmp_path / "run"
     _, time_of, seconds = chance.choice([p for p in phases if p[0] == phase])
     delay = chance.random() * seconds

@@ -4,7 +4,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from tinytrainer_nb.adapters import LoraArgs, add_lora, merged, trainable
+from tinytrainer_nb.model.arguments import LoraArgs
+from tinytrainer_nb.model.lora import add_lora
+from tinytrainer_nb.model.export import merged
+from tinytrainer_nb.model.layers import trainable
 from tinytrainer_nb.all import SFTArgs, TinyTrainerError, data_file, load_examples, load_model, ppo, PPOArgs, save_merged, sft
 
 KINDS = dict(lora={}, rslora=dict(rslora=True), dora=dict(dora=True), some_layers=dict(layers="1,3-5", target_modules="q_proj,down_proj"))

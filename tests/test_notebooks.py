@@ -8,10 +8,10 @@ import pytest
 from jupyter_client.provisioning import local_provisioner
 
 from forked import Kernel
+from tools.reading import reading_order
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted(p.relative_to(ROOT / "nbs").with_suffix("").as_posix()
-                   for pattern in ("*.ipynb", "tutorials/*.ipynb", "benchmarks/*.ipynb") for p in (ROOT / "nbs").glob(pattern))
+NOTEBOOKS = [p.relative_to(ROOT / "nbs").with_suffix("").as_posix() for p in [*reading_order(), ROOT / "nbs" / "index.ipynb"]]
 
 # Parameters that make a tutorial short; the other notebooks run as they are.
 SMALL = {

@@ -9,13 +9,13 @@ import pytest
 from matplotlib.lines import Line2D
 
 from tinytrainer_nb.core import TinyTrainerError, write_json
-from tinytrainer_nb.grpo import GRPOArgs
-from tinytrainer_nb.overlay import ABSENT, MovingOverlay, OverlayPanel, common_axes, common_titles, compare_panel, difference_html, final_figures, final_html, find_runs, overlay_figure, run_names, settings_difference, telling
-from tinytrainer_nb.plots import smooth
-from tinytrainer_nb.ppo import PPOArgs
-from tinytrainer_nb.preference import DPOArgs
-from tinytrainer_nb.run import Run
-from tinytrainer_nb.sft import SFTArgs
+from tinytrainer_nb.recipes.arguments import GRPOArgs
+from tinytrainer_nb.panels.compare import ABSENT, MovingOverlay, OverlayPanel, common_axes, common_titles, compare_panel, difference_html, final_figures, final_html, find_runs, overlay_figure, run_names, settings_difference, telling
+from tinytrainer_nb.views.plots import smooth
+from tinytrainer_nb.recipes.arguments import PPOArgs
+from tinytrainer_nb.recipes.arguments import DPOArgs
+from tinytrainer_nb.runs.run import Run
+from tinytrainer_nb.recipes.arguments import SFTArgs
 
 from live import until
 

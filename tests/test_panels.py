@@ -14,9 +14,9 @@ import pytest
 
 from tinytrainer_nb.all import LoraArgs, Run, SFTArgs, TinyTrainerError, add_lora, chat_panel, compare_panel, data_file, dial_panel, load_examples, load_model, rollout_panel, sft
 from tinytrainer_nb.core import read_json
-from tinytrainer_nb.panels import RunPanel, follow, launch_panel, request_lines, run_panel
-from tinytrainer_nb.plots import LivePicture, run_html
-from tinytrainer_nb.rewards import find_reward
+from tinytrainer_nb.panels.run_panel import RunPanel, follow, launch_panel, request_lines, run_panel
+from tinytrainer_nb.views.plots import LivePicture, run_html
+from tinytrainer_nb.recipes.rewards import find_reward
 from tinytrainer_nb.settings import grouped
 
 from forked import Script
@@ -230,7 +230,7 @@ def test_models_are_made_one_at_a_time():
 
 
 def test_a_run_that_cannot_begin_does_not_seem_to_go_on(tmp_path, monkeypatch):
-    from tinytrainer_nb.trainer import RunTrainer
+    from tinytrainer_nb.recipes.trainer import RunTrainer
     def no_memory(*_, **__): raise MemoryError("no memory for the trainer")
     monkeypatch.setattr(RunTrainer, "__init__", no_memory)
     with pytest.raises(MemoryError): train(tmp_path / "run", live=True)

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from tinytrainer_nb.core import TinyTrainerError
-from tinytrainer_nb.grpo import GRPOArgs
+from tinytrainer_nb.recipes.arguments import GRPOArgs
 from tinytrainer_nb.notebooks import notebook_parameters
-from tinytrainer_nb.ppo import PPOArgs
-from tinytrainer_nb.preference import DPOArgs
+from tinytrainer_nb.recipes.arguments import PPOArgs
+from tinytrainer_nb.recipes.arguments import DPOArgs
 from tinytrainer_nb.settings import check_value, field_type
-from tinytrainer_nb.sft import SFTArgs
-from tinytrainer_nb.tinylora import TinyLoraArgs
+from tinytrainer_nb.recipes.arguments import SFTArgs
+from tinytrainer_nb.model.arguments import TinyLoraArgs
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs" / "tutorials").glob("*.ipynb")) + sorted((ROOT / "nbs" / "benchmarks").glob("*.ipynb"))

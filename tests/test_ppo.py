@@ -4,13 +4,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tinytrainer_nb.adapters import LoraArgs, add_lora, trainable
+from tinytrainer_nb.model.arguments import LoraArgs
+from tinytrainer_nb.model.lora import add_lora
+from tinytrainer_nb.model.layers import trainable
 from tinytrainer_nb.core import TinyTrainerError, data_file
-from tinytrainer_nb.data import load_prompts
-from tinytrainer_nb.models import load_model
-from tinytrainer_nb.ppo import PPOArgs, PPOTrainer, adapted, gae, ppo, token_rewards, value_loss, whiten
-from tinytrainer_nb.rl import Round, policy_loss
-from tinytrainer_nb.sft import SFTArgs, sft
+from tinytrainer_nb.data.formats import load_prompts
+from tinytrainer_nb.model.load import load_model
+from tinytrainer_nb.recipes.arguments import PPOArgs
+from tinytrainer_nb.recipes.ppo import PPOTrainer, adapted, gae, ppo, token_rewards, value_loss, whiten
+from tinytrainer_nb.recipes.rounds import Round, policy_loss
+from tinytrainer_nb.recipes.arguments import SFTArgs
+from tinytrainer_nb.recipes.sft import sft
 
 
 def test_gae_by_hand():

@@ -12,18 +12,22 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from test_processes import COMMON, train
-from tinytrainer_nb import preference
-from tinytrainer_nb.adapters import LoraArgs, add_lora, trainable
+from tinytrainer_nb.recipes import preference
+from tinytrainer_nb.model.arguments import LoraArgs
+from tinytrainer_nb.model.lora import add_lora
+from tinytrainer_nb.model.layers import trainable
 from tinytrainer_nb.cli import main
 from tinytrainer_nb.core import TinyTrainerError, data_file
-from tinytrainer_nb.data import load_examples, load_prompts
-from tinytrainer_nb.models import load_model
-from tinytrainer_nb.ppo import PPOArgs, ppo
-from tinytrainer_nb.preference import DPOArgs, RewardModelArgs, dpo, encode_answer, encode_pairs, model_reward, reward_model, sample_pairs
-from tinytrainer_nb.rewards import find_reward
-from tinytrainer_nb.rollout import GenerateArgs
-from tinytrainer_nb.run import Run
-from tinytrainer_nb.trainer import RunTrainer
+from tinytrainer_nb.data.formats import load_examples, load_prompts
+from tinytrainer_nb.model.load import load_model
+from tinytrainer_nb.recipes.arguments import PPOArgs
+from tinytrainer_nb.recipes.ppo import ppo
+from tinytrainer_nb.recipes.arguments import DPOArgs, RewardModelArgs
+from tinytrainer_nb.recipes.preference import dpo, encode_answer, encode_pairs, model_reward, reward_model, sample_pairs
+from tinytrainer_nb.recipes.rewards import find_reward
+from tinytrainer_nb.compute.arguments import GenerateArgs
+from tinytrainer_nb.runs.run import Run
+from tinytrainer_nb.recipes.trainer import RunTrainer
 
 RECIPES = dict(dpo=(dpo, DPOArgs), reward_model=(reward_model, RewardModelArgs))
 SMALL = dict(max_steps=3, batch_size=4, warmup_steps=0, learning_rate=2e-3, schedule="constant", save_steps=0, eval_steps=0, sample_steps=0)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from forked import Command
 from live import until
-from tinytrainer_nb.run import Run
+from tinytrainer_nb.runs.run import Run
 
 COMMON = ["--quantization", "none", "--dtype", "fp32", "--max_length", "160", "--warmup_steps", "0"]
 RECIPES = {

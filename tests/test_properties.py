@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from tinytrainer_nb.core import TinyTrainerError
-from tinytrainer_nb.data import data_origin, load_examples
+from tinytrainer_nb.data.formats import data_origin, load_examples
 
 FILES, BATCH = 1000, 40  # hypothesis varies what it has just tried, so it is sent off anew after each batch
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant", "system": "system",

@@ -3,11 +3,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tinytrainer_nb.adapters import LoraArgs, add_lora
-from tinytrainer_nb.data import load_examples
-from tinytrainer_nb.models import load_model
-from tinytrainer_nb.rollout import GenerateArgs, generate
-from tinytrainer_nb.sft import SFTArgs, sft
+from tinytrainer_nb.model.arguments import LoraArgs
+from tinytrainer_nb.model.lora import add_lora
+from tinytrainer_nb.data.formats import load_examples
+from tinytrainer_nb.model.load import load_model
+from tinytrainer_nb.compute.arguments import GenerateArgs
+from tinytrainer_nb.compute.generate import generate
+from tinytrainer_nb.recipes.arguments import SFTArgs
+from tinytrainer_nb.recipes.sft import sft
 
 pytestmark = pytest.mark.shared
 STORY = ("Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball. "

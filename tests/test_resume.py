@@ -9,14 +9,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tinytrainer_nb.run import Journal, _alive, _me
+from tinytrainer_nb.runs.journal import Journal
+from tinytrainer_nb.runs.lock import _alive, _me
 
 
 def adapter(run: Path) -> bytes: return (run / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
 def dies_after_two_steps(monkeypatch, train) -> None:
-    from tinytrainer_nb.trainer import RunTrainer
+    from tinytrainer_nb.recipes.trainer import RunTrainer
     step = RunTrainer.training_step
     def die(self, *args, **kwargs):
         if self.state.global_step == 2: raise OSError("no power")
@@ -29,7 +30,7 @@ def dies_after_two_steps(monkeypatch, train) -> None:
 def test_death_between_the_last_step_and_the_end(tmp_path, monkeypatch):
     "What is left to do is to save the result, not to train one step more"
     from tinytrainer_nb.all import LoraArgs, Run, SFTArgs, add_lora, data_file, load_examples, load_model, sft
-    from tinytrainer_nb.trainer import RunTrainer
+    from tinytrainer_nb.recipes.trainer import RunTrainer
     def train(out):
         model, tokenizer = load_model("tiny", quantization="none", verbose=False)
         args = SFTArgs(max_steps=4, batch_size=3, save_steps=4, eval_steps=0, sample_steps=0, schedule="constant", out=str(out))
@@ -93,7 +94,7 @@ def test_data_in_memory_and_a_reward_function(tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="Windows has other rights")
 def test_weights_can_be_read_like_any_file(tmp_path):
     from safetensors.torch import save_file
-    from tinytrainer_nb.run import whole_folder
+    from tinytrainer_nb.core import whole_folder
     import torch
     with whole_folder(tmp_path / "adapter") as folder: save_file(dict(w=torch.ones(2)), folder / "w.safetensors"); (folder / "plain.json").write_text("{}")
     assert len({p.stat().st_mode for p in (tmp_path / "adapter").iterdir()}) == 1

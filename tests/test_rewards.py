@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tinytrainer_nb.core import TinyTrainerError, data_file
-from tinytrainer_nb.rewards import (BUILT_IN, Reward, exact_answer, final_answer, find_reward, flexible_answer, format_reward, last_number, length_reward,
-                                    repeated_share, repetition_reward)
+from tinytrainer_nb.recipes.rewards import BUILT_IN, Reward, exact_answer, final_answer, find_reward, flexible_answer, format_reward, last_number, length_reward, repetition_reward
+from tinytrainer_nb.core import repeated_share
 
 PROMPTS, COMPLETIONS, ROWS = ["Who?", "Where?"], ["Nobody.", "In the park."], [{}, dict(level=2)]
 

@@ -6,15 +6,20 @@ import torch
 from peft import AdaLoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, GptOssConfig, GptOssForCausalLM, GraniteConfig, LlamaConfig, MambaConfig, MistralConfig, Qwen2Config, Qwen3Config, TopKLogitsWarper, TopPLogitsWarper
 
-from tinytrainer_nb import fast as fast_module, rollout
-from tinytrainer_nb.adapters import LoraArgs, add_lora, merged, trainable
-from tinytrainer_nb.attention import SharedCache
-from tinytrainer_nb.blocks import why_not
-from tinytrainer_nb.core import DTYPES, TinyTrainerError, data_file, mix_seed
-from tinytrainer_nb.data import load_prompts
-from tinytrainer_nb.fast import Decoder, choose_forms, weight_forms
-from tinytrainer_nb.models import load_model
-from tinytrainer_nb.rollout import GenerateArgs, Spoken, _cut, _living, generate, stream
+from tinytrainer_nb.compute import decode as fast_module, generate as rollout
+from tinytrainer_nb.model.arguments import LoraArgs
+from tinytrainer_nb.model.lora import add_lora
+from tinytrainer_nb.model.export import merged
+from tinytrainer_nb.model.layers import trainable
+from tinytrainer_nb.model.attention import SharedCache
+from tinytrainer_nb.compute.blocks import why_not
+from tinytrainer_nb.hardware import DTYPES, mix_seed
+from tinytrainer_nb.core import TinyTrainerError, data_file
+from tinytrainer_nb.data.formats import load_prompts
+from tinytrainer_nb.compute.decode import Decoder, choose_forms, weight_forms
+from tinytrainer_nb.model.load import load_model
+from tinytrainer_nb.compute.arguments import GenerateArgs
+from tinytrainer_nb.compute.generate import Spoken, _cut, _living, generate, stream
 
 IDS = torch.arange(3, 43)[None]
 PROMPTS = [p["messages"] for p in load_prompts(data_file("rl.jsonl"))[:6]]
@@ -144,7 +149,7 @@ def test_a_stream_holds_back_half_characters(exact):
     "Bytes of a character come one token at a time; no piece shows a replacement mark"
     tokenizer, text = exact[1], "näive 🙂 ©"
     ids, spoken, shown = tokenizer(text, add_special_tokens=False).input_ids, Spoken(exact[1], 1, {2}, ()), []
-    from tinytrainer_nb.rollout import _unsure
+    from tinytrainer_nb.compute.generate import _unsure
     for t in ids:
         spoken.add(0, t, 0.0)
         said = spoken.text(0)
@@ -192,7 +197,8 @@ def test_rows_of_the_packed_kernel_are_few():
 @pytest.mark.parametrize("quantization,dtype", [("none", "fp32"), ("nf4", "bf16"), ("int8", "bf16")])
 def test_thirteen_numbers_decode(quantization, dtype):
     "A TinyLoRA model: the log-probabilities are those of its plain pass, and not those of the base"
-    from tinytrainer_nb.tinylora import TinyLoraArgs, add_tinylora
+    from tinytrainer_nb.model.arguments import TinyLoraArgs
+    from tinytrainer_nb.model.tinylora import add_tinylora
     model, tokenizer = load_model("tiny", quantization=quantization, dtype=dtype, verbose=False)
     model = add_tinylora(model, TinyLoraArgs(n_tie=4))
     for p in trainable(model).values(): p.data.normal_(std=0.5, generator=torch.Generator().manual_seed(0))

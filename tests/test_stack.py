@@ -8,7 +8,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tinytrainer_nb.adapters import LoraArgs, add_lora, freeze_reference, is_fresh, merged, saved_adapters, stack_adapter, trainable, using_adapters
+from tinytrainer_nb.model.arguments import LoraArgs
+from tinytrainer_nb.model.lora import add_lora, freeze_reference, is_fresh, saved_adapters, stack_adapter, using_adapters
+from tinytrainer_nb.model.export import merged
+from tinytrainer_nb.model.layers import trainable
 from tinytrainer_nb.all import DPOArgs, PPOArgs, RewardModelArgs, Run, SFTArgs, TinyTrainerError, data_file, dpo, load_examples, load_model, model_reward, ppo, reward_model, save_merged, sft
 
 IDS = torch.arange(3, 67).reshape(2, 32)

@@ -9,14 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from tinytrainer_nb import chat as chat_room
-from tinytrainer_nb.adapters import LoraArgs, add_lora, stack_adapter, trainable
+from tinytrainer_nb.views import chat as chat_room
+from tinytrainer_nb.model.arguments import LoraArgs
+from tinytrainer_nb.model.lora import add_lora, stack_adapter
+from tinytrainer_nb.model.layers import trainable
 from tinytrainer_nb.all import GRPOArgs, PPOArgs, PretrainArgs, Run, SFTArgs, TinyTrainerError, data_file, grpo, load_examples, load_model, new_model, ppo, pretrain, sft
-from tinytrainer_nb.core import give_back, write_json
-from tinytrainer_nb.models import with_adapter
-from tinytrainer_nb.talk import Conversation, Voice, as_handed_over, chat_panel, held_still, model_at
-from tinytrainer_nb.tinylora import TinyLoraArgs, add_tinylora
-from tinytrainer_nb.trainer import begin
+from tinytrainer_nb.hardware import give_back
+from tinytrainer_nb.core import write_json
+from tinytrainer_nb.model.load import with_adapter
+from tinytrainer_nb.panels.conversation import Conversation, Voice, chat_panel, held_still
+from tinytrainer_nb.recipes.restore import as_handed_over, at_checkpoint
+from tinytrainer_nb.model.arguments import TinyLoraArgs
+from tinytrainer_nb.model.tinylora import add_tinylora
+from tinytrainer_nb.recipes.start import begin
 
 from live import adapter, figures, until
 
@@ -131,7 +136,7 @@ def test_runs_of_other_processes_answer_from_their_folder(lessons, tmp_path):
     result, other = trainable(run.model), Run.open(run.folder)
     voice = Voice(other)
     with voice.still(): assert voice.step == 2 and voice.model is not run.model and all(torch.equal(p, result[n]) for n, p in trainable(voice.model).items())
-    at_end, _ = model_at(other, other.last_checkpoint()[0])
+    at_end, _ = at_checkpoint(other, other.last_checkpoint()[0])
     assert trainable(at_end).keys() == result.keys() and all(torch.equal(p, result[n]) for n, p in trainable(at_end).items())
     write_json(run.folder / "run.json", run.info | dict(status="running", process=dict(pid=1, started=0.0)))  # as if it had died
     newest, later = run.folder / "checkpoints/step-000002", tmp_path / "later"
@@ -159,7 +164,7 @@ def test_pretraining_has_no_before(tmp_path):
     assert panel.answer("Once").keys() == {"after"}
     whole = {n: p.clone() for n, p in model.named_parameters()}
     write_json(run.folder / "run.json", run.info | dict(status="failed"))
-    again, _ = model_at(run, run.last_checkpoint()[0])
+    again, _ = at_checkpoint(run, run.last_checkpoint()[0])
     assert all(torch.equal(p, whole[n]) for n, p in again.named_parameters())
     panel.close()
 

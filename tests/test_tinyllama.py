@@ -2,13 +2,16 @@
 import pytest
 from transformers import AutoTokenizer
 
-from tinytrainer_nb.adapters import LoraArgs, add_lora
+from tinytrainer_nb.model.arguments import LoraArgs
+from tinytrainer_nb.model.lora import add_lora
 from tinytrainer_nb.core import data_file
-from tinytrainer_nb.data import load_examples, load_prompts
-from tinytrainer_nb.models import load_model
-from tinytrainer_nb.rollout import GenerateArgs, generate
-from tinytrainer_nb.sft import SFTArgs, sft
-from tinytrainer_nb.tokens import encode_chat, pack_row, prompt_ids, render
+from tinytrainer_nb.data.formats import load_examples, load_prompts
+from tinytrainer_nb.model.load import load_model
+from tinytrainer_nb.compute.arguments import GenerateArgs
+from tinytrainer_nb.compute.generate import generate
+from tinytrainer_nb.recipes.arguments import SFTArgs
+from tinytrainer_nb.recipes.sft import sft
+from tinytrainer_nb.data.tokens import encode_chat, pack_row, prompt_ids, render
 
 CHAT = [dict(role="system", content="Be short."), dict(role="user", content="How much is 2 + 2?"), dict(role="assistant", content="It is 4."),
         dict(role="user", content="And 3 + 3?"), dict(role="assistant", content="6, and that is all.")]
@@ -55,7 +58,7 @@ def test_a_model_learns_to_stop_though_padding_is_its_end_token(tmp_path, masked
     model, tokenizer = load_model("tiny", quantization="none", verbose=False)
     tokenizer.eos_token = tokenizer.pad_token = "~" # which the base has never seen at an end
     if masked:
-        from tinytrainer_nb import sft as module
+        from tinytrainer_nb.data import rows as module
         plain = module.encode_chat
         monkeypatch.setattr(module, "encode_chat", lambda t, *a: (row := plain(t, *a)) | dict(labels=[-100 if x == t.pad_token_id else x for x in row["labels"]]))
     sft(add_lora(model, LoraArgs(r=8)), tokenizer, load_examples(data_file("sft.jsonl")).select(range(400)),

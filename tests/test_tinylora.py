@@ -16,12 +16,17 @@ from safetensors.torch import load_file
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from tinytrainer_nb import tinylora
-from tinytrainer_nb.adapters import LoraArgs, add_lora, count_trainable, freeze_reference, is_fresh, merged, save_adapter, stack_adapter, trainable, using_adapters
+from tinytrainer_nb.model import tinylora
+from tinytrainer_nb.model.arguments import LoraArgs
+from tinytrainer_nb.model.lora import add_lora, freeze_reference, is_fresh, save_adapter, stack_adapter, using_adapters
+from tinytrainer_nb.model.layers import count_trainable, trainable
+from tinytrainer_nb.model.export import merged
 from tinytrainer_nb.all import PPOArgs, Run, SFTArgs, TinyTrainerError, data_file, load_examples, load_model, ppo, save_merged, sft
-from tinytrainer_nb.core import peak_memory
-from tinytrainer_nb.models import compute_context, with_adapter
-from tinytrainer_nb.tinylora import TinyLoraArgs, TinyLoraLayer, adapter_line, add_tinylora, from_line, truncated_svd
+from tinytrainer_nb.hardware import peak_memory
+from tinytrainer_nb.model.base import compute_context
+from tinytrainer_nb.model.load import with_adapter
+from tinytrainer_nb.model.arguments import TinyLoraArgs
+from tinytrainer_nb.model.tinylora import TinyLoraLayer, adapter_line, add_tinylora, from_line, truncated_svd
 
 IDS = torch.arange(3, 67).reshape(2, 32)
 QUICK = dict(warmup_steps=0, eval_steps=0, sample_steps=0, save_steps=0)

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from tinytrainer_nb.all import LoraArgs, PPOArgs, Run, SFTArgs, TinyTrainerError, add_lora, data_file, load_examples, load_model, load_prompts, ppo, sft
-from tinytrainer_nb import core, trainer
-from tinytrainer_nb.adapters import trainable
-from tinytrainer_nb.sft import SFTTrainer
+from tinytrainer_nb import hardware as core
+from tinytrainer_nb.recipes import arguments as trainer
+from tinytrainer_nb.model.layers import trainable
+from tinytrainer_nb.recipes.sft import SFTTrainer
 
 SMALL = dict(batch_size=2, max_length=128, warmup_steps=0, eval_steps=0, sample_steps=0, save_steps=0)
 

@@ -11,18 +11,23 @@ import torch
 from safetensors.torch import load_file
 from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from tinytrainer_nb import upper
-from tinytrainer_nb.adapters import LoraArgs, add_lora, stack_adapter, trainable
+from tinytrainer_nb.compute import lower_states as upper
+from tinytrainer_nb.model.arguments import LoraArgs
+from tinytrainer_nb.model.lora import add_lora, stack_adapter
+from tinytrainer_nb.model.layers import trainable
 from tinytrainer_nb.core import TinyTrainerError, data_file
-from tinytrainer_nb.data import load_examples
-from tinytrainer_nb.fast import thin_adapters
-from tinytrainer_nb.models import compute_context, load_model
-from tinytrainer_nb.rollout import GenerateArgs, generate
-from tinytrainer_nb.run import Run
-from tinytrainer_nb.sft import SFTArgs, sft
-from tinytrainer_nb.tinylora import add_tinylora
-from tinytrainer_nb.tokens import Collator, encode_chat, pack_row
-from tinytrainer_nb.upper import Hidden, UpperCollator, first_trained_layer, hidden_bytes, lower_states, starting_at
+from tinytrainer_nb.data.formats import load_examples
+from tinytrainer_nb.compute.thin import thin_adapters
+from tinytrainer_nb.model.base import compute_context
+from tinytrainer_nb.model.load import load_model
+from tinytrainer_nb.compute.arguments import GenerateArgs
+from tinytrainer_nb.compute.generate import generate
+from tinytrainer_nb.runs.run import Run
+from tinytrainer_nb.recipes.arguments import SFTArgs
+from tinytrainer_nb.recipes.sft import sft
+from tinytrainer_nb.model.tinylora import add_tinylora
+from tinytrainer_nb.data.tokens import Collator, encode_chat, pack_row
+from tinytrainer_nb.compute.lower_states import Hidden, UpperCollator, first_trained_layer, hidden_bytes, lower_states, starting_at
 
 QUIET = dict(batch_size=4, warmup_steps=1, eval_steps=0, sample_steps=0, save_steps=0)
 
