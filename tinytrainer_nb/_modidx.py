@@ -1508,6 +1508,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                               'tinytrainer_nb/recipes/preference.py'),
                                                    'tinytrainer_nb.recipes.preference._begin': ( 'recipes/preference.html#_begin',
                                                                                                  'tinytrainer_nb/recipes/preference.py'),
+                                                   'tinytrainer_nb.recipes.preference._built': ( 'recipes/preference.html#_built',
+                                                                                                 'tinytrainer_nb/recipes/preference.py'),
                                                    'tinytrainer_nb.recipes.preference._pairs_of': ( 'recipes/preference.html#_pairs_of',
                                                                                                     'tinytrainer_nb/recipes/preference.py'),
                                                    'tinytrainer_nb.recipes.preference.answer_logprobs': ( 'recipes/preference.html#answer_logprobs',

@@ -11,6 +11,7 @@ import contextlib, copy
 import torch
 import torch.nn.functional as F
 from torch import nn
+from peft import PeftModel
 from ..core import TinyTrainerError
 from ..hardware import free_memory
 from bitsandbytes.functional import dequantize_4bit
@@ -45,12 +46,12 @@ def written_out(
 
 # %% ../../nbs/model/03_layers.ipynb #a5cdae00
 def has_adapter(model: nn.Module) -> bool:
-    "Whether PEFT has put an adapter on `model`."
+    "Whether PEFT has put an adapter on `model`; of the model below a wrapper, too."
     return hasattr(model, "peft_config")
 
 def plain_model(model: nn.Module) -> nn.Module:
     "The `transformers` model below the adapters."
-    return model.get_base_model() if has_adapter(model) else model
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 def plain_layer(layer: nn.Module) -> nn.Module:
     "The layer below its adapter."
