@@ -611,6 +611,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'tinytrainer_nb/model/arguments.py'),
                                                 'tinytrainer_nb.model.arguments.TinyLoraArgs': ( 'model/arguments.html#tinyloraargs',
                                                                                                  'tinytrainer_nb/model/arguments.py'),
+                                                'tinytrainer_nb.model.arguments._first_and_last': ( 'model/arguments.html#_first_and_last',
+                                                                                                    'tinytrainer_nb/model/arguments.py'),
                                                 'tinytrainer_nb.model.arguments.known_shape': ( 'model/arguments.html#known_shape',
                                                                                                 'tinytrainer_nb/model/arguments.py'),
                                                 'tinytrainer_nb.model.arguments.layer_numbers': ( 'model/arguments.html#layer_numbers',
