@@ -149,7 +149,7 @@ def _quantized(path: str, config, quantization: str, dtype: torch.dtype, device:
     return model
 
 def _leave_file(model) -> None:
-    "Copy what was not quantized: a view of the weight file, and one view keeps the whole file mapped into memory."
+    "Copy the tensors that were not quantized: views of the weight file, each of which keeps all of it in memory."
     for p in model.parameters():
         if p.device.type == "cpu" and p.is_floating_point(): p.data = p.data.clone()
 
