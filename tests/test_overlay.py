@@ -51,7 +51,7 @@ def test_all_that_differs_and_nothing_else(tmp_path):
 
 
 def test_a_setting_that_one_run_does_not_have(tmp_path):
-    runs = [make(tmp_path / "a", steps=1), make(tmp_path / "b", PPOArgs(), steps=1, recipe="ppo", reward="exact_answer")]
+    runs = [make(tmp_path / "a", steps=1), make(tmp_path / "b", PPOArgs(), steps=1, recipe="ppo", reward=dict(kind="built_in", spec="exact_answer", names=["exact_answer"]))]
     found = settings_difference(runs)
     assert found["recipe"] == ["sft", "ppo"] and found["kl_coef"] == [ABSENT, 0.01] and found["train_on_all"] == [False, ABSENT] and found["reward"] == [ABSENT, "exact_answer"]
     assert "num_generations" in difference_html(runs) and list(found)[0] == "recipe"
