@@ -246,6 +246,7 @@ def test_start_pause_talk_change_continue_stop(scene):
     scene.picture("stopped")
 
 
+@pytest.mark.slow
 def test_an_error_is_shown(scene):
     "A reward that fails in the second round, in a run that a person has started"
     scene.cells("error", START + """
@@ -289,6 +290,7 @@ run.panel()""")
     assert info(folder)["status"] == "finished" and [e["step"] for e in events(folder) if e["kind"] == "status" and e["value"] == "running"][-1] >= 5
 
 
+@pytest.mark.slow
 def test_two_runs_are_compared(scene):
     scene.cells("compare", START + """
 for rate in (1e-3, 1e-4):
@@ -300,6 +302,7 @@ compare_panel(["runs/rate-0.001", "runs/rate-0.0001"])""")
     scene.picture("compare", keep=True)
 
 
+@pytest.mark.slow
 def test_rollouts_of_a_live_ppo_run(scene):
     scene.lesson("09_live_rewards", sft_steps=25)
     for field, value in dict(max_steps=8, batch_size=4, max_new_tokens=48).items(): scene.fill(field, value)
@@ -312,6 +315,7 @@ def test_rollouts_of_a_live_ppo_run(scene):
     scene.picture("live_rewards", keep=True, at=".tinytrainer-rolloutpanel")
 
 
+@pytest.mark.slow
 def test_thirteen_numbers_by_hand(scene):
     scene.lesson("10_by_hand", max_steps=3)
     for field, value in dict(max_steps=4, batch_size=4, num_generations=4, max_new_tokens=96).items(): scene.fill(field, value)

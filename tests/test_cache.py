@@ -24,10 +24,11 @@ from tinytrainer_nb.model.base import weights_key
 from forked import Script
 
 
-def write_base(folder: Path, tied: bool = True) -> Path:
-    "A Llama of 40 million random weights with the embedded base's tokenizer"
+def write_base(folder: Path, tied: bool = True, large: bool = False) -> Path:
+    "A Llama of 5 or of 40 million random weights with the embedded base's tokenizer"
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=1024, hidden_size=768, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=12,
+    width, mlp = (768, 2048) if large else (264, 704)
+    LlamaForCausalLM(LlamaConfig(vocab_size=1024, hidden_size=width, intermediate_size=mlp, num_hidden_layers=6, num_attention_heads=12,
                                  num_key_value_heads=6, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2)).bfloat16().save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (data_file("tiny") / name).exists(): shutil.copy(data_file("tiny") / name, folder)
@@ -39,9 +40,15 @@ def base(tmp_path_factory) -> Path:
     return write_base(tmp_path_factory.mktemp("base"))
 
 
+@pytest.fixture(scope="module")
+def large_base(tmp_path_factory) -> Path:
+    return write_base(tmp_path_factory.mktemp("large"), large=True)
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
-    "An empty cache for each test"
+    "An empty cache for each test, in which a base of five million weights is worth keeping: how many are is not what most tests are about"
+    monkeypatch.setattr(models, "WORTH_KEEPING", 4_500_000)
     monkeypatch.setenv("TINYTRAINER_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("TINYTRAINER_CACHE_GB", raising=False)
     return tmp_path / "cache"
@@ -165,7 +172,7 @@ def test_nothing_of_the_file_stays_in_use(base, cache):
 
 def test_changed_weights_are_noticed(tmp_path):
     "Also if the file keeps its size and gets its old date back, after its hash was remembered"
-    folder = write_base(tmp_path / "base")
+    folder = write_base(tmp_path / "base", large=True)  # hashes of smaller files are not remembered
     file = folder / "model.safetensors"
     time.sleep(2.1)
     first = load(folder)
@@ -230,7 +237,10 @@ def test_a_damaged_entry_is_made_anew(base, damage):
     assert differences(again, after) == [] and len(cache_entries()) == 1
 
 
-def test_a_small_base_is_not_kept(cache):
+def test_a_small_base_is_not_kept(cache, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setenv("TINYTRAINER_CACHE", str(cache))
+    assert models.WORTH_KEEPING == 30_000_000
     assert load_model("tiny", "nf4", verbose=False)[0].load_report.cache == ""
     assert not cache.exists()
 
@@ -281,10 +291,10 @@ def test_reading_marks_as_used():
     assert [e.path.stem[-1] for e in cache_entries()] == ["b", "a"]
 
 
-def test_what_is_larger_than_the_cache_is_not_kept(base, monkeypatch, capsys):
+def test_what_is_larger_than_the_cache_is_not_kept(large_base, monkeypatch, capsys):
     keep_tensors("a" * 64, megabytes(1))
     monkeypatch.setenv("TINYTRAINER_CACHE_GB", "0.01")
-    for _ in range(2): model, _ = load_model(base, "nf4", "bf16", device="cpu")
+    for _ in range(2): model, _ = load_model(large_base, "nf4", "bf16", device="cpu")
     assert "TINYTRAINER_CACHE_GB allows" in model.load_report.cache and len(cache_entries()) == 1, "it pushed out another, for nothing"
     assert capsys.readouterr().err.count("are not kept for the next time") == 1
 
@@ -326,6 +336,8 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
 
 
 LOAD = """
+import tinytrainer_nb.model.base
+tinytrainer_nb.model.base.WORTH_KEEPING = 4_500_000
 import hashlib, json, sys, torch
 from tinytrainer_nb.model.load import load_model
 model = load_model(sys.argv[1], "nf4", "bf16", device="cpu")[0]
@@ -353,7 +365,7 @@ def test_two_processes_at_once(base, cache):
 
 
 def test_a_process_that_dies_leaves_no_entry(base, cache):
-    died = start(base, "import os, tinytrainer_nb.cache\ntinytrainer_nb.cache.patiently = lambda *a: os._exit(9)\n")
+    died = start(base, "import os, tinytrainer_nb.model.cache\ntinytrainer_nb.model.cache.patiently = lambda *a: os._exit(9)\n")
     died.communicate(timeout=300)
     assert died.returncode == 9 and not cache_entries()
     left, = cache.glob(".*.partial")
@@ -361,9 +373,9 @@ def test_a_process_that_dies_leaves_no_entry(base, cache):
     assert load(base).load_report.cache == "miss" and not left.exists() and len(cache_entries()) == 1
 
 
-def test_a_process_that_dies_while_it_writes_leaves_nothing_for_ever(base, cache):
+def test_a_process_that_dies_while_it_writes_leaves_nothing_for_ever(large_base, cache):
     "safetensors has a file of another name until it has written the last byte"
-    died = start(base, f"import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_DFL)\nresource.setrlimit({pytest.importorskip('resource').RLIMIT_FSIZE}, (10**6, 10**6))\n")
+    died = start(large_base, f"import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_DFL)\nresource.setrlimit({pytest.importorskip('resource').RLIMIT_FSIZE}, (10**6, 10**6))\n")
     died.communicate(timeout=300)
     assert died.returncode < 0 and not cache_entries() and any(f.is_file() for f in cache.rglob("*"))
     assert clear_cache() > 0 and not list(cache.rglob("*"))
@@ -393,9 +405,9 @@ def test_a_write_that_fails_in_the_middle(base, cache):
     assert end(start(base))[1] == digest
 
 
-def test_a_disk_without_room(base, monkeypatch):
+def test_a_disk_without_room(large_base, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - 10**7, 10**7))
-    assert "0.01 GB free" in load(base).load_report.cache and not cache_entries()
+    assert "0.01 GB free" in load(large_base).load_report.cache and not cache_entries()
 
 
 def test_a_hub_id_is_kept_by_its_commit(base, tmp_path):

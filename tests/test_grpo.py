@@ -190,6 +190,7 @@ def test_a_bandit_converges(tmp_path):
     assert sum(rewards[-5:]) / 5 > 0.9, rewards
 
 
+@pytest.mark.slow
 def test_price_holds_the_policy(tmp_path):
     "A large KL coefficient keeps the policy at its reference"
     free, held = (grpo(*policy(), PROMPTS, letters, small(tmp_path / f"kl{beta}", max_steps=10, batch_size=4, learning_rate=3e-3, kl_coef=beta, minibatches=2)).history("kl")[1] for beta in (0.0, 10.0))

@@ -41,7 +41,9 @@ def test_small_parameters_exist():
 
 
 LIVE = ["tutorials/04_live_panel", "tutorials/09_live_rewards", "tutorials/10_by_hand"]
-LONG = ["benchmarks/02_tinyllama_size"] # each of its stages is a process of its own
+# Benchmarks start processes of their own, with other libraries in some: minutes for what tests/test_parameters.py looks at in a second (their parameters and cases),
+# and test_quickstart, tutorials and the peers' own cells for what they train. Two of them, which need no other process, stay among the quick tests.
+LONG = [name for name in NOTEBOOKS if name.startswith("benchmarks/") and name not in ("benchmarks/05_panel_cost", "benchmarks/10_where_time_goes")]
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in NOTEBOOKS])

@@ -71,7 +71,7 @@ def test_a_killed_kernel_is_found_again_and_goes_on(tmp_path, whole):
     panel.close()
 
 
-@pytest.mark.parametrize("pauses", [50, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pauses", [20, pytest.param(200, marks=pytest.mark.slow)])
 def test_many_pauses_leave_nothing(tmp_path, pauses):
     alike = [dict(prompt="How much is 2 + 2?", completion="4")] * 50  # of other lengths PyTorch keeps code for each, which is memory, too
     run = train(tmp_path / "run", live=True, examples=alike, max_steps=500, batch_size=1)
@@ -95,7 +95,7 @@ def test_many_pauses_leave_nothing(tmp_path, pauses):
     until(lambda: not any(t.name.startswith("tinytrainer") for t in threading.enumerate()), "all threads end")
 
 
-@pytest.mark.parametrize("changed", [500, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("changed", [200, pytest.param(2000, marks=pytest.mark.slow)])
 def test_many_learning_rates_leave_nothing(tmp_path, changed):
     run = train(tmp_path / "run", live=True, max_steps=5000)
     panel = RunPanel(run, every=0.05)

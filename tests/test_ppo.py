@@ -142,6 +142,7 @@ def test_bandit_converges(tmp_path):
     assert sum(rewards[-5:]) / 5 > 0.9, rewards
 
 
+@pytest.mark.slow
 def test_price_holds_the_policy(tmp_path):
     "A large KL coefficient keeps the policy at its reference; of two seeds together, for ten rounds of one are a matter of luck"
     def distances(beta, seed):

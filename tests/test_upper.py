@@ -231,7 +231,7 @@ def undisturbed(tmp_path_factory) -> Path:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
-@pytest.mark.parametrize("moment", ["while states are computed", "between checkpoints", "and files are lost"])
+@pytest.mark.parametrize("moment", ["while states are computed", pytest.param("between checkpoints", marks=pytest.mark.slow), "and files are lost"])
 def test_killed_and_resumed(moment, undisturbed, tmp_path):
     "The adapter and every figure are those of the run that was left alone, bit for bit"
     run, hidden = tmp_path / "run", tmp_path / "run" / "hidden"
