@@ -17,16 +17,16 @@ import pytest
 
 from tinytrainer_nb.data.tinyworld import write_data
 from tools import colab, readme
-from tools.reading import reading_order
+from tools.reading import opening, parts
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS, PACKAGE = ROOT / "nbs", ROOT / "tinytrainer_nb"
 MADE = {"__pycache__", ".ipynb_checkpoints"}  # folders that working leaves behind and git ignores
 NOTEBOOKS = sorted(p for p in NBS.rglob("*.ipynb") if not MADE & set(p.relative_to(ROOT).parts))
 LESSONS = [p for p in NOTEBOOKS if p.parent.name in ("tutorials", "benchmarks")]
-READING = reading_order()  # the order in which they are listed
+READING = [path for part, paths in parts().items() if part != "docs" for path in paths]  # in the order of the list
 LINK = re.compile(r'(?:\]\(|(?:src|href)=")(?![a-z]+:|#|/)([^)\s"#]+)')
-FOLDERS = (".ci", ".github", "data", "nbs", "tests", "tinytrainer_nb", "tools")
+FOLDERS = (".ci", ".github", "data", "docs", "nbs", "tests", "tinytrainer_nb", "tools")
 PATHS = r"(?:(?<![\w.:/-])|file://)/(?:{})/|\b[A-Za-z]:\\Users\b"
 OUTPUT_PATH = re.compile(PATHS.format("work|tmp|root|home|Users|content"))
 TEXT_PATH = re.compile(PATHS.format("work|root|home|Users"))
@@ -94,7 +94,26 @@ def test_cleaning_leaves_no_difference(copy):
 
 def test_readme_is_fresh():
     stale = readme.difference()
-    assert not stale, f"README.md is not what nbs/index.ipynb says; run `python tools/readme.py`\n{stale}"
+    assert not stale, f"README.md or docs/ is not what the notebooks say; run `python tools/readme.py`\n{stale}"
+
+
+def test_the_readme_is_short():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = text.splitlines()
+    assert len(lines) <= 150, f"README.md has {len(lines)} lines: move some of it to a page in nbs/docs"
+    cells = [cell.strip() for line in lines if line.startswith("|") for cell in line.strip("|").split("|")]
+    long = [cell for cell in cells if len(cell.split()) > 20]
+    assert not long, f"cells of README.md with more than 20 words: {long}"
+    assert "```python" in lines[:39], "README.md shows no Python before line 40"
+    rows = re.search(r"```json\n(.*?)\n```", text, re.S)[1].splitlines()
+    data = (ROOT / "data" / "sft.jsonl").read_text(encoding="utf-8").splitlines()
+    assert rows and set(rows) <= set(data), "README.md shows rows that data/sft.jsonl does not have"
+
+
+def test_features_claim_no_factor():
+    features = re.search(r"## What it does\n(.*?)\n## ", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[1]
+    factors = re.findall(r"\d[\d.]*\s*(?:x|×|times)\b", features)
+    assert not factors, f"README.md's features claim {factors}: a factor belongs into the table, beside its conditions"
 
 
 def test_badges_and_colab_cells_are_fresh():
@@ -183,15 +202,18 @@ def links(path: Path) -> list[Path]:
 
 
 def test_links_lead_somewhere():
-    broken = [f"{name(p)}: {target.relative_to(ROOT)}" for p in [*NOTEBOOKS, *ROOT.glob("*.md"), ROOT / "data" / "README.md"]
-              for target in links(p) if not target.exists()]
+    pages = [*NOTEBOOKS, *ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "data" / "README.md"]
+    broken = [f"{name(p)}: {target.relative_to(ROOT)}" for p in pages for target in links(p) if not target.exists()]
     assert not broken, f"links to files that are not there: {broken}"
 
 
-def test_the_readme_lists_every_notebook_in_reading_order():
-    table = re.search(r"## The notebooks, in reading order(.*?)\n## ", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[1]
-    rows = [(ROOT / m).resolve() for m in re.findall(r"^\| \[.*?\]\((.*?\.ipynb)\)", table, re.M)]
-    assert rows == READING, f"not listed, or not in order: {[name(p) for p in READING if p not in rows] or [name(p) for p in rows]}"
+def test_the_list_of_notebooks_is_whole_and_fresh():
+    text = (ROOT / "docs" / "notebooks.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| \[(.*?)\]\((.*?\.ipynb)\) \| (.*) \|$", text, re.M)
+    rows = [((ROOT / "docs" / link).resolve(), title, teaches) for title, link, teaches in listed]
+    expected = [(path, *opening(path)) for path in READING]
+    differ = [name(path) for path, *_ in [row for row in expected if row not in rows] or rows]
+    assert rows == expected, f"not listed as they are, or not in order: {differ}; run `python tools/readme.py --run`"
 
 
 def test_each_notebook_links_to_the_next():
