@@ -297,6 +297,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'tinytrainer_nb.core._Cell.flush': ('core.html#_cell.flush', 'tinytrainer_nb/core.py'),
                                      'tinytrainer_nb.core._Cell.write': ('core.html#_cell.write', 'tinytrainer_nb/core.py'),
                                      'tinytrainer_nb.core._shown': ('core.html#_shown', 'tinytrainer_nb/core.py'),
+                                     'tinytrainer_nb.core._sync_tree': ('core.html#_sync_tree', 'tinytrainer_nb/core.py'),
                                      'tinytrainer_nb.core.builds': ('core.html#builds', 'tinytrainer_nb/core.py'),
                                      'tinytrainer_nb.core.data_file': ('core.html#data_file', 'tinytrainer_nb/core.py'),
                                      'tinytrainer_nb.core.escaped': ('core.html#escaped', 'tinytrainer_nb/core.py'),
