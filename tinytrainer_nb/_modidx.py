@@ -2035,6 +2035,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'tinytrainer_nb/settings.py'),
                                          'tinytrainer_nb.settings.Settings.to_dict': ( 'settings.html#settings.to_dict',
                                                                                        'tinytrainer_nb/settings.py'),
+                                         'tinytrainer_nb.settings._in_range': ('settings.html#_in_range', 'tinytrainer_nb/settings.py'),
+                                         'tinytrainer_nb.settings._is_a': ('settings.html#_is_a', 'tinytrainer_nb/settings.py'),
                                          'tinytrainer_nb.settings.allowed': ('settings.html#allowed', 'tinytrainer_nb/settings.py'),
                                          'tinytrainer_nb.settings.as_text': ('settings.html#as_text', 'tinytrainer_nb/settings.py'),
                                          'tinytrainer_nb.settings.check_value': ('settings.html#check_value', 'tinytrainer_nb/settings.py'),
