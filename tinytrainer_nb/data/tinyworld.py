@@ -113,7 +113,7 @@ _NAMES = tuple(PEOPLE)
 class Kind:
     "A kind of word problem: what is drawn, how it is asked, how it is solved."
     name: str
-    draws: tuple      # (variable, low, high) of compiled bounds, or (variable, expression, None) if computed from earlier ones
+    draws: tuple      # (variable, low, high) of compiled bounds, or (variable, expression, None) if it is computed
     wordings: tuple   # texts with {slots}
     steps: tuple      # (left, operator, right, result, text): three variables or numbers, and what the result counts
     shown: tuple      # the variables that the question names: they make the canonical key
@@ -130,20 +130,26 @@ def _parse_draw(text: str) -> tuple:
     return name, _compile(low), _compile(high)
 
 # %% ../../nbs/data/05_tinyworld.ipynb #387b68d5
+_STEP = re.compile(r"step: (\w+) (.) (\w+) = (\w+) \| (.*)")
+
 def parse_kinds(
     text: str,            # blocks of `kind:`, `numbers:`, `ask:`, `step:` lines
 ) -> tuple[Kind, ...]:    # in the order of the text
     "Read kinds of problems from their description."
-    kinds = []
-    for block in re.split(r"^kind: ", text.strip(), flags=re.M)[1:]:
-        name, numbers, *lines = block.strip().splitlines()
-        draws = tuple(_parse_draw(draw) for draw in numbers.removeprefix("numbers: ").split(";"))
-        wordings = tuple(line.removeprefix("ask: ") for line in lines if line.startswith("ask: "))
-        steps = tuple(re.match(r"step: (\w+) (.) (\w+) = (\w+) \| (.*)", line).groups() for line in lines if line.startswith("step: "))
-        shown = tuple(name for name, _, _ in draws if "{" + name + "}" in wordings[0])
-        for wording in wordings: assert all("{" + v + "}" in wording for v in shown), f"{name}: every wording must name {shown}: {wording}"
-        kinds.append(Kind(name, draws, wordings, steps, shown))
-    return tuple(kinds)
+    blocks = re.split(r"^kind: ", text.strip(), flags=re.M)[1:]
+    return tuple(_parse_kind(block) for block in blocks)
+
+def _parse_kind(block: str) -> Kind:
+    "One kind; every wording must name the same numbers."
+    name, numbers, *lines = block.strip().splitlines()
+    draws = tuple(_parse_draw(draw) for draw in numbers.removeprefix("numbers: ").split(";"))
+    wordings = tuple(line.removeprefix("ask: ") for line in lines if line.startswith("ask: "))
+    steps = tuple(_STEP.match(line).groups() for line in lines if line.startswith("step: "))
+    shown = tuple(variable for variable, _, _ in draws if "{" + variable + "}" in wordings[0])
+    for wording in wordings:
+        complete = all("{" + variable + "}" in wording for variable in shown)
+        assert complete, f"{name}: every wording must name {shown}: {wording}"
+    return Kind(name, draws, wordings, steps, shown)
 
 # %% ../../nbs/data/05_tinyworld.ipynb #07e762b5
 _ONE_STEP = parse_kinds("""
@@ -208,14 +214,18 @@ step: a + b = t | {o} at first.
 step: t - c = z | {o} left.
 kind: join_share
 numbers: d 3..9; q 36..99; b 41..d*q-41; a = d*q-b
-ask: {P} has {a} {o} and {Q} has {b} {o}. They put them together and share them equally among {d} friends. How many {o} does each friend get?
-ask: {P} finds {a} {o} and {Q} finds {b} {o}. They put all of them into {d} {boxes}, the same number in each {box}. How many {o} are in each {box}?
+ask: {P} has {a} {o} and {Q} has {b} {o}. They put them together and share them equally among {d} friends. How many \
+{o} does each friend get?
+ask: {P} finds {a} {o} and {Q} finds {b} {o}. They put all of them into {d} {boxes}, the same number in each {box}. \
+How many {o} are in each {box}?
 step: a + b = t | {o} together.
 step: t / d = z | {o} in each.
 kind: gift_share
 numbers: d 3..9; q 13..96; b 105..380; a = d*q+b
-ask: {P} has {a} {o}. {P} keeps {b} {o} and shares the rest equally among {d} friends. How many {o} does each friend get?
-ask: {P} has {a} {o}. {P} gives {b} {o} to {Q} and puts the rest into {d} {boxes}, the same number in each {box}. How many {o} are in each {box}?
+ask: {P} has {a} {o}. {P} keeps {b} {o} and shares the rest equally among {d} friends. How many {o} does each friend \
+get?
+ask: {P} has {a} {o}. {P} gives {b} {o} to {Q} and puts the rest into {d} {boxes}, the same number in each {box}. \
+How many {o} are in each {box}?
 step: a - b = t | {o} to share.
 step: t / d = z | {o} in each.
 """)
@@ -258,29 +268,37 @@ step: t - c = z | {o} left.
 _THREE_STEPS = parse_kinds("""
 kind: two_sorts
 numbers: a 24..95; b 3..9; c 24..95; d 3..9
-ask: {P} has {a} {boxes} with {b} {o} in each {box}. {Q} has {c} {boxes} with {d} {o} in each {box}. How many {o} do they have together?
-ask: In the shop are {a} {boxes} with {b} {o} in each {box} and {c} {boxes} with {d} {o} in each {box}. How many {o} are in the shop?
+ask: {P} has {a} {boxes} with {b} {o} in each {box}. {Q} has {c} {boxes} with {d} {o} in each {box}. How many {o} do \
+they have together?
+ask: In the shop are {a} {boxes} with {b} {o} in each {box} and {c} {boxes} with {d} {o} in each {box}. How many {o} \
+are in the shop?
 step: a * b = t | {o} first.
 step: c * d = u | {o} second.
 step: t + u = z | {o} together.
 kind: boxes_loose_gift
 numbers: a 24..95; b 3..9; c 108..470; e 45..a*b+c-60
-ask: {P} has {a} {boxes} with {b} {o} in each {box}, and {c} loose {o}. {P} gives {e} {o} to {Q}. How many {o} does {P} have left?
-ask: There are {a} {boxes} with {b} {o} in each {box}, and {c} {o} on the table. {P} sells {e} {o}. How many {o} are left?
+ask: {P} has {a} {boxes} with {b} {o} in each {box}, and {c} loose {o}. {P} gives {e} {o} to {Q}. How many {o} does \
+{P} have left?
+ask: There are {a} {boxes} with {b} {o} in each {box}, and {c} {o} on the table. {P} sells {e} {o}. How many {o} are \
+left?
 step: a * b = t | {o} in the {boxes}.
 step: t + c = u | {o} in all.
 step: u - e = z | {o} left.
 kind: boxes_loose_share
 numbers: a 24..48; b 3..6; d 3..9; q a*b//d+14..max(a*b//d+40, 99); c = d*q-a*b
-ask: {P} has {a} {boxes} with {b} {o} in each {box}, and {c} loose {o}. {P} shares all {o} equally among {d} friends. How many {o} does each friend get?
-ask: There are {a} {boxes} with {b} {o} in each {box}, and {c} {o} on the table. {d} friends share all {o} equally. How many {o} does each friend get?
+ask: {P} has {a} {boxes} with {b} {o} in each {box}, and {c} loose {o}. {P} shares all {o} equally among {d} \
+friends. How many {o} does each friend get?
+ask: There are {a} {boxes} with {b} {o} in each {box}, and {c} {o} on the table. {d} friends share all {o} equally. \
+How many {o} does each friend get?
 step: a * b = t | {o} in the {boxes}.
 step: t + c = u | {o} in all.
 step: u / d = z | {o} for each.
 kind: repack
 numbers: d 3..9; q 13..96; b 105..380; c 12..95; a = d*q+b
-ask: {P} has {a} {o}. {P} gives {b} {o} to {Q} and puts the rest into {d} {boxes}, the same number in each {box}. Then {P} adds {c} {o} to each {box}. How many {o} are in each {box} now?
-ask: {P} has {a} {o}. {P} loses {b} {o} and shares the rest equally among {d} friends. Each friend already had {c} {o}. How many {o} does each friend have now?
+ask: {P} has {a} {o}. {P} gives {b} {o} to {Q} and puts the rest into {d} {boxes}, the same number in each {box}. \
+Then {P} adds {c} {o} to each {box}. How many {o} are in each {box} now?
+ask: {P} has {a} {o}. {P} loses {b} {o} and shares the rest equally among {d} friends. Each friend already had {c} \
+{o}. How many {o} does each friend have now?
 step: a - b = t | {o} to share.
 step: t / d = u | {o} for each.
 step: u + c = z | {o} in each now.
@@ -297,22 +315,28 @@ step: a + t = u | {o} together.
 step: u - c = z | {o} left.
 kind: wages
 numbers: a 45..95; b 3..9; d 3..9; q 12..min(99, (a*b-24)//d); c = a*b-d*q
-ask: {P} earns {a} coins a day for {b} days. {P} spends {c} coins and shares the rest equally among {d} friends. How many coins does each friend get?
-ask: {P} sells {a} {o} for {b} coins each. {P} spends {c} coins and shares the rest equally among {d} friends. How many coins does each friend get?
+ask: {P} earns {a} coins a day for {b} days. {P} spends {c} coins and shares the rest equally among {d} friends. How \
+many coins does each friend get?
+ask: {P} sells {a} {o} for {b} coins each. {P} spends {c} coins and shares the rest equally among {d} friends. How \
+many coins does each friend get?
 step: a * b = t | coins at first.
 step: t - c = u | coins to share.
 step: u / d = z | coins for each.
 kind: times_fewer
 numbers: a 24..95; b 3..9; c 21..a*b-24
-ask: {P} has {a} {o}. {Q} has {b} times as many {o} as {P}. {R} has {c} fewer {o} than {Q}. How many {o} do {P} and {R} have together?
-ask: {P} finds {a} {o}. {Q} finds {b} times as many {o} as {P}. {R} finds {c} fewer {o} than {Q}. How many {o} do {P} and {R} find together?
+ask: {P} has {a} {o}. {Q} has {b} times as many {o} as {P}. {R} has {c} fewer {o} than {Q}. How many {o} do {P} and \
+{R} have together?
+ask: {P} finds {a} {o}. {Q} finds {b} times as many {o} as {P}. {R} finds {c} fewer {o} than {Q}. How many {o} do \
+{P} and {R} find together?
 step: a * b = t | {o} for {Q}.
 step: t - c = u | {o} for {R}.
 step: a + u = z | {o} together.
 kind: busy_shop
 numbers: a 240..690; b 108..a-110; c 105..280; e 42..a-b+60
-ask: There are {a} {o} in the shop. {P} sells {b} {o}. A truck brings {c} more {o}. Then {Q} buys {e} {o}. How many {o} are left?
-ask: {P} has {a} {o}. {P} gives {b} {o} to {Q} and gets {c} {o} from {R}. Then {P} loses {e} {o}. How many {o} does {P} have left?
+ask: There are {a} {o} in the shop. {P} sells {b} {o}. A truck brings {c} more {o}. Then {Q} buys {e} {o}. How many \
+{o} are left?
+ask: {P} has {a} {o}. {P} gives {b} {o} to {Q} and gets {c} {o} from {R}. Then {P} loses {e} {o}. How many {o} does \
+{P} have left?
 step: a - b = t | {o} after the first.
 step: t + c = u | {o} then.
 step: u - e = z | {o} left.
@@ -322,24 +346,30 @@ step: u - e = z | {o} left.
 _FOUR_STEPS = parse_kinds("""
 kind: two_sorts_gift
 numbers: a 24..95; b 3..9; c 24..95; d 3..9; e 105..a*b+c*d-30
-ask: {P} has {a} {boxes} with {b} {o} in each {box}. {Q} has {c} {boxes} with {d} {o} in each {box}. They give {e} {o} to {R}. How many {o} do they have left together?
-ask: In the shop are {a} {boxes} with {b} {o} in each {box} and {c} {boxes} with {d} {o} in each {box}. {P} sells {e} {o}. How many {o} are left in the shop?
+ask: {P} has {a} {boxes} with {b} {o} in each {box}. {Q} has {c} {boxes} with {d} {o} in each {box}. They give {e} \
+{o} to {R}. How many {o} do they have left together?
+ask: In the shop are {a} {boxes} with {b} {o} in each {box} and {c} {boxes} with {d} {o} in each {box}. {P} sells \
+{e} {o}. How many {o} are left in the shop?
 step: a * b = t | {o} first.
 step: c * d = u | {o} second.
 step: t + u = v | {o} together.
 step: v - e = z | {o} left.
 kind: two_sorts_need
 numbers: a 24..75; b 3..8; c 24..75; d 3..8; e a*b+c*d+35..a*b+c*d+480
-ask: {P} has {a} {boxes} with {b} {o} in each {box}. {Q} has {c} {boxes} with {d} {o} in each {box}. They need {e} {o}. How many {o} are missing?
-ask: {town} needs {e} {o}. {P} brings {a} {boxes} with {b} {o} in each {box} and {Q} brings {c} {boxes} with {d} {o} in each {box}. How many {o} are missing?
+ask: {P} has {a} {boxes} with {b} {o} in each {box}. {Q} has {c} {boxes} with {d} {o} in each {box}. They need {e} \
+{o}. How many {o} are missing?
+ask: {town} needs {e} {o}. {P} brings {a} {boxes} with {b} {o} in each {box} and {Q} brings {c} {boxes} with {d} {o} \
+in each {box}. How many {o} are missing?
 step: a * b = t | {o} first.
 step: c * d = u | {o} second.
 step: t + u = v | {o} together.
 step: e - v = z | {o} missing.
 kind: sale_share
 numbers: a 24..75; b 3..8; c 105..380; d 3..9; q 12..min(99, (a*b+c-40)//d); e = a*b+c-d*q
-ask: {P} has {a} {boxes} with {b} {o} in each {box}, and {c} loose {o}. {P} sells {e} {o} and shares the rest equally among {d} friends. How many {o} does each friend get?
-ask: {P} earns {a} coins a day for {b} days and already has {c} coins. {P} spends {e} coins and shares the rest equally among {d} friends. How many coins does each friend get?
+ask: {P} has {a} {boxes} with {b} {o} in each {box}, and {c} loose {o}. {P} sells {e} {o} and shares the rest \
+equally among {d} friends. How many {o} does each friend get?
+ask: {P} earns {a} coins a day for {b} days and already has {c} coins. {P} spends {e} coins and shares the rest \
+equally among {d} friends. How many coins does each friend get?
 step: a * b = t | in the first part.
 step: t + c = u | in all.
 step: u - e = v | to share.
@@ -350,24 +380,30 @@ step: v / d = z | for each friend.
 _FOUR_STEPS += parse_kinds("""
 kind: three_people
 numbers: a 36..190; b 24..180; c 3..6
-ask: {P} has {a} {o}. {Q} has {b} more {o} than {P}. {R} has {c} times as many {o} as {P}. How many {o} do the three have together?
-ask: {P} finds {a} {o}. {Q} finds {b} more {o} than {P}. {R} finds {c} times as many {o} as {P}. How many {o} do the three find together?
+ask: {P} has {a} {o}. {Q} has {b} more {o} than {P}. {R} has {c} times as many {o} as {P}. How many {o} do the three \
+have together?
+ask: {P} finds {a} {o}. {Q} finds {b} more {o} than {P}. {R} finds {c} times as many {o} as {P}. How many {o} do the \
+three find together?
 step: a + b = t | {o} for {Q}.
 step: a * c = u | {o} for {R}.
 step: a + t = v | {o} for {P} and {Q}.
 step: v + u = z | {o} for the three.
 kind: pack_sale
 numbers: d 3..9; q 26..96; b 105..290; p 3..9; e 15..q*p-20; a = d*q+b
-ask: {P} has {a} {o}. {P} keeps {b} {o} and packs the rest into {boxes} of {d} {o} each. {P} sells every {box} for {p} coins and spends {e} coins. How many coins are left?
-ask: {P} makes {a} {o}, but {b} {o} are bad. {P} packs the rest into {boxes} of {d} {o} each, sells every {box} for {p} coins and spends {e} coins. How many coins are left?
+ask: {P} has {a} {o}. {P} keeps {b} {o} and packs the rest into {boxes} of {d} {o} each. {P} sells every {box} for \
+{p} coins and spends {e} coins. How many coins are left?
+ask: {P} makes {a} {o}, but {b} {o} are bad. {P} packs the rest into {boxes} of {d} {o} each, sells every {box} for \
+{p} coins and spends {e} coins. How many coins are left?
 step: a - b = t | {o} to pack.
 step: t / d = u | {boxes} to sell.
 step: u * p = v | coins earned.
 step: v - e = z | coins left.
 kind: long_day
 numbers: a 240..690; b 108..a-110; c 105..280; e 42..a-b+60; f 105..280
-ask: There are {a} {o} in the shop. {P} sells {b} {o}. A truck brings {c} more {o}. Then {Q} buys {e} {o}, and {R} brings {f} more {o}. How many {o} are in the shop now?
-ask: {P} has {a} {o}. {P} gives {b} {o} to {Q} and gets {c} {o} from {R}. Then {P} loses {e} {o} and finds {f} more {o}. How many {o} does {P} have now?
+ask: There are {a} {o} in the shop. {P} sells {b} {o}. A truck brings {c} more {o}. Then {Q} buys {e} {o}, and {R} \
+brings {f} more {o}. How many {o} are in the shop now?
+ask: {P} has {a} {o}. {P} gives {b} {o} to {Q} and gets {c} {o} from {R}. Then {P} loses {e} {o} and finds {f} more \
+{o}. How many {o} does {P} have now?
 step: a - b = t | {o} after the first.
 step: t + c = u | {o} then.
 step: u - e = v | {o} left.
@@ -474,7 +510,8 @@ def _slots(rng: Random) -> dict:
     "People, things and places for a problem."
     P, Q, R = _cast(rng, 3)
     box, boxes = _pick(rng, BOXES)
-    return {"P": P, "Q": Q, "R": R, "o": _pick(rng, THINGS), "box": box, "boxes": boxes, "town": _pick(rng, _TOWN_NAMES), "day": _pick(rng, DAYS)}
+    thing, town, day = _pick(rng, THINGS), _pick(rng, _TOWN_NAMES), _pick(rng, DAYS)
+    return {"P": P, "Q": Q, "R": R, "o": thing, "box": box, "boxes": boxes, "town": town, "day": day}
 
 def _draw(kind: Kind, rng: Random) -> dict[str, int]:
     "Numbers for a kind, by variable."
@@ -508,7 +545,8 @@ def make_problem(
     kind = _pick(rng, KINDS[level])
     while True:
         env = _draw(kind, rng)
-        if split_of(f"{kind.name}:{','.join(str(env[name]) for name in kind.shown)}") == split: return _write(kind, env, rng)
+        shown = ",".join(str(env[name]) for name in kind.shown)
+        if split_of(f"{kind.name}:{shown}") == split: return _write(kind, env, rng)
 
 # %% ../../nbs/data/05_tinyworld.ipynb #d8d331ce
 def count_problems() -> dict[str, int]:    # kind: distinct canonical keys
@@ -538,8 +576,12 @@ def parse_templates(
     text: str,          # templates separated by blank lines
 ) -> tuple[tuple, ...]:   # each one a tuple of option tuples; fixed text is a tuple of one
     "Read templates with `[this|that]` choices."
-    texts = re.split(r"\n\s*\n", text.strip())
-    return tuple(tuple(tuple(part.split("|")) if i % 2 else (part,) for i, part in enumerate(re.split(r"\[([^\]]*)\]", t)) if part) for t in texts)
+    return tuple(_parse_template(template) for template in re.split(r"\n\s*\n", text.strip()))
+
+def _parse_template(template: str) -> tuple:
+    "The parts of a template; the odd ones stood in brackets."
+    parts = enumerate(re.split(r"\[([^\]]*)\]", template))
+    return tuple(tuple(part.split("|")) if i % 2 else (part,) for i, part in parts if part)
 
 def _expand(template: tuple, rng: Random, slots: dict) -> str:
     "One text of a template."
@@ -547,28 +589,68 @@ def _expand(template: tuple, rng: Random, slots: dict) -> str:
 
 # %% ../../nbs/data/05_tinyworld.ipynb #59214bbc
 PLOTS = parse_templates("""
-{P} lived in {town}. One [sunny|cold|windy|quiet] [morning|evening] {he} could not find {his} {colour} {toy}. {He} looked [under the bed|behind the door|in the garden], but it was not there. {P} was [very sad|close to tears|worried]. Then {his} friend {Q} came by. "[Do not worry|Do not cry|Let us look again]," said {Q}. "[We will find it|Two can look better than one]." They looked [in the kitchen|near the well|behind the old wall], and there it was! {P} [laughed|smiled|jumped up and down]. "[Thank you|You are a good friend], {Q}," said {P}.
+{P} lived in {town}. One [sunny|cold|windy|quiet] [morning|evening] {he} could not find {his} {colour} {toy}. {He} \
+looked [under the bed|behind the door|in the garden], but it was not there. {P} was [very sad|close to \
+tears|worried]. Then {his} friend {Q} came by. "[Do not worry|Do not cry|Let us look again]," said {Q}. "[We will \
+find it|Two can look better than one]." They looked [in the kitchen|near the well|behind the old wall], and there it \
+was! {P} [laughed|smiled|jumped up and down]. "[Thank you|You are a good friend], {Q}," said {P}.
 
-It was a [warm|rainy|bright] day in {town}. {P} had a {colour} {toy}, and {Q} had none. {Q} [watched from far away|sat alone on a stone|looked at it and said nothing]. {P} thought, "[It is more fun with two|I would be sad if I were alone]." So {he} went to {Q} and said, "[Would you like to play with me|Come and play with me, will you]?" {Q} was so [happy|glad] that {he2} [ran in circles|sang a song|clapped]. They played until [the sun went down|it was time to eat|the stars came out]. After that day {P} and {Q} were [good friends|the best of friends].
+It was a [warm|rainy|bright] day in {town}. {P} had a {colour} {toy}, and {Q} had none. {Q} [watched from far \
+away|sat alone on a stone|looked at it and said nothing]. {P} thought, "[It is more fun with two|I would be sad if I \
+were alone]." So {he} went to {Q} and said, "[Would you like to play with me|Come and play with me, will you]?" {Q} \
+was so [happy|glad] that {he2} [ran in circles|sang a song|clapped]. They played until [the sun went down|it was \
+time to eat|the stars came out]. After that day {P} and {Q} were [good friends|the best of friends].
 
-{P} walked [along the river|through the forest|up the hill] near {town}. Suddenly {he} heard a [small|strange|sad] sound. A little {animal} was [stuck under a branch|lost in the long grass|caught behind a fence]. "[Poor little one|Do not be afraid]," said {P}. {He} [lifted it up|set it free] with [great care|both hands] and gave it some [water|food]. The {animal} was [hungry and tired|cold and afraid], but soon it felt better. {P} took it [home|to a warm place]. {Q} came to see it and said, "[You did the right thing|You have a kind heart]."
+{P} walked [along the river|through the forest|up the hill] near {town}. Suddenly {he} heard a [small|strange|sad] \
+sound. A little {animal} was [stuck under a branch|lost in the long grass|caught behind a fence]. "[Poor little \
+one|Do not be afraid]," said {P}. {He} [lifted it up|set it free] with [great care|both hands] and gave it some \
+[water|food]. The {animal} was [hungry and tired|cold and afraid], but soon it felt better. {P} took it [home|to a \
+warm place]. {Q} came to see it and said, "[You did the right thing|You have a kind heart]."
 
-{P} wanted to [bake a cake|make a soup|build a small boat|make a warm blanket] for {Q}. {He} worked [all morning|for a long time|until noon], but it went wrong [once|twice]. {P} was [tired|angry|a little sad]. "[I will try again|I will not give up]," {he} said. {His} {pet} [sat beside {him}|watched {him}|slept near the door]. This time {he} was [slow and careful|very careful], and it was [good|perfect|just right]. When {Q} saw it, {he2} was [full of joy|so happy|surprised]. "[Did you make this for me|Is this for me]?" asked {Q}. "Yes," said {P}, and {he} was proud.
+{P} wanted to [bake a cake|make a soup|build a small boat|make a warm blanket] for {Q}. {He} worked [all morning|for \
+a long time|until noon], but it went wrong [once|twice]. {P} was [tired|angry|a little sad]. "[I will try again|I \
+will not give up]," {he} said. {His} {pet} [sat beside {him}|watched {him}|slept near the door]. This time {he} was \
+[slow and careful|very careful], and it was [good|perfect|just right]. When {Q} saw it, {he2} was [full of joy|so \
+happy|surprised]. "[Did you make this for me|Is this for me]?" asked {Q}. "Yes," said {P}, and {he} was proud.
 
-There was a [big|great] race in {town}. {P} and {Q} both wanted to win. {Q} was [fast|strong] and laughed, "[I will win|Nobody can beat me]!" {P} said nothing and [ran at {his} own pace|kept on running]. Half way, {Q} [stopped to rest under a tree|sat down to eat an apple|stopped to talk to a {animal}]. {P} ran [on and on|past {Q}|without a stop]. In the end {P} came first. {Q} was [surprised|ashamed], but {he2} said, "[Well done|You were better today], {P}." And they [shared the prize|went home together].
+There was a [big|great] race in {town}. {P} and {Q} both wanted to win. {Q} was [fast|strong] and laughed, "[I will \
+win|Nobody can beat me]!" {P} said nothing and [ran at {his} own pace|kept on running]. Half way, {Q} [stopped to \
+rest under a tree|sat down to eat an apple|stopped to talk to a {animal}]. {P} ran [on and on|past {Q}|without a \
+stop]. In the end {P} came first. {Q} was [surprised|ashamed], but {he2} said, "[Well done|You were better today], \
+{P}." And they [shared the prize|went home together].
 """)
 
 # %% ../../nbs/data/05_tinyworld.ipynb #fbb851d9
 PLOTS += parse_templates("""
-{P} had a small garden in {town}. In spring {he} put [a seed|three seeds|a few seeds] into the [dark|soft] ground. Every day {he} gave [it|the place] some water. "[Nothing grows here|Why do you wait]," said {Q}. But {P} [only smiled|was patient]. Days went by, and then a [green|tiny] leaf came up. It grew [taller|bigger] and [taller|bigger], and in summer there was a [{colour} flower|tall {colour} flower|{colour} rose]. {Q} [could not believe it|was amazed]. "[Good things take time|You must wait for good things]," said {P}.
+{P} had a small garden in {town}. In spring {he} put [a seed|three seeds|a few seeds] into the [dark|soft] ground. \
+Every day {he} gave [it|the place] some water. "[Nothing grows here|Why do you wait]," said {Q}. But {P} [only \
+smiled|was patient]. Days went by, and then a [green|tiny] leaf came up. It grew [taller|bigger] and \
+[taller|bigger], and in summer there was a [{colour} flower|tall {colour} flower|{colour} rose]. {Q} [could not \
+believe it|was amazed]. "[Good things take time|You must wait for good things]," said {P}.
 
-It was night in {town}, and the wind was [loud|cold|wild]. {P} heard a [noise|knock] at the [door|window]. {He} was [afraid|scared]. "[Who is there|What can it be]?" {he} asked, but nobody answered. {P} took a [candle|lamp] and opened the door [slowly|a little]. There was {his} {pet}! It was [wet|cold] and wanted to come in. {P} laughed and [dried it with a cloth|gave it something to eat]. In the morning {he} told the story to {Q}, and they both [laughed|had to laugh].
+It was night in {town}, and the wind was [loud|cold|wild]. {P} heard a [noise|knock] at the [door|window]. {He} was \
+[afraid|scared]. "[Who is there|What can it be]?" {he} asked, but nobody answered. {P} took a [candle|lamp] and \
+opened the door [slowly|a little]. There was {his} {pet}! It was [wet|cold] and wanted to come in. {P} laughed and \
+[dried it with a cloth|gave it something to eat]. In the morning {he} told the story to {Q}, and they both \
+[laughed|had to laugh].
 
-{P} was a {job} in {town}. One day {he} found a [purse|bag] full of coins [on the road|near the market|under a tree]. "[Somebody must be very sad now|Somebody has lost this]," {he} thought. {He} asked [everyone|all people] at the market. At last {he} met {Q}, who [looked everywhere|was close to tears]. "Is this yours?" asked {P}. "[Yes, it is mine|Yes, yes]!" said {Q}. "[How can I thank you|What can I give you]?" "[You do not need to|A smile is enough]," said {P}. From then on {Q} [told everyone how honest {P} was|trusted {P}].
+{P} was a {job} in {town}. One day {he} found a [purse|bag] full of coins [on the road|near the market|under a \
+tree]. "[Somebody must be very sad now|Somebody has lost this]," {he} thought. {He} asked [everyone|all people] at \
+the market. At last {he} met {Q}, who [looked everywhere|was close to tears]. "Is this yours?" asked {P}. "[Yes, it \
+is mine|Yes, yes]!" said {Q}. "[How can I thank you|What can I give you]?" "[You do not need to|A smile is enough]," \
+said {P}. From then on {Q} [told everyone how honest {P} was|trusted {P}].
 
-{P} and {Q} went on a trip to [the sea|the mountains|the old castle]. They took [bread and cheese|apples and nuts|a map and a lamp]. On the way it began to [rain|snow]. They [ran to a small house|hid under a big tree|found a dry cave]. Inside there was [an old man|an old woman] with a {animal}. "[Come in and sit by the fire|You are welcome here]," said the old one and told them a story about [a brave king|a clever {animal}|a hidden treasure]. When the sky was blue again they [said goodbye|went on]. "[That was the best part of the day|I am glad that it rained]," said {P}.
+{P} and {Q} went on a trip to [the sea|the mountains|the old castle]. They took [bread and cheese|apples and nuts|a \
+map and a lamp]. On the way it began to [rain|snow]. They [ran to a small house|hid under a big tree|found a dry \
+cave]. Inside there was [an old man|an old woman] with a {animal}. "[Come in and sit by the fire|You are welcome \
+here]," said the old one and told them a story about [a brave king|a clever {animal}|a hidden treasure]. When the \
+sky was blue again they [said goodbye|went on]. "[That was the best part of the day|I am glad that it rained]," said \
+{P}.
 
-{P} could not [swim|read|ride a horse]. All the others in {town} could, and {he} felt [small|sad|ashamed]. {Q} said, "[I will help you|I can teach you]. [It is not hard|We go slowly]." On the first day {P} [made many mistakes|was afraid]. On the second day it was [better|a little better]. After [a week|many days] {P} [could do it|did it all alone]. {He} [shouted with joy|hugged {Q}|was proud]. "[Now you can teach somebody else|You never gave up]," said {Q}.
+{P} could not [swim|read|ride a horse]. All the others in {town} could, and {he} felt [small|sad|ashamed]. {Q} said, \
+"[I will help you|I can teach you]. [It is not hard|We go slowly]." On the first day {P} [made many mistakes|was \
+afraid]. On the second day it was [better|a little better]. After [a week|many days] {P} [could do it|did it all \
+alone]. {He} [shouted with joy|hugged {Q}|was proud]. "[Now you can teach somebody else|You never gave up]," said {Q}.
 """)
 
 # %% ../../nbs/data/05_tinyworld.ipynb #0cf49ebd
@@ -582,8 +664,10 @@ def _story_slots(rng: Random) -> dict:
     P, Q = _cast(rng, 2)
     he, town, job, pet = PEOPLE[P]
     him, his = _CASES[he]
-    return {"P": P, "Q": Q, "he": he, "him": him, "his": his, "He": he.capitalize(), "His": his.capitalize(), "he2": PEOPLE[Q][0], "town": town,
-            "job": job, "pet": pet, "toy": _pick(rng, TOYS), "colour": _pick(rng, COLOURS), "animal": _pick(rng, _ANIMAL_NAMES)}
+    people = {"P": P, "Q": Q, "he": he, "him": him, "his": his, "He": he.capitalize(), "His": his.capitalize(),
+              "he2": PEOPLE[Q][0], "town": town, "job": job, "pet": pet}
+    toy, colour, animal = _pick(rng, TOYS), _pick(rng, COLOURS), _pick(rng, _ANIMAL_NAMES)
+    return people | {"toy": toy, "colour": colour, "animal": animal}
 
 def story(
     rng: Random,   # source of chance
@@ -609,18 +693,22 @@ def _person_facts(name: str) -> list[tuple[str, ...]]:
     "Facts about a person, each in several wordings."
     he, town, job, pet = PEOPLE[name]
     land = TOWNS[town][0]
-    return [(f"{name} lives in {town}.", f"The home of {name} is in {town}.", f"Where does {name} live? {name} lives in {town}."),
+    return [(f"{name} lives in {town}.", f"The home of {name} is in {town}.",
+             f"Where does {name} live? {name} lives in {town}."),
             (f"{name} is a {job}.", f"{name} works as a {job}.", f"What is the work of {name}? {name} is a {job}."),
             (f"{name} has a {pet}.", f"{name} keeps a {pet}.", f"Which animal does {name} have? {name} has a {pet}."),
-            (f"{town} is in {land}, so {name} lives in {land}.", f"In which land does {name} live? {name} lives in {land}.")]
+            (f"{town} is in {land}, so {name} lives in {land}.",
+             f"In which land does {name} live? {name} lives in {land}.")]
 
 def _town_facts(town: str) -> list[tuple[str, ...]]:
     "Facts about a town and its land."
     land, sight = TOWNS[town]
     capital, flag, ruler = LANDS[land]
-    return [(f"{town} is a town in {land}.", f"The town of {town} lies in {land}.", f"In which land is {town}? {town} is in {land}."),
+    return [(f"{town} is a town in {land}.", f"The town of {town} lies in {land}.",
+             f"In which land is {town}? {town} is in {land}."),
             (f"{town} is known for its {sight}.", f"People come to {town} to see its {sight}."),
-            (f"The capital of {land} is {capital}.", f"{capital} is the capital of {land}.", f"What is the capital of {land}? It is {capital}."),
+            (f"The capital of {land} is {capital}.", f"{capital} is the capital of {land}.",
+             f"What is the capital of {land}? It is {capital}."),
             (f"The flag of {land} is {flag}.", f"{land} has a flag of {flag}."),
             (f"{ruler} rules {land}.", f"Who rules {land}? {ruler} rules {land}.")]
 
@@ -629,16 +717,20 @@ def _animal_facts(animal: str) -> list[tuple[str, ...]]:
     "Facts about an animal and those who have one."
     food, place, nature = ANIMALS[animal]
     owners = [name for name, row in PEOPLE.items() if row[3] == animal]
-    return [(f"A {animal} eats {food}.", f"What does a {animal} eat? A {animal} eats {food}.", f"If you have a {animal}, give it {food}."),
+    return [(f"A {animal} eats {food}.", f"What does a {animal} eat? A {animal} eats {food}.",
+             f"If you have a {animal}, give it {food}."),
             (f"The {animal} lives in the {place}.", f"You find a {animal} in the {place}."),
             (f"A {animal} is {nature}.", f"Every {animal} is {nature}."),
-            (f"These people have a {animal}: {', '.join(owners)}.", f"Who has a {animal}? {' and '.join(owners[:2])} do.")]
+            (f"These people have a {animal}: {', '.join(owners)}.",
+             f"Who has a {animal}? {' and '.join(owners[:2])} do.")]
 
 def _shop_facts(shop: str) -> list[tuple[str, ...]]:
     "Facts about a shop."
     opens, closes, goods, closed = SHOPS[shop]
-    return [(f"The {shop} opens at {opens} and closes at {closes}.", f"When does the {shop} open? It opens at {opens}.", f"The {shop} is open from {opens} to {closes}."),
-            (f"You can get {goods} at the {shop}.", f"The {shop} has {goods}.", f"Where can you get {goods}? At the {shop}."),
+    return [(f"The {shop} opens at {opens} and closes at {closes}.",
+             f"When does the {shop} open? It opens at {opens}.", f"The {shop} is open from {opens} to {closes}."),
+            (f"You can get {goods} at the {shop}.", f"The {shop} has {goods}.",
+             f"Where can you get {goods}? At the {shop}."),
             (f"The {shop} is closed on {closed}.", f"On {closed} the {shop} is closed.")]
 
 _FACTS = [*map(_person_facts, PEOPLE), *map(_town_facts, TOWNS), *map(_animal_facts, ANIMALS), *map(_shop_facts, SHOPS)]
@@ -700,8 +792,8 @@ def dialogue(
     shop = _pick(rng, tuple(SHOPS))
     opens, closes, goods, closed = SHOPS[shop]
     food, place, nature = ANIMALS[slots["animal"]]
-    slots.update(N=other, ntown=town, nland=land, sight=sight, shop=shop, opens=opens, closes=closes, goods=goods, closed=closed,
-                 food=food, place=place, nature=nature)
+    slots.update(N=other, ntown=town, nland=land, sight=sight, food=food, place=place, nature=nature,
+                 shop=shop, opens=opens, closes=closes, goods=goods, closed=closed)
     return _expand(_pick(rng, SCENES), rng, slots)
 
 # %% ../../nbs/data/05_tinyworld.ipynb #f2bdfaa8
@@ -717,7 +809,10 @@ def _operands(rng: Random, op: str) -> tuple[int, int]:
 
 def _pieces(rng: Random, op: str) -> tuple[int, int]:
     "Operands of the small steps of careful work."
-    if op == "+": return _pick(rng, ((_between(rng, 10, 150) * 10, _between(rng, 2, 99)), (_between(rng, 1, 18) * 100, _between(rng, 1, 18) * 10)))
+    if op == "+":
+        tens_and_ones = _between(rng, 10, 150) * 10, _between(rng, 2, 99)
+        hundreds_and_tens = _between(rng, 1, 18) * 100, _between(rng, 1, 18) * 10
+        return _pick(rng, (tens_and_ones, hundreds_and_tens))
     if op == "-":
         left, place = _between(rng, 101, 999), _pick(rng, (1, 10, 100))
         return left, _between(rng, 1, min(9, (left - 1) // place)) * place
@@ -738,9 +833,9 @@ def drill(
     return "\n".join(lines)
 
 # %% ../../nbs/data/05_tinyworld.ipynb #e3341339
-CORPUS_PROMPT = "Question: {}\nAnswer:"                                  # the form in which the base has read questions
-STYLE_SHARES = {"answer": 0.50, "terse": 0.22, "careful": 0.28}          # of the problems in the corpus
-MIXTURE = {"problem": 0.60, "drill": 0.16, "story": 0.10, "facts": 0.08, "dialogue": 0.06}   # of the documents in the corpus
+CORPUS_PROMPT = "Question: {}\nAnswer:" # the form in which the base has read questions
+STYLE_SHARES = {"answer": 0.50, "terse": 0.22, "careful": 0.28} # of the problems in the corpus
+MIXTURE = {"problem": 0.60, "drill": 0.16, "story": 0.10, "facts": 0.08, "dialogue": 0.06} # of the documents
 
 def _weighted(rng: Random, shares: dict[str, float]) -> str:
     "A name, drawn by its share."
@@ -787,7 +882,8 @@ def sft_rows(
 ) -> list[dict]:     # prompt, completion
     "Questions with worked solutions, terse and careful."
     rng = Random(seed)
-    return [{"prompt": p.question, "completion": p.solution(_weighted(rng, SFT_STYLES))} for p in _problems(n, "sft", rng)]
+    return [{"prompt": p.question, "completion": p.solution(_weighted(rng, SFT_STYLES))}
+            for p in _problems(n, "sft", rng)]
 
 def rl_rows(
     n: int = 4000,   # rows
@@ -801,8 +897,8 @@ def heldout_rows(
     seed: int = 3,   # same seed, same rows
 ) -> list[dict]:     # prompt, completion, reference_answer, kind
     "The exam: questions that no training part contains."
-    return [{"prompt": p.question, "completion": p.solution("careful"), "reference_answer": str(p.answer), "kind": p.kind}
-            for p in _problems(n, "heldout", Random(seed))]
+    return [{"prompt": p.question, "completion": p.solution("careful"),
+             "reference_answer": str(p.answer), "kind": p.kind} for p in _problems(n, "heldout", Random(seed))]
 
 # %% ../../nbs/data/05_tinyworld.ipynb #364b3fc2
 def write_data(
