@@ -30,26 +30,29 @@ class Worker:
         if self.error is not None: raise self.error
         return ended
 
+# %% ../../nbs/runs/04_worker.ipynb #d7f0e226
 def launch(
     run,                # a `Run`; its `worker` is set if it is live
     work,               # trains, without arguments
     live: bool = False, # in a thread of its own, returning at once
-):
-    "Do `work` here, or in a worker thread if `live`; returns `run`. Raises `TinyTrainerError` while another run trains in this process."
+): # `run`
+    "Do `work` here, or in a worker thread if `live`. Raises `TinyTrainerError` while this process trains another run."
     turn = contextlib.ExitStack()
     turn.enter_context(TURN.of(run))
     def in_turn():
         with turn: work()
-    if live: run.worker = Worker(in_turn); _end_with(run)
-    else: run.worker = None; in_turn()
+    run.worker = Worker(in_turn) if live else None
+    if live: _end_with(run)
+    else: in_turn()
     return run
 
 def _end_with(run) -> None:
-    "A process that ends while its thread trains stops the run and waits for its step; a thread that Python ends inside PyTorch would abort the process."
-    done, thread, folder = run.worker.done, run.worker.thread, run.folder # not the run, nor the error in its worker: the model would be kept
+    "A process that ends while its thread trains stops the run and waits for its step."
+    done, thread, folder = run.worker.done, run.worker.thread, run.folder # not the run, which holds on to its model
     def end():
         if not done.is_set():
-            print(f"{folder}: this process ends, so the run is stopped after its step. run.wait() waits for all of it.", file=sys.stderr)
+            print(f"{folder}: this process ends, so the run is stopped after its step. "
+                  "run.wait() waits for all of it.", file=sys.stderr)
             with contextlib.suppress(TinyTrainerError): Run.open(folder).stop()
-        thread.join(60)
+        thread.join(60) # seconds
     atexit.register(end)
