@@ -85,7 +85,7 @@ def suggestion(
 
 # %% ../nbs/01_settings.ipynb #ebfa52c2
 class Settings:
-    "Base of the settings dataclasses: names and values are checked when an object is made."
+    "Base of the settings dataclasses. Raises `TinyTrainerError` for a name or value that is not allowed."
     groups = {}  # heading: names of settings, in the order in which they are shown; the rest comes last
     presets = {} # name: values that belong together, by setting
 

@@ -605,7 +605,7 @@ def empty_rows(table: Dataset) -> list[int]:
     return note["empty_rows"] if whole else []
 
 def as_examples(data) -> Dataset:
-    "`data` if it comes from `load_examples`, else what that makes of it."
+    "`data` if it comes from `load_examples`, else loaded by it. Raises `TinyTrainerError` as it does."
     return data if isinstance(data, Dataset) and _note(data) else load_examples(data)
 
 # %% ../../nbs/data/02_formats.ipynb #d28e56cf

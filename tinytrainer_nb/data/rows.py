@@ -75,7 +75,7 @@ def read_examples(
     max_length: int,             # tokens a row
     train_on_all: bool = False,  # learn every token
 ) -> tuple[list[dict], Reading]: # rows of input_ids and labels, maybe none; what was met
-    "Token rows for training. Of preferences, which name no answer to learn, none is left."
+    "Token rows for training, none of preferences. Raises `TinyTrainerError` if a template refuses a conversation."
     empty, preferences = empty_rows(examples), _preferences(examples)
     rows, seen = [], {}
     reading = Reading(max_length, left_out={"empty text": empty} if empty else {})
