@@ -26,7 +26,7 @@ def _usable_cores() -> int:
     return psutil.cpu_count(logical=False) or 1
 
 def num_threads() -> int: # at least 1
-    "Threads worth starting: what OMP_NUM_THREADS says, else the cores that this process may really use."
+    "Threads worth starting: OMP_NUM_THREADS if it is set, else the cores that this process may really use."
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if asked.isdecimal(): return max(1, int(asked))
     cores = _usable_cores()
@@ -47,7 +47,7 @@ def _cgroup_free(folder: Path = _CGROUP) -> float: # bytes
     return int(limit) - int(used) + cached_files
 
 def free_memory(device: str = "cpu") -> int: # bytes
-    "Memory still free on `device`: on a CPU what machine and control group leave, on a GPU what CUDA reports."
+    "Memory still free on `device`: on a CPU within the control group's limit, on a GPU as CUDA reports it."
     if device == "cuda": return torch.cuda.mem_get_info()[0]
     return min(psutil.virtual_memory().available, _cgroup_free())
 
@@ -63,13 +63,13 @@ def _peak_of_process() -> float: # GiB
 def peak_memory(
     device: torch.device | str | None = None, # where the model is; None: the GPU if it was ever used, else the CPU
 ) -> float: # GiB
-    "Most memory used so far: on a GPU what was allocated there, on a CPU the process's peak, weights included."
+    "Most memory used so far: on a GPU the peak of its allocations, on a CPU of the process, weights included."
     gpu_used = torch.cuda.is_available() and torch.cuda.max_memory_allocated()
     device = str(device or ("cuda" if gpu_used else "cpu"))
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.startswith("cuda") else _peak_of_process()
 
 def memory(device: torch.device | str = "cpu") -> float: # GiB
-    "Memory in use now: on a GPU what is allocated there, on a CPU the part of the process that is in memory."
+    "Memory in use now: on a GPU its allocations, on a CPU the part of the process that is in memory."
     on_gpu = str(device).startswith("cuda")
     return (torch.cuda.memory_allocated(device) if on_gpu else psutil.Process().memory_info().rss) / 2**30
 
@@ -105,7 +105,7 @@ def default_device() -> str: # "cuda" or "cpu"
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 def probe_dtype(device: str) -> tuple[torch.dtype, str]: # the compute dtype, and why
-    "The fastest safe number format of `device`, by measurement on a CPU and by what the hardware has on a GPU."
+    "The fastest safe number format of `device`, by measurement on a CPU, by its hardware on a GPU."
     if device == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return (torch.bfloat16, "this GPU has bf16 units") if bf16 else (torch.float16, "this GPU has no bf16 units")
@@ -124,7 +124,7 @@ def dtype_name(
 
 # %% ../nbs/02_hardware.ipynb #69bc18dc
 def unused_gpu() -> str:
-    "What to do about a GPU that is here and not used; empty if there is none."
+    "The cure for a GPU that is here and not used; empty if there is none."
     if torch.cuda.is_available(): return ""
     if torch.backends.mps.is_available():
         return "this Mac's GPU is not used, the CPU computes: training on Apple GPUs is not supported here"
@@ -150,7 +150,7 @@ def hardware() -> dict:
     return dict(cpu=_cpu_model(), cores=num_threads(), memory_gb=memory_gb, gpu=gpu)
 
 def versions(*more: str) -> dict: # more: further packages
-    "Versions of Python and of the packages that decide what a run computes."
+    "Versions of Python and of the packages that a run's figures depend on."
     packages = ["torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", *more]
     return dict(python=platform.python_version(), **{p: version(p) for p in packages})
 

@@ -25,7 +25,7 @@ class Source:
     "Where rows came from, so that an error can name the place."
     name: str = "the data"                    # a path, a Hub id
     files: list = field(default_factory=list) # paths that were read
-    unit: str = "row"                         # what a place is: a line, a row, a file
+    unit: str = "row"                         # of a place: a line, a row, a file
     places: list | None = None                # of each row; None: rows counted from 1
 
     def at(self, rows: list[int]) -> str:
@@ -182,7 +182,7 @@ def read_rows(
 # %% ../../nbs/data/02_formats.ipynb #718dea4d
 ROLES = dict(human="user", user="user", gpt="assistant", assistant="assistant", model="assistant", system="system",
              function_call="function_call", observation="observation", tool="tool")
-SAID = ("assistant", "function_call") # what the model says, and learns to say
+SAID = ("assistant", "function_call") # roles of the model, whose turns it learns
 STYLES = (("role", "content"), ("from", "value"))
 
 def _role_and_text(turn) -> tuple:
@@ -200,7 +200,7 @@ def _turn(turn, column: str) -> dict:
     if not isinstance(content, str):
         raise ValueError(f"field '{column}': a turn needs a role and a text, as 'role' and 'content' "
                          f"or 'from' and 'value', found {turn!r:.60}")
-    if role not in list(ROLES): # a list: what came may be unhashable
+    if role not in list(ROLES): # a list, because the role may be unhashable
         raise ValueError(f"field '{column}': unknown role {role!r:.60}; known: {', '.join(ROLES)}")
     return dict(role=ROLES[role], content=content)
 
@@ -336,7 +336,7 @@ def _choices(question: str, labels: list[str], texts: list[str]) -> str:
     return "\n".join([question, *(f"{label}) {text}" for label, text in zip(labels, texts, strict=True))])
 
 def _with_context(question: str, context: str | None, answer: str) -> dict:
-    "A question, with what it refers to on the next line, and its answer."
+    "A question, its context on the next line if there is one, and its answer."
     return dict(prompt="\n".join(filter(None, [question, context])), completion=answer)
 
 # %% ../../nbs/data/02_formats.ipynb #7804b68a
@@ -377,7 +377,7 @@ MAPPINGS = {
 
 # %% ../../nbs/data/02_formats.ipynb #ab0350be
 def _pairs(columns) -> dict | str | None:
-    "`columns` with `prompt=question,completion=answer` as a dict; a mapping's name stays what it is."
+    "`columns`, with `prompt=question,completion=answer` turned into a dict; a mapping's name stays as it is."
     if not isinstance(columns, str) or "=" not in columns: return columns or None
     pairs = [[name.strip() for name in pair.split("=")] for pair in columns.split(",")]
     if all(len(p) == 2 and all(p) for p in pairs): return dict(pairs)
@@ -576,7 +576,7 @@ def _as_flag(columns: dict | str | None) -> str:
 
 # %% ../../nbs/data/02_formats.ipynb #1fc0e618
 def _note(table: Dataset) -> dict:
-    "What `load_examples` noted in a table; empty for one made elsewhere."
+    "The note of `load_examples` in a table; empty for one made elsewhere."
     try: note = json.loads(table.info.description or "{}")
     except ValueError: return {}
     return note if isinstance(note, dict) and "empty_rows" in note else {}

@@ -33,7 +33,7 @@ def _learned(windows: list[dict]) -> int:
 # %% ../../nbs/data/04_rows.ipynb #a5b085b6
 @dataclass
 class Reading:
-    "What was met while examples became tokens; rows of the data are numbered from 1."
+    "Counts from turning examples into tokens; rows of the data are numbered from 1."
     max_length: int                                 # tokens a row may have
     lengths: list = field(default_factory=list)     # tokens of each row, left out or not; of a text before it was cut
     tokens: int = 0                                 # of the rows that are used
@@ -65,7 +65,7 @@ def _unusable(windows: list[dict], max_length: int) -> str | None:
     return "too long" if len(windows[0]["input_ids"]) > max_length else None
 
 def _digest(windows: list[dict]) -> bytes:
-    "A hash of what the model sees of an example."
+    "A hash of an example as the model sees it."
     return hashlib.sha256(repr([w["input_ids"] for w in windows]).encode()).digest()
 
 # %% ../../nbs/data/04_rows.ipynb #cec5d54c
@@ -74,7 +74,7 @@ def read_examples(
     examples: Dataset,           # what `load_examples` returns
     max_length: int,             # tokens a row
     train_on_all: bool = False,  # learn every token
-) -> tuple[list[dict], Reading]: # rows of input_ids and labels, maybe none; what was met
+) -> tuple[list[dict], Reading]: # rows of input_ids and labels, maybe none; the counts
     "Token rows for training, none of preferences. Raises `TinyTrainerError` if a template refuses a conversation."
     empty, preferences = empty_rows(examples), _preferences(examples)
     rows, seen = [], {}
@@ -105,7 +105,7 @@ def encode_rows(
     examples: Dataset,           # what `load_examples` returns
     max_length: int,             # tokens a row
     train_on_all: bool = False,  # learn every token
-) -> tuple[list[dict], Reading]: # rows of input_ids and labels; what was met
+) -> tuple[list[dict], Reading]: # rows of input_ids and labels; the counts
     "Token rows for training. Raises `TinyTrainerError` if none is left."
     rows, reading = read_examples(tokenizer, examples, max_length, train_on_all)
     if rows: return rows, reading

@@ -28,7 +28,7 @@ def ensure_template(tokenizer):
 
 # %% ../../nbs/data/03_tokens.ipynb #761cd40a
 def _apply(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
-    "What the chat template makes of `messages`; raises `TinyTrainerError` if it refuses them."
+    "The text of `messages` by the chat template; raises `TinyTrainerError` if it refuses them."
     try: return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as e:
         raise TinyTrainerError(f"the chat template refuses this conversation ({e}); "
@@ -164,7 +164,7 @@ def pack_row(
     lengths = [len(r["input_ids"]) for r in rows]
     ids = torch.tensor([t for r in rows for t in r["input_ids"]])               # (T,)
     positions = torch.cat([torch.arange(n) for n in lengths])                   # (T,)
-    shifted = torch.tensor([t for r in rows for t in [*r["labels"][1:], -100]]) # what comes next (T,)
+    shifted = torch.tensor([t for r in rows for t in [*r["labels"][1:], -100]]) # the label of the next token (T,)
     keep = (shifted != -100).nonzero().flatten()                                # (learned tokens,)
     return dict(input_ids=ids[None], position_ids=positions[None], document_lengths=lengths,
                 logits_to_keep=keep, shift_labels=shifted[keep])
@@ -205,7 +205,7 @@ def _trees(rows: list[dict]) -> list[list[dict]]:
     return found
 
 def pack_trees(
-    rows: list[dict],   # of `prompt`, `completion` (token ids) and `group`; a group shares its prompt and stands together
+    rows: list[dict],   # of `prompt`, `completion` (token ids), `group`; a group shares its prompt and stands together
     multiple: int = 64, # T is a multiple of it
 ) -> dict:              # tensors of one row of T tokens, as from `pack_row`
     "Every prompt once and its completions behind it, end to end; a tree's entry in `document_lengths` is a tuple."

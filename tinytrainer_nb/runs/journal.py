@@ -30,7 +30,7 @@ class Journal:
         return event
 
     def sync(self) -> None:
-        "Force what was written to the disk."
+        "Force the file to the disk."
         if not self.path.exists(): return
         with open(self.path, "rb+") as f: os.fsync(f.fileno())
 
@@ -58,7 +58,7 @@ def events(self) -> list[dict]:
 
 @patch_to(Journal)
 def _catch_up(self) -> None:
-    "Read what was written since."
+    "Read the lines that were written since."
     if not self.path.exists(): return
     if self.path.stat().st_size < self._read: self._forget() # a torn line was cut off
     with open(self.path, "rb") as f:
@@ -115,7 +115,7 @@ class _Kind:
     def __init__(self): self.events, self.columns, self.seen = [], {}, 0 # seen: events of all kinds
 
     def catch_up(self, events: list[dict], kind: str) -> None:
-        "Take what has come since."
+        "Take the events that have come since."
         new = [e for e in islice(events, self.seen, None) if e["kind"] == kind]
         self.seen = len(events)
         self.events += new
@@ -134,7 +134,7 @@ def names(self, kind: str) -> list[str]:
 
 @patch_to(Journal)
 def column(self, kind: str, name: str) -> tuple[list[int], list[float]]: # steps, values
-    "One figure of one kind of event; what is not a number (such as None for NaN) is left out."
+    "One figure of one kind of event; other values than numbers (such as None for NaN) are left out."
     with self._lock:
         self._catch_up()
         found = self._columns(kind).get(name)
