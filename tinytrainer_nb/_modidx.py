@@ -1321,6 +1321,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'tinytrainer_nb/panels/widgets.py')},
             'tinytrainer_nb.recipes.alarms': { 'tinytrainer_nb.recipes.alarms.Alarm': ( 'recipes/alarms.html#alarm',
                                                                                         'tinytrainer_nb/recipes/alarms.py'),
+                                               'tinytrainer_nb.recipes.alarms._beyond': ( 'recipes/alarms.html#_beyond',
+                                                                                          'tinytrainer_nb/recipes/alarms.py'),
                                                'tinytrainer_nb.recipes.alarms._chance': ( 'recipes/alarms.html#_chance',
                                                                                           'tinytrainer_nb/recipes/alarms.py'),
                                                'tinytrainer_nb.recipes.alarms._hacked': ( 'recipes/alarms.html#_hacked',
