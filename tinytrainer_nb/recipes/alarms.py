@@ -104,7 +104,8 @@ def _hacked(history: dict, witness: str, limit: float) -> list[Alarm]:
     if not (meant[-1] < lowest and earned[-1] > highest): return []
     message = (f"the reward rose from {earned[best]:.2f} to {earned[-1]:.2f} while {witness}, which is not rewarded, "
                f"fell from {meant[best]:.2f} to {meant[-1]:.2f}: "
-               "the reward pays for something else than what was meant. Read the samples, change the reward, or raise kl_coef.")
+               "the reward pays for something else than what was meant. "
+               "Read the samples, change the reward, or raise kl_coef.")
     return [Alarm("reward_hacking", meant[-1], lowest, message)]
 
 # %% ../../nbs/recipes/10_alarms.ipynb #bc211709
