@@ -1,4 +1,5 @@
-"""The documentation site: its links lead somewhere, it loads nothing from elsewhere, it shows notebooks as it should."""
+"""The documentation site: links lead somewhere, nothing is loaded from elsewhere, notebooks look as they should."""
+
 import json
 import re
 import subprocess
@@ -12,10 +13,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 WITHOUT = "needs the extra `docs`: pip install -c constraints.txt -e '.[docs]'"
-for library in ("latex2mathml", "material", "mkdocs"): pytest.importorskip(library, reason=WITHOUT)
+for library in ("latex2mathml", "material", "mkdocs"):
+    pytest.importorskip(library, reason=WITHOUT)
 
 import markdown
 from markdown_it import MarkdownIt
+
 from tools import site_pages
 
 LOADED_RELATIONS = {"icon", "manifest", "modulepreload", "preconnect", "prefetch", "preload", "stylesheet"}
@@ -33,8 +36,10 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attributes):
         a = dict(attributes)
         self.anchors |= {a[key] for key in ("id", "name") if a.get(key)}
-        if tag == "a" and a.get("href"): self.links.append(a["href"])
-        if tag == "link" and LOADED_RELATIONS & set(a.get("rel", "").split()): self.loads.append(a["href"])
+        if tag == "a" and a.get("href"):
+            self.links.append(a["href"])
+        if tag == "link" and LOADED_RELATIONS & set(a.get("rel", "").split()):
+            self.loads.append(a["href"])
         self.loads += [a[key] for key in ("src", "srcset", "data", "poster") if a.get(key)]
         self.loads += re.findall(r"url\(['\"]?([^)'\"]+)", a.get("style") or "")
 
@@ -64,14 +69,19 @@ def broken(page: Path, address: str, pages: dict[Path, Page]) -> str:
     "What is wrong with a link inside the site, or nothing"
     parts = urlsplit(address)
     target = (page.parent / unquote(parts.path)).resolve() if parts.path else page
-    if not target.is_file(): return "no such file"
+    if not target.is_file():
+        return "no such file"
     anchor = unquote(parts.fragment)
     return "no such anchor" if anchor and target in pages and anchor not in pages[target].anchors else ""
 
 
 def test_every_link_leads_somewhere(site, pages):
-    inner = [(path, link) for path, page in pages.items() for link in [*page.links, *page.loads]
-             if not is_outside(link) and not link.startswith("data:")]
+    inner = [
+        (path, link)
+        for path, page in pages.items()
+        for link in [*page.links, *page.loads]
+        if not is_outside(link) and not link.startswith("data:")
+    ]
     wrong = [f"{path.relative_to(site)}: {link}: {why}" for path, link in inner if (why := broken(path, link, pages))]
     assert not wrong, "\n".join(sorted(set(wrong)))
 
@@ -90,12 +100,15 @@ def test_the_search_knows_every_notebook(site):
     for path in notebooks:
         first = next(c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "markdown")
         page = path.relative_to(ROOT).with_suffix(".html").as_posix()
+        if path.parent.name == "docs":
+            page = page.removeprefix("nbs/")  # its page is the Markdown made from it
         assert titles.get(page) == first.splitlines()[0].removeprefix("# ").replace("`", ""), page
 
 
 @pytest.mark.browser
 def test_search_and_dark_mode_work_from_the_disk(site, chromium):
     from playwright.sync_api import sync_playwright
+
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page, asked = browser.new_page(color_scheme="dark"), []
@@ -121,8 +134,11 @@ def test_markdown_means_the_same_on_github_and_in_the_site():
         texts += [(path, cell.source) for cell in cells if cell.cell_type == "markdown"]
     github = MarkdownIt().enable("table")
     here = ["md_in_html", "sane_lists", "tables", "pymdownx.superfences"]
-    wrong = [f"{path.relative_to(ROOT)}: {text[:60]!r}" for path, text in texts
-             if structure(github.render(text)) != structure(markdown.markdown(text, extensions=here))]
+    wrong = [
+        f"{path.relative_to(ROOT)}: {text[:60]!r}"
+        for path, text in texts
+        if structure(github.render(text)) != structure(markdown.markdown(text, extensions=here))
+    ]
     assert not wrong, "put a blank line before a list, and four spaces before a list in it:\n" + "\n".join(wrong)
 
 
@@ -141,8 +157,13 @@ def code_cell(source: str, *outputs):
 
 
 def test_cells_are_shown_without_directives(tmp_path):
-    text = page_of(tmp_path, code_cell("#| default_exp recipes.a"), code_cell("#| hide\nsecret()"),
-                   code_cell("#| export\ndef shown(): ..."), code_cell("example()"))
+    text = page_of(
+        tmp_path,
+        code_cell("#| default_exp recipes.a"),
+        code_cell("#| hide\nsecret()"),
+        code_cell("#| export\ndef shown(): ..."),
+        code_cell("example()"),
+    )
     assert "secret" not in text and "#|" not in text
     assert '```python title="tinytrainer_nb/recipes/a.py"\ndef shown(): ...\n```' in text
     assert "```python\nexample()\n```" in text
@@ -150,20 +171,29 @@ def test_cells_are_shown_without_directives(tmp_path):
 
 def test_outputs_become_readable(tmp_path):
     new = nbformat.v4.new_output
-    text = page_of(tmp_path, code_cell(
-        "run()", new("stream", text="\x1b[31mred\x1b[0m\n 1%|#   | 1/9\r 99%|####| 9/9\n"),
-        new("display_data", {"application/javascript": "alert()", "text/plain": "<JS>"}),
-        new("display_data", {"text/html": "<table><tr><td>`x`</td></tr></table>"}),
-        new("execute_result", {"text/plain": "'```'"})))
+    text = page_of(
+        tmp_path,
+        code_cell(
+            "run()",
+            new("stream", text="\x1b[31mred\x1b[0m\n 1%|#   | 1/9\r 99%|####| 9/9\n"),
+            new("display_data", {"application/javascript": "alert()", "text/plain": "<JS>"}),
+            new("display_data", {"text/html": "<table><tr><td>`x`</td></tr></table>"}),
+            new("execute_result", {"text/plain": "'```'"}),
+        ),
+    )
     assert "red\n 99% 9/9" in text and "\x1b" not in text and "alert" not in text and "<JS>" not in text
     assert '<table class="own"><tr><td>&#96;x&#96;</td>' in text and "````" in text
 
 
 def test_links_go_to_pages_or_to_the_repository(tmp_path):
-    text = page_of(tmp_path, nbformat.v4.new_markdown_cell(
-        "[a](../docs/b.md#Some-heading,-here) [b](results.json) [c](.) `[d](results.json)` [e](a.ipynb)\n"
-        '[f](https://example.org) <a href="../README.md">g</a>\n'
-        "[![badge](https://example.org/x.svg)](https://example.org)"))
+    text = page_of(
+        tmp_path,
+        nbformat.v4.new_markdown_cell(
+            "[a](../docs/b.md#Some-heading,-here) [b](results.json) [c](.) `[d](results.json)` [e](a.ipynb)\n"
+            '[f](https://example.org) <a href="../README.md">g</a>\n'
+            "[![badge](https://example.org/x.svg)](https://example.org)"
+        ),
+    )
     assert "[a](../docs/b.md#some-heading-here)" in text and "[e](a.md)" in text and '<a href="../index.html">' in text
     assert "[b](https://example.org/r/blob/main/nbs/results.json)" in text
     assert "[c](https://example.org/r/tree/main/nbs)" in text

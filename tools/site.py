@@ -15,12 +15,12 @@ from colab import settings
 from latex2mathml.converter import convert
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
+from reading import PACKAGES, is_door
 from site_api import Api
 from site_pages import Sources, notebook_page
 
 ROOT = Path(__file__).resolve().parent.parent
-FLOORS = ("data", "runs", "model", "compute", "views", "recipes", "panels")  # packages, in the order of reading
-DOORS = ("notebooks", "cli", "all")  # modules that stand above all packages
+MADE_FROM = re.compile(r"\A<!-- Made from (\S+) .*?-->\s*")  # written by readme.py
 PROJECT = ("ARCHITECTURE.md", "STYLE.md", "CONTRIBUTING.md", "CHANGELOG.md")
 MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
 
@@ -28,18 +28,20 @@ MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re
 # What becomes a page, and where it stands
 
 def find_pages(root: Path) -> dict[str, str]:
-    "Path of each source in the repository: path of its page."
+    "Path of each source in the repository: path of its page. Markdown that is made from a notebook is its page."
     texts = [root / "README.md", *sorted(root.glob("docs/**/*.md")), *(root / name for name in PROJECT)]
     notebooks = [*root.glob("nbs/*.ipynb"), *root.glob("nbs/[!.]*/*.ipynb")]  # what lies deeper, runs left behind
     sources = [p.relative_to(root) for p in [*texts, *notebooks] if p.exists()]
-    return {p.as_posix(): p.with_suffix(".md").as_posix() for p in sources} | {"nbs/index.ipynb": "README.md"}
+    pages = {p.as_posix(): p.with_suffix(".md").as_posix() for p in sources}
+    made = {f"nbs/docs/{p.stem}.ipynb": f"docs/{p.name}" for p in root.glob("docs/*.md")}
+    return pages | made | {"nbs/index.ipynb": "README.md"}
 
 
 def place(notebook: str) -> tuple:
     "Sort key of a notebook: those without a package, packages from the lowest up, then the doors."
     *package, name = Path(notebook).with_suffix("").parts[1:]
-    door = not package and re.sub(r"^\d+[a-z]?_", "", name) in DOORS
-    floor = FLOORS.index(package[0]) if package and package[0] in FLOORS else len(FLOORS)
+    door = not package and is_door(name)
+    floor = PACKAGES.index(package[0]) if package and package[0] in PACKAGES else len(PACKAGES)
     return door, bool(package), floor, package, name
 
 
@@ -70,15 +72,22 @@ def navigation(pages: dict[str, str]) -> list:
 
 # Building
 
+def markdown_page(sources: Sources, source: str) -> str:
+    "The Markdown at `source` as a page; a notebook that it was made from is its source."
+    text = (sources.root / source).read_text(encoding="utf-8")
+    made = MADE_FROM.match(text)
+    head = f"source: {made[1] if made else source}"
+    if source == "README.md": head += "\nhide: [navigation]"
+    return f"---\n{head}\n---\n\n" + sources.relink(source, MADE_FROM.sub("", text))
+
+
 def make_pages(sources: Sources) -> dict[str, str]:
     "Path and Markdown of every page."
     pages = {}
     for source, page in sources.pages.items():
-        path = sources.root / source
-        if path.suffix == ".md": pages[page] = sources.relink(source, path.read_text(encoding="utf-8"))
-        elif page != "README.md": pages[page] = notebook_page(sources, source)  # nbs/index.ipynb is the README
+        if source.endswith(".md"): pages[page] = markdown_page(sources, source)
+        elif page not in sources.pages: pages[page] = notebook_page(sources, source)  # else it is made from Markdown
     api = Api(sources.root / "tinytrainer_nb", order=place).pages()
-    pages["README.md"] = "---\nhide: [navigation]\n---\n\n" + pages["README.md"]
     return pages | {page: sources.relink(page, text) for page, text in api.items()}
 
 
