@@ -28,7 +28,7 @@ def gae(
     gamma: float = 1.0,   # discount a token
     lam: float = 0.95,    # 0: one step, 1: full return
 ) -> Tensor:              # advantages (B, T), 0 where mask is 0
-    "Generalized advantage estimation (Schulman et al. 2016, arXiv 1506.02438, eq. 16), with value 0 after the last token."
+    "Generalized advantage estimation (arXiv 1506.02438, eq. 16), with value 0 after the last token."
     advantages, last = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
         following = values[:, t + 1] * mask[:, t + 1] if t + 1 < rewards.shape[1] else torch.zeros_like(last)
