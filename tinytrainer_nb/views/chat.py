@@ -111,4 +111,5 @@ def _turn(chat: Chat, text: str, write) -> None:
     for piece in pieces: write(piece, end="", flush=True)
     write("")
     if chat.forgotten > before:
-        write(f"(the context is full: the model no longer sees the first {chat.forgotten} messages; /reset begins anew)")
+        lost = f"the model no longer sees the first {chat.forgotten} messages"
+        write(f"(the context is full: {lost}; /reset begins anew)")

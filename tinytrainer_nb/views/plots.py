@@ -332,7 +332,8 @@ def run_html(run) -> str:
     if wanted_panels(run):
         figure = run_figure(run)
         picture = figure_html(figure, figure.png(dpi=90), 90, alt_text(run))
-    head = f"<b>{escaped(info['recipe'])}</b> {escaped(run.status)}, step {run.step} of {info['settings'].get('max_steps', '?')}"
+    total = info["settings"].get("max_steps", "?")
+    head = f"<b>{escaped(info['recipe'])}</b> {escaped(run.status)}, step {run.step} of {total}"
     return f"<div>{head}<br>{picture}{_summary_html(run)}{_alarms_html(run)}{samples_html(run)}</div>"
 
 def _summary_html(run) -> str:
