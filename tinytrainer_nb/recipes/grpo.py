@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from .arguments import GRPOArgs
 from .rounds import Policy, RolloutTrainer, Round, built_rounds, kl_estimate, learn, policy_loss
+from .rounds import read_back # noqa: F401, a part of every recipe
 from ..runs.run import Run
 
 # %% ../../nbs/recipes/13_grpo.ipynb #e1d14ba6

@@ -17,6 +17,7 @@ from ..model.layers import trainable
 from ..model.lora import save_adapter, train_last, using_adapters
 from .arguments import PPOArgs
 from .rounds import Policy, RolloutTrainer, Round, built_rounds, kl_estimate, learn, policy_loss
+from .rounds import read_back # noqa: F401, a part of every recipe
 from ..runs.run import Run
 
 # %% ../../nbs/recipes/12_ppo.ipynb #3fec754a

@@ -20,6 +20,7 @@ from ..model.layers import count_trainable, keep_gradients, trainable
 from ..model.base import compute_context
 from ..model.lora import save_adapter
 from ..model.tinylora import few_numbers
+from ..views import plots # noqa: F401, adds `save_figure` to a run
 from .arguments import TrainArgs, trackers
 from .restore import load_trained
 from .start import tell
