@@ -300,8 +300,9 @@ def packed_attention(
         return _side_by_side(query, key, value, document_lengths, scaling), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
+# %% ../../nbs/model/02_attention.ipynb #c484448d
 def _packed_mask(batch_size, q_length, kv_length, *args, attention_mask=None, **kwargs):
-    "No mask where none is needed: whole causal sequences without padding, and single new tokens."
+    "The mask of the usual path, or None where none is needed."
     if attention_mask is None and q_length in (1, kv_length): return None
     return sdpa_mask(batch_size, q_length, kv_length, *args, attention_mask=attention_mask, **kwargs)
 
@@ -333,9 +334,10 @@ def _batch(n: int, starts: Tensor, sizes: Tensor, T: int, heads: int, groups: in
     later = torch.ones(n, n, dtype=torch.bool).triu(1)
     return _Batch(n, rows(heads).flatten(), rows(groups).flatten(), targets(heads), targets(groups), fillings, later)
 
+# %% ../../nbs/model/02_attention.ipynb #3e160f79
 @functools.lru_cache(maxsize=8)
 def _batches(lengths: tuple, heads: int, groups: int, multiple: int = 32) -> list[_Batch]:
-    "One batch for each rounded length; kept, for they are the same in all layers of a model."
+    "One batch for each rounded length."
     members, starts = {}, [0, *itertools.accumulate(lengths)]
     for start, n in zip(starts, lengths):
         members.setdefault(_rounded_up(n, multiple), []).append((start, n))
@@ -344,6 +346,15 @@ def _batches(lengths: tuple, heads: int, groups: int, multiple: int = 32) -> lis
         starts, sizes = torch.tensor(found).unbind(1)
         batches.append(_batch(n, starts, sizes, sum(lengths), heads, groups))
     return batches
+
+# %% ../../nbs/model/02_attention.ipynb #63831092
+def _rows(x: Tensor, rows: Tensor, n: int) -> Tensor: # (len(rows) / n, n, D)
+    "The rows of `x` (T, heads, D) with these numbers, `n` to a product."
+    return x.reshape(-1, x.shape[-1])[rows].view(-1, n, x.shape[-1])
+
+def _turned_product(weights: Tensor, x: Tensor) -> Tensor: # (B, m, n), (B, m, D) -> (B * n, D)
+    "weights^T @ x, with the larger of the two read along its rows, which is faster."
+    return (x.transpose(1, 2) @ weights).transpose(1, 2).flatten(0, 1)
 
 # %% ../../nbs/model/02_attention.ipynb #d7f4d47e
 class _Batches(torch.autograd.Function):
@@ -381,14 +392,6 @@ class _Batches(torch.autograd.Function):
             by_value.index_copy_(0, batch.key_targets, _turned_product(weights, g))
         by_query = by_query[:-1].mul_(ctx.scaling).view(T, heads, D)
         return by_query, by_key[:-1].view(T, -1, D), by_value[:-1].view(T, -1, D), None, None
-
-def _rows(x: Tensor, rows: Tensor, n: int) -> Tensor: # (len(rows) / n, n, D)
-    "The rows of `x` (T, heads, D) with these numbers, `n` to a product."
-    return x.reshape(-1, x.shape[-1])[rows].view(-1, n, x.shape[-1])
-
-def _turned_product(weights: Tensor, x: Tensor) -> Tensor: # (B, m, n), (B, m, D) -> (B * n, D)
-    "weights^T @ x, with the larger of the two read along its rows, which is faster."
-    return (x.transpose(1, 2) @ weights).transpose(1, 2).flatten(0, 1)
 
 # %% ../../nbs/model/02_attention.ipynb #6c8cbfd2
 def attend_documents(

@@ -215,6 +215,7 @@ def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
         seen.add(t.data_ptr())
     return named
 
+# %% ../../nbs/model/05_base.ipynb #be00e883
 def _keep(model, key: str, path: str, quantization: str, dtype: torch.dtype, device: str) -> str: # miss, or why not
     "Put quantized weights into the cache. A failure there stops nobody."
     try:

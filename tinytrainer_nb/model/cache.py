@@ -145,6 +145,7 @@ def _read_into(tensor: torch.Tensor, data) -> None: # data: an open file
         if not count: raise EOFError("the file has ended")
         into = into[count:]
 
+# %% ../../nbs/model/04_cache.ipynb #61d070aa
 def find_tensors(key: str) -> dict[str, torch.Tensor] | None:
     "The tensors of an entry, marked as used now; None if there is none, or a damaged one, which is removed."
     path = _entry_path(key)
@@ -171,6 +172,7 @@ def _remembered(memo: Path) -> dict:
             return {path: entry for path, entry in known.items() if isinstance(entry, dict)}
     return {}
 
+# %% ../../nbs/model/04_cache.ipynb #cc5b04f4
 def known_hash(path: Path | str) -> str:
     "SHA-256 of a file; that of a file above 64 MB is remembered until the file changes."
     path, memo = Path(path).resolve(), cache_folder() / "hashes.json"

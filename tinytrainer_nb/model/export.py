@@ -30,6 +30,23 @@ def _merged_weight(layer: BaseTunerLayer) -> torch.Tensor: # (out, in) in fp32
             weight = weight * (layer.lora_magnitude_vector[name].weight / lengths)[:, None]
     return weight
 
+# %% ../../nbs/model/09_export.ipynb #2bb16628
+def _empty(base: nn.Module, dtype: torch.dtype):
+    "A model of the same architecture on the CPU, its weights not yet filled in; nothing is quantized."
+    with torch.device("meta"): plain = AutoModelForCausalLM.from_config(base.config, dtype=dtype)
+    plain.config.quantization_config = None # so that there is one to delete
+    del plain.config.quantization_config
+    plain.to_empty(device="cpu")
+    plain.tie_weights()
+    return plain
+
+def _fill(module: nn.Module, into: nn.Module, dtype: torch.dtype) -> None:
+    "Copy what `module` itself holds, quantized weights written out."
+    for kind, p in module.named_parameters(recurse=False):
+        whole = written_out(module) if kind == "weight" else p
+        getattr(into, kind).data = whole.detach().to("cpu", dtype)
+    for kind, b in module.named_buffers(recurse=False): getattr(into, kind).copy_(b)
+
 # %% ../../nbs/model/09_export.ipynb #78df088a
 @torch.no_grad()
 def merged(
@@ -48,29 +65,15 @@ def merged(
             into.weight.data = _merged_weight(module).to("cpu", dtype)
     return plain.eval()
 
-def _empty(base: nn.Module, dtype: torch.dtype):
-    "A model of the same architecture on the CPU, its weights not yet filled in; nothing is quantized."
-    with torch.device("meta"): plain = AutoModelForCausalLM.from_config(base.config, dtype=dtype)
-    plain.config.quantization_config = None # so that there is one to delete
-    del plain.config.quantization_config
-    plain.to_empty(device="cpu")
-    plain.tie_weights()
-    return plain
-
-def _fill(module: nn.Module, into: nn.Module, dtype: torch.dtype) -> None:
-    "Copy what `module` itself holds, quantized weights written out."
-    for kind, p in module.named_parameters(recurse=False):
-        whole = written_out(module) if kind == "weight" else p
-        getattr(into, kind).data = whole.detach().to("cpu", dtype)
-    for kind, b in module.named_buffers(recurse=False): getattr(into, kind).copy_(b)
-
 # %% ../../nbs/model/09_export.ipynb #8e851b55
 def save_merged(
     run: Run | str | Path, # a run, or its folder
     folder: str | Path,    # for the model; must not exist, or be empty
     dtype: str = "bf16",   # of the weights: bf16, fp16 or fp32
 ) -> Path:                 # `folder`
-    "Write a run's result as one model with its tokenizer. Raises `TinyTrainerError` if it has none or `folder` is taken."
+    """Write a run's result as one model, with its tokenizer.
+
+    Raises `TinyTrainerError` if the run has none yet, or `folder` holds something."""
     run, folder = run if isinstance(run, Run) else Run.open(run), Path(folder)
     if dtype not in DTYPES:
         raise TinyTrainerError(f"dtype={dtype!r} is not allowed: it must be one of {', '.join(DTYPES)}.")

@@ -53,24 +53,7 @@ def _load_base(asked: LoadArgs, device: str, step_tokens: int) -> tuple:
         dtype=dtype_name(dtype), why=why, device=device, seconds=round(time.perf_counter() - start, 2), cache=cache)
     return model, tokenizer
 
-# %% ../../nbs/model/08_load.ipynb #d526e239
-@builds
-def load_model(
-    name: str | Path = DEFAULT_BASE, # "tiny", a model's folder, a run's folder, a Hub id
-    quantization: str = "auto",      # auto, nf4, int8 or none
-    dtype: str = "auto",             # auto, bf16, fp16 or fp32: what products are computed in
-    device: str | None = None,       # cpu or cuda; None: a GPU if there is one
-    step_tokens: int = 1024,         # tokens of one step, for what `auto` must fit
-    verbose: bool = True,            # print the report
-) -> tuple:                          # (model, tokenizer); the report is `model.load_report`
-    "A model, ready for an adapter, and its tokenizer. Raises `TinyTrainerError` for an unknown name or setting."
-    asked, device = LoadArgs(str(name), quantization, dtype), _existing(device)
-    is_run = asked.base != "tiny" and (Path(name) / "run.json").exists()
-    if is_run: return load_result(Path(name), asked, device, verbose)
-    model, tokenizer = _load_base(asked, device, step_tokens)
-    if verbose: _say(model.load_report)
-    return model, tokenizer
-
+# %% ../../nbs/model/08_load.ipynb #02b2fdbe
 def _existing(device: str | None) -> str:
     "The device that is asked for. Raises `TinyTrainerError` if it is not here."
     device = device or default_device()
@@ -88,6 +71,24 @@ def _say(report: LoadReport) -> None:
             f"note: the quantized weights are not kept for the next time: {report.cache}. TINYTRAINER_CACHE names "
             "another folder, TINYTRAINER_CACHE_GB how much may lie there (0: nothing).")
     if report.device == "cpu" and unused_gpu(): print(unused_gpu(), file=sys.stderr)
+
+# %% ../../nbs/model/08_load.ipynb #d526e239
+@builds
+def load_model(
+    name: str | Path = DEFAULT_BASE, # "tiny", a model's folder, a run's folder, a Hub id
+    quantization: str = "auto",      # auto, nf4, int8 or none
+    dtype: str = "auto",             # auto, bf16, fp16 or fp32: what products are computed in
+    device: str | None = None,       # cpu or cuda; None: a GPU if there is one
+    step_tokens: int = 1024,         # tokens of one step, for what `auto` must fit
+    verbose: bool = True,            # print the report
+) -> tuple:                          # (model, tokenizer); the report is `model.load_report`
+    "A model, ready for an adapter, and its tokenizer. Raises `TinyTrainerError` for an unknown name or setting."
+    asked, device = LoadArgs(str(name), quantization, dtype), _existing(device)
+    is_run = asked.base != "tiny" and (Path(name) / "run.json").exists()
+    if is_run: return load_result(Path(name), asked, device, verbose)
+    model, tokenizer = _load_base(asked, device, step_tokens)
+    if verbose: _say(model.load_report)
+    return model, tokenizer
 
 # %% ../../nbs/model/08_load.ipynb #e0652249
 @builds

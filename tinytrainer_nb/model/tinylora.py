@@ -43,6 +43,7 @@ def _krylov(
         basis, images = torch.cat([basis, new]), torch.cat([images, new @ weight])
     return basis, images
 
+# %% ../../nbs/model/07_tinylora.ipynb #631c496b
 def truncated_svd(
     weight: Tensor,             # (out, in), in any format
     r: int,                     # how many singular values
@@ -208,24 +209,29 @@ class TinyLoraModel(_Saving):
         self._give_subspace(layer, adapter_name, config, self.order.index(current_key))
         self.bar.update()
 
-    def _wrap(self, target: nn.Module, adapter_name: str, name: str) -> TinyLoraLayer:
-        if not isinstance(target, nn.Linear):
-            raise TinyTrainerError(f"{name} is a {type(target).__name__}, and TinyLoRA is for linear layers here.")
-        return TinyLoraLayer(target, self.tinylora_v, adapter_name)
+# %% ../../nbs/model/07_tinylora.ipynb #43dc7b1e
+@patch_to(TinyLoraModel)
+def _wrap(self, target: nn.Module, adapter_name: str, name: str) -> TinyLoraLayer:
+    "A layer around a linear one."
+    if not isinstance(target, nn.Linear):
+        raise TinyTrainerError(f"{name} is a {type(target).__name__}, and TinyLoRA is for linear layers here.")
+    return TinyLoraLayer(target, self.tinylora_v, adapter_name)
 
-    def _give_subspace(self, layer: TinyLoraLayer, adapter_name: str, config: TinyConfig, index: int) -> None:
-        "Make the layer's subspace; a copy for the reference takes that of the adapter it copies."
-        like = next((name for name in layer.r if self.peft_config[name] == config), None)
-        if like is None: # in fp32: the same directions whatever is computed in
-            *parts, vague = subspace(written_out(layer.base_layer, torch.float32), config, index)
-        else:
-            parts = [layer.tinylora_A[like], layer.tinylora_B[like], layer.tinylora_P[like]]
-            vague = layer.vague[like]
-        for kind, part in zip((layer.tinylora_A, layer.tinylora_B, layer.tinylora_P), parts):
-            kind[adapter_name] = part.to(layer.base_layer.weight.device)
-        layer.r[adapter_name], layer.vague[adapter_name] = len(parts[0]), vague
-        layer.group[adapter_name] = self.groups[index]
+@patch_to(TinyLoraModel)
+def _give_subspace(self, layer: TinyLoraLayer, adapter_name: str, config: TinyConfig, index: int) -> None:
+    "Make a layer's subspace, or take over that of the adapter that is copied."
+    like = next((name for name in layer.r if self.peft_config[name] == config), None)
+    if like is None: # in fp32: the same directions whatever is computed in
+        *parts, vague = subspace(written_out(layer.base_layer, torch.float32), config, index)
+    else:
+        parts = [layer.tinylora_A[like], layer.tinylora_B[like], layer.tinylora_P[like]]
+        vague = layer.vague[like]
+    for kind, part in zip((layer.tinylora_A, layer.tinylora_B, layer.tinylora_P), parts):
+        kind[adapter_name] = part.to(layer.base_layer.weight.device)
+    layer.r[adapter_name], layer.vague[adapter_name] = len(parts[0]), vague
+    layer.group[adapter_name] = self.groups[index]
 
+# %% ../../nbs/model/07_tinylora.ipynb #8ffba4e3
 # by hand, for `register_peft_method` takes the names of PEFT's own enumeration alone
 PEFT_TYPE_TO_CONFIG_MAPPING[KIND] = TinyConfig
 PEFT_TYPE_TO_TUNER_MAPPING[KIND] = TinyLoraModel
@@ -314,11 +320,6 @@ def adapter_config(
     return TinyConfig(**dataclasses.asdict(config) | dict(parametrization="peft", save_projection=True))
 
 # %% ../../nbs/model/07_tinylora.ipynb #87b7c156
-_LINE = re.compile(
-    r"tinylora1 base=(?P<base>[0-9a-f]*) over=(?P<quantization>\w+) "
-    r"r=(?P<r>\d{1,9}) u=(?P<u>\d{1,9}) n_tie=(?P<n_tie>\d{1,9}) seed=(?P<seed>\d{1,18}) "
-    r"v=(?P<v>[\w+/]+=*) check=(?P<check>[0-9a-f]{8})")
-
 def _check(line: str) -> str: # eight hexadecimal digits
     "The checksum of a line."
     return hashlib.sha256(line.rpartition(" check=")[0].encode()).hexdigest()[:8]
@@ -349,6 +350,11 @@ def _need_line(model) -> None:
             "are too near to each other, and it does not fit into a line. Save the folder, which holds it.")
 
 # %% ../../nbs/model/07_tinylora.ipynb #3f32e3e4
+_LINE = re.compile(
+    r"tinylora1 base=(?P<base>[0-9a-f]*) over=(?P<quantization>\w+) "
+    r"r=(?P<r>\d{1,9}) u=(?P<u>\d{1,9}) n_tie=(?P<n_tie>\d{1,9}) seed=(?P<seed>\d{1,18}) "
+    r"v=(?P<v>[\w+/]+=*) check=(?P<check>[0-9a-f]{8})")
+
 def from_line(
     model,     # the bare base, loaded as it was
     line: str, # what `adapter_line` gave
