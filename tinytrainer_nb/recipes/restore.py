@@ -62,7 +62,7 @@ def at_checkpoint(
     run: Run,         # of any recipe that trains a language model
     checkpoint: Path, # folder, such as `run.last_checkpoint()[0]`
 ) -> tuple:           # (model, tokenizer)
-    "A run's model at a checkpoint, in evaluation mode, and its tokenizer. Raises `TinyTrainerError` as `at_start` does."
+    "A run's model at a checkpoint, in evaluation mode, and its tokenizer. Raises `TinyTrainerError` like `at_start`."
     model, tokenizer = at_start(run)
     take_step(model, checkpoint)
     return model.eval(), tokenizer
