@@ -1774,6 +1774,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'tinytrainer_nb/recipes/sft.py'),
                                             'tinytrainer_nb.recipes.sft._heldout': ( 'recipes/sft.html#_heldout',
                                                                                      'tinytrainer_nb/recipes/sft.py'),
+                                            'tinytrainer_nb.recipes.sft._keep_data': ( 'recipes/sft.html#_keep_data',
+                                                                                       'tinytrainer_nb/recipes/sft.py'),
                                             'tinytrainer_nb.recipes.sft._lessons': ( 'recipes/sft.html#_lessons',
                                                                                      'tinytrainer_nb/recipes/sft.py'),
                                             'tinytrainer_nb.recipes.sft._questions': ( 'recipes/sft.html#_questions',
