@@ -2,7 +2,11 @@
 
 Each line: the object that has the name, the name, and what it is wanted for."""
 
-TRAINER, TUNER, LAYER = "transformers:Trainer", "peft.tuners.tuners_utils:BaseTuner", "peft.tuners.tuners_utils:BaseTunerLayer"
+TRAINER, TUNER, LAYER = (
+    "transformers:Trainer",
+    "peft.tuners.tuners_utils:BaseTuner",
+    "peft.tuners.tuners_utils:BaseTunerLayer",
+)
 
 BORROWED = [
     (TRAINER, "_maybe_log_save_evaluate", "after each step: tell, obey, save"),
@@ -19,10 +23,18 @@ BORROWED = [
     ("trl:DPOTrainer", "_send_telemetry", "nothing leaves the machine"),
     ("transformers.modeling_utils", "_attn_implementation", "attention of packed rows"),
     ("transformers.configuration_utils", "_name_or_path", "what a model from the cache is called"),
-    ("transformers.core_model_loading", "_weight_conversions", "weights that are named otherwise in files are not cached"),
+    (
+        "transformers.core_model_loading",
+        "_weight_conversions",
+        "weights that are named otherwise in files are not cached",
+    ),
     ("transformers:AutoModelForCausalLM", "_model_mapping", "which class a config makes"),
     ("transformers:PreTrainedModel", "_is_stateful", "models that carry a state are refused"),
-    ("transformers:PreTrainedModel", "_supports_attention_backend", "models with an attention of their own are refused"),
+    (
+        "transformers:PreTrainedModel",
+        "_supports_attention_backend",
+        "models with an attention of their own are refused",
+    ),
     (LAYER, "_active_adapter", "other adapters for some forward passes"),
     (LAYER, "_disable_adapters", "no adapter for some forward passes"),
     (LAYER, "_cast_input_dtype", "TinyLoRA layers take inputs as LoRA layers do"),

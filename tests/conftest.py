@@ -1,4 +1,5 @@
 """What all tests share: an offline environment set before anything is imported, the order, what may be missing here."""
+
 import atexit
 import gc
 import os
@@ -11,10 +12,19 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg")
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # the cores the project is written for; results then agree between machines
-if "PYTEST_XDIST_WORKER" in os.environ: os.environ["OMP_NUM_THREADS"] = "1"  # several workers, two cores: PyTorch processes whose threads take turns on a core slow each other tenfold
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # kernels import this checkout
-if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the folder of the process that started them; nobody's own cache is touched
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "2"
+)  # the cores the project is written for; results then agree between machines
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = (
+        "1"  # several workers, two cores: PyTorch processes whose threads take turns on a core slow each other tenfold
+    )
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+)  # kernels import this checkout
+if (
+    "PYTEST_XDIST_WORKER" not in os.environ
+):  # workers share the folder of the process that started them; nobody's own cache is touched
     os.environ["TINYTRAINER_CACHE"] = tempfile.mkdtemp(prefix="tinytrainer-cache-")
     atexit.register(shutil.rmtree, os.environ["TINYTRAINER_CACHE"], ignore_errors=True)
 
@@ -25,15 +35,18 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    "What has been imported lives as long as the tests: the garbage collector, which every run calls some times, need not go through it again"
-    gc.collect(); gc.freeze()
+    """What has been imported lives as long as the tests: the garbage collector, which every run calls some times,
+    need not go through it again"""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
     "The folder `shared` beside the repository, with real data sets and models"
     folder = ROOT.parent / "shared"
-    if not folder.is_dir(): pytest.skip("needs the folder `shared` with real data and models beside the repository")
+    if not folder.is_dir():
+        pytest.skip("needs the folder `shared` with real data and models beside the repository")
     return folder
 
 
@@ -41,5 +54,6 @@ def shared() -> Path:
 def chromium() -> str:
     "Path of a chromium that a browser test can drive"
     names = ("chromium", "chromium-browser", "google-chrome")
-    if not (path := next(filter(None, map(shutil.which, names)), None)): pytest.skip(f"needs one of {', '.join(names)} on the PATH")
+    if not (path := next(filter(None, map(shutil.which, names)), None)):
+        pytest.skip(f"needs one of {', '.join(names)} on the PATH")
     return path

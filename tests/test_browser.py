@@ -1,10 +1,12 @@
-"""The panels in a real browser: JupyterLab and Notebook 7 on this machine, chromium, and the lessons as a person would use them.
+"""The panels in a real browser: JupyterLab and Notebook 7 on this machine, chromium, and the lessons as a person
+would use them.
 
-`TINYTRAINER_SCREENSHOTS=1 pytest -m browser` also takes the pictures that README and notebooks show, and those of `SCENES` at both widths and in both themes, to look at."""
+`TINYTRAINER_SCREENSHOTS=1 pytest -m browser` also takes the pictures that README and notebooks show, and those of
+`SCENES` at both widths and in both themes, to look at."""
+
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -19,9 +21,18 @@ ROOT = Path(__file__).resolve().parent.parent
 LESSONS = ROOT / "nbs" / "tutorials"
 PICTURES = os.environ.get("TINYTRAINER_SCREENSHOTS") == "1"
 SCENES = ROOT / ".scenes"  # not in the repository
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
-         "--disable-quic", "--no-first-run"]
-QUIET = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}  # no pop-up over the picture
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-quic",
+    "--no-first-run",
+]
+QUIET = {
+    "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}
+}  # no pop-up over the picture
 
 pytestmark = pytest.mark.browser
 
@@ -33,8 +44,10 @@ def free_port() -> int:
 
 
 def answers(url: str) -> bool:
-    try: return urllib.request.urlopen(url, timeout=5).status == 200
-    except OSError: return False
+    try:
+        return urllib.request.urlopen(url, timeout=5).status == 200
+    except OSError:
+        return False
 
 
 def until(condition, what: str, seconds: float = 60):
@@ -50,9 +63,12 @@ def end(server: subprocess.Popen) -> None:
     "Ask the server to end, which ends its kernels; then whatever of its children is left"
     children = psutil.Process(server.pid).children(recursive=True) if server.poll() is None else []
     server.terminate()
-    try: server.wait(20)
-    except subprocess.TimeoutExpired: server.kill()
-    for child in psutil.wait_procs(children, timeout=5)[1]: child.kill()
+    try:
+        server.wait(20)
+    except subprocess.TimeoutExpired:
+        server.kill()
+    for child in psutil.wait_procs(children, timeout=5)[1]:
+        child.kill()
 
 
 @pytest.fixture(scope="module")
@@ -60,18 +76,33 @@ def jupyter(tmp_path_factory):
     "Address of a Jupyter server of our own, the folder it shows, its process"
     tmp_path = tmp_path_factory.mktemp("jupyter")
     root, config = tmp_path / "notebooks", tmp_path / "config"
-    root.mkdir(); (config / "labconfig").mkdir(parents=True)
+    root.mkdir()
+    (config / "labconfig").mkdir(parents=True)
     (config / "labconfig" / "default_setting_overrides.json").write_text(json.dumps(QUIET), encoding="utf-8")
     env = os.environ | {f"JUPYTER_{k}_DIR": str(tmp_path / k.lower()) for k in ("CONFIG", "RUNTIME", "DATA")}
     url, log = f"http://127.0.0.1:{(port := free_port())}", tmp_path / "lab.log"
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
-               "--ServerApp.port_retries=0", "--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True", "--ServerApp.disable_check_xsrf=True", f"--ServerApp.root_dir={root}"]
-    with open(log, "wb") as out: server = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        "--ip=127.0.0.1",
+        f"--port={port}",
+        "--ServerApp.port_retries=0",
+        "--IdentityProvider.token=",
+        "--LabApp.expose_app_in_browser=True",
+        "--ServerApp.disable_check_xsrf=True",
+        f"--ServerApp.root_dir={root}",
+    ]
+    with open(log, "wb") as out:
+        server = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
     try:
         until(lambda: server.poll() is not None or answers(f"{url}/api/status"), "the server answers")
         assert server.poll() is None, log.read_text(encoding="utf-8")[-2000:]
         yield url, root, server
-    finally: end(server)
+    finally:
+        end(server)
 
 
 @pytest.fixture(scope="module")
@@ -94,28 +125,47 @@ def scene(jupyter, browser):
     page.close()
     for kernel in json.load(urllib.request.urlopen(f"{url}/api/kernels")):
         urllib.request.urlopen(urllib.request.Request(f"{url}/api/kernels/{kernel['id']}", method="DELETE"))
-    outside = [a for a in asked if not a.startswith((url, url.replace("http", "ws"), "data:", "blob:")) and not a.endswith("/colab-badge.svg")]  # a lesson's first line
+    outside = [
+        a
+        for a in asked
+        if not a.startswith((url, url.replace("http", "ws"), "data:", "blob:")) and not a.endswith("/colab-badge.svg")
+    ]  # a lesson's first line
     assert not outside, outside  # nothing is fetched from anywhere else
 
 
 class Scene:
     "What a person sees and does"
-    def __init__(self, page, url: str, root: Path, asked: list): self.page, self.url, self.root, self.asked = page, url, root, asked
+
+    def __init__(self, page, url: str, root: Path, asked: list):
+        self.page, self.url, self.root, self.asked = page, url, root, asked
 
     def lesson(self, name: str, folder: Path = LESSONS, **parameters) -> None:
         "Open a notebook of ours, with other parameters, and run all its cells"
         notebook = json.loads((folder / f"{name}.ipynb").read_text(encoding="utf-8"))
         for cell in notebook["cells"]:
-            if cell["cell_type"] == "code": cell["outputs"] = []
-            if "parameters" in cell["metadata"].get("tags", ()): cell["source"] = "".join(cell["source"]) + "".join(f"\n{k} = {v!r}" for k, v in parameters.items())
+            if cell["cell_type"] == "code":
+                cell["outputs"] = []
+            if "parameters" in cell["metadata"].get("tags", ()):
+                cell["source"] = "".join(cell["source"]) + "".join(f"\n{k} = {v!r}" for k, v in parameters.items())
         self.run(name, notebook["cells"])
 
     def cells(self, name: str, *sources: str) -> None:
         "Open a notebook of these cells and run them all"
-        self.run(name, [dict(cell_type="code", id=f"cell-{i}", metadata={}, outputs=[], execution_count=None, source=source) for i, source in enumerate(sources)])
+        self.run(
+            name,
+            [
+                dict(cell_type="code", id=f"cell-{i}", metadata={}, outputs=[], execution_count=None, source=source)
+                for i, source in enumerate(sources)
+            ],
+        )
 
     def run(self, name: str, cells: list, app: str = "lab/tree") -> None:
-        notebook = dict(cells=cells, metadata=dict(kernelspec=dict(name="python3", display_name="Python 3", language="python")), nbformat=4, nbformat_minor=5)
+        notebook = dict(
+            cells=cells,
+            metadata=dict(kernelspec=dict(name="python3", display_name="Python 3", language="python")),
+            nbformat=4,
+            nbformat_minor=5,
+        )
         (self.root / f"{name}.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
         self.open(name, app)
         self.page.get_by_role("menuitem", name="Run", exact=True).click()
@@ -124,10 +174,17 @@ class Scene:
     def open(self, name: str, app: str = "lab/tree") -> None:
         self.page.goto(f"{self.url}/{app}/{name}.ipynb{'?reset' if app == 'lab/tree' else ''}")
         self.page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=60_000)
-        if app == "lab/tree": self.page.get_by_text(re.compile(r"\| Idle$")).wait_for(timeout=60_000)  # the kernel stands; before, Run would ask which one to take
-        else: self.page.wait_for_timeout(4000)
+        if app == "lab/tree":
+            self.page.get_by_text(re.compile(r"\| Idle$")).wait_for(
+                timeout=60_000
+            )  # the kernel stands; before, Run would ask which one to take
+        else:
+            self.page.wait_for_timeout(4000)
 
-    def button(self, name: str): return self.page.locator(".tinytrainer-panel").get_by_role("button", name=re.compile(rf"^\W*{name}$")).last  # an icon is a letter of its own
+    def button(self, name: str):
+        return (
+            self.page.locator(".tinytrainer-panel").get_by_role("button", name=re.compile(rf"^\W*{name}$")).last
+        )  # an icon is a letter of its own
 
     def press(self, name: str) -> None:
         "As soon as it can be pressed"
@@ -136,7 +193,8 @@ class Scene:
 
     def fill(self, field: str, value) -> None:
         box = self.page.locator("input, textarea").and_(self.page.get_by_label(field, exact=True)).last
-        box.fill(str(value), timeout=120_000); box.press("Tab")  # a lesson may train before it shows the form
+        box.fill(str(value), timeout=120_000)
+        box.press("Tab")  # a lesson may train before it shows the form
 
     @property
     def head(self) -> str:
@@ -145,25 +203,35 @@ class Scene:
         return line.inner_text() if line.count() else ""
 
     @property
-    def step(self) -> int: return int(m[1]) if (m := re.search(r"step (\d+) of", self.head)) else 0
+    def step(self) -> int:
+        return int(m[1]) if (m := re.search(r"step (\d+) of", self.head)) else 0
 
     @property
-    def curve(self): return self.page.locator(".tinytrainer-panel img[alt*=' at step ']").last
+    def curve(self):
+        return self.page.locator(".tinytrainer-panel img[alt*=' at step ']").last
 
     def wait(self, condition, what: str, seconds: float = 60):
         "`until`, with the page alive meanwhile"
         end = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < end, f"{what}: not within {seconds} s; the page says {self.head!r}, and {self.errors()}"
+            assert time.monotonic() < end, (
+                f"{what}: not within {seconds} s; the page says {self.head!r}, and {self.errors()}"
+            )
             self.page.wait_for_timeout(200)
 
-    def shows(self, text, seconds: float = 120) -> None: self.page.locator(".tinytrainer-panel").get_by_text(text).last.wait_for(timeout=1000 * seconds)
+    def shows(self, text, seconds: float = 120) -> None:
+        self.page.locator(".tinytrainer-panel").get_by_text(text).last.wait_for(timeout=1000 * seconds)
 
-    def errors(self) -> list[str]: return self.page.locator("[data-mime-type='application/vnd.jupyter.error'], [data-mime-type='application/vnd.jupyter.stderr']").all_inner_texts()
+    def errors(self) -> list[str]:
+        return self.page.locator(
+            "[data-mime-type='application/vnd.jupyter.error'], [data-mime-type='application/vnd.jupyter.stderr']"
+        ).all_inner_texts()
 
     def picture(self, name: str, keep: bool = False, at: str = ".tinytrainer-panel:not(.tinytrainer-panel *)") -> None:
-        "The window as it is: in nbs/images/ if it is to be kept, and at both widths in both themes, when pictures are asked for"
-        if not PICTURES: return
+        """The window as it is: in nbs/images/ if it is to be kept, and at both widths in both themes, when pictures
+        are asked for"""
+        if not PICTURES:
+            return
         SCENES.mkdir(exist_ok=True)
         for theme in ("JupyterLab Light", "JupyterLab Dark"):
             self.theme(theme)
@@ -172,8 +240,10 @@ class Scene:
                 self.page.locator(at).last.evaluate("e => e.scrollIntoView({block: 'start'})")
                 self.page.wait_for_timeout(700)
                 self.page.screenshot(path=SCENES / f"{name}_{width}_{theme.split()[1].lower()}.png")
-                if keep and width == 1600 and "Light" in theme: self.page.screenshot(path=ROOT / "nbs" / "images" / f"{name}.png")
-        self.theme("JupyterLab Light"); self.page.set_viewport_size({"width": 1600, "height": 1100})
+                if keep and width == 1600 and "Light" in theme:
+                    self.page.screenshot(path=ROOT / "nbs" / "images" / f"{name}.png")
+        self.theme("JupyterLab Light")
+        self.page.set_viewport_size({"width": 1600, "height": 1100})
 
     def theme(self, name: str) -> None:
         self.page.evaluate("name => window.jupyterapp.commands.execute('apputils:change-theme', {theme: name})", name)
@@ -187,13 +257,17 @@ model = add_lora(model, LoraArgs(r=4), seed=0)
 """
 
 
-QUESTION = "There are 96 boxes with 7 roses in each box. Zoe takes 159 roses out and sells them. How many roses are left?"
+QUESTION = (
+    "There are 96 boxes with 7 roses in each box. Zoe takes 159 roses out and sells them. How many roses are left?"
+)
 
 
-def info(folder: Path) -> dict: return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+def info(folder: Path) -> dict:
+    return json.loads((folder / "run.json").read_text(encoding="utf-8"))
 
 
-def events(folder: Path) -> list[dict]: return [json.loads(line) for line in (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+def events(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def starts_and_grows(scene, max_steps: int) -> None:
@@ -219,14 +293,25 @@ def test_start_pause_talk_change_continue_stop(scene):
     scene.wait(lambda: "paused" in scene.head, "the pause takes effect")
     still = scene.step
     scene.page.wait_for_timeout(2000)
-    assert scene.step == still and info(folder)["status"] == "paused" and max(e["step"] for e in events(folder)) == still
+    assert (
+        scene.step == still and info(folder)["status"] == "paused" and max(e["step"] for e in events(folder)) == still
+    )
     scene.picture("live_panel", keep=True)
 
     scene.press("Chat")
     scene.fill("say", QUESTION)
     scene.press("Send")
-    scene.wait(lambda: scene.page.get_by_role("table", name="conversation").locator("tr").count() == 2 and scene.button("Send").is_enabled(), "both sides have answered", 120)
-    before, after = scene.page.get_by_role("table", name="conversation").locator("tr").last.locator("td").all_inner_texts()[-2:]
+    scene.wait(
+        lambda: (
+            scene.page.get_by_role("table", name="conversation").locator("tr").count() == 2
+            and scene.button("Send").is_enabled()
+        ),
+        "both sides have answered",
+        120,
+    )
+    before, after = (
+        scene.page.get_by_role("table", name="conversation").locator("tr").last.locator("td").all_inner_texts()[-2:]
+    )
     assert before.strip() and after.strip() and before != after
     scene.picture("live_chat", keep=True, at=".tinytrainer-chatpanel")
 
@@ -240,22 +325,35 @@ def test_start_pause_talk_change_continue_stop(scene):
     scene.shows(re.compile("save: took effect after step"))
     scene.press("Stop")
     scene.wait(lambda: "stopped" in scene.head, "it stops", 120)
-    assert info(folder)["status"] == "stopped" and scene.step < 2000 and (folder / "adapter" / "adapter_model.safetensors").exists()
-    assert scene.button("Pause").is_disabled() and scene.button("Stop").is_disabled() and scene.button("Continue").is_enabled()
+    assert (
+        info(folder)["status"] == "stopped"
+        and scene.step < 2000
+        and (folder / "adapter" / "adapter_model.safetensors").exists()
+    )
+    assert (
+        scene.button("Pause").is_disabled()
+        and scene.button("Stop").is_disabled()
+        and scene.button("Continue").is_enabled()
+    )
     assert not scene.page.locator("[data-mime-type='application/vnd.jupyter.error']").count(), "a cell shows an error"
     scene.picture("stopped")
 
 
+@pytest.mark.slow
 def test_an_error_is_shown(scene):
     "A reward that fails in the second round, in a run that a person has started"
-    scene.cells("error", START + """
+    scene.cells(
+        "error",
+        START
+        + """
 calls = []
 def broken(prompt, completion, **row):
     calls.append(prompt)
     if len(calls) > 8: raise ValueError("no <b>answer</b> here")
     return 1.0
 launch_panel(lambda args: grpo(model, tokenizer, data_file("rl.jsonl"), broken, args, live=True),
-             GRPOArgs(max_steps=5, batch_size=2, num_generations=4, max_new_tokens=8, out="runs/broken"))""")
+             GRPOArgs(max_steps=5, batch_size=2, num_generations=4, max_new_tokens=8, out="runs/broken"))""",
+    )
     scene.press("Start")
     scene.wait(lambda: "failed" in scene.head, "the run fails", 120)
     scene.shows(re.compile(r"broken.*no <b>answer</b> here"))
@@ -264,16 +362,22 @@ launch_panel(lambda args: grpo(model, tokenizer, data_file("rl.jsonl"), broken, 
 
 def test_a_restarted_kernel_finds_its_run_again(scene):
     "Restarted in mid-run: the twin stays in the saved notebook, and a new panel goes on from the last checkpoint"
-    scene.cells("again", START + """
-run = sft(model, tokenizer, data_file("sft.jsonl"), SFTArgs(max_steps=40, batch_size=4, save_steps=5, eval_steps=0, sample_steps=5, out="runs/again"), live=True)
-run.panel()""")
+    scene.cells(
+        "again",
+        START
+        + """
+args = SFTArgs(max_steps=40, batch_size=4, save_steps=5, eval_steps=0, sample_steps=5, out="runs/again")
+run = sft(model, tokenizer, data_file("sft.jsonl"), args, live=True)
+run.panel()""",
+    )
     folder = scene.root / "runs" / "again"
     scene.curve.wait_for(timeout=120_000)
     scene.wait(lambda: scene.step >= 8, "it trains", 120)
     scene.press("Pause")  # so that the restart comes in mid-run, however fast the machine is
     scene.wait(lambda: "paused" in scene.head, "the pause")
     scene.page.wait_for_timeout(1500)
-    scene.page.keyboard.press("Control+s"); scene.page.wait_for_timeout(1500)
+    scene.page.keyboard.press("Control+s")
+    scene.page.wait_for_timeout(1500)
     kernel = json.load(urllib.request.urlopen(f"{scene.url}/api/kernels"))[0]["id"]
     urllib.request.urlopen(urllib.request.Request(f"{scene.url}/api/kernels/{kernel}/restart", method="POST"))
     saved = json.loads((scene.root / "again.ipynb").read_text(encoding="utf-8"))["cells"][0]["outputs"]
@@ -281,76 +385,133 @@ run.panel()""")
     assert "<img alt='loss from" in twin and "paused" in twin and "latest samples" in twin
 
     scene.cells("found", 'from tinytrainer_nb.all import *\nRun.open("runs/again").panel()')
-    scene.wait(lambda: "interrupted" in scene.head or "stopped" in scene.head, "the run is found again", 120)  # the second if the kernel had the time to save
+    scene.wait(
+        lambda: "interrupted" in scene.head or "stopped" in scene.head, "the run is found again", 120
+    )  # the second if the kernel had the time to save
     assert scene.curve.count()
     scene.picture("found_again")
     scene.press("Continue")
     scene.wait(lambda: "finished" in scene.head, "it ends", 120)
-    assert info(folder)["status"] == "finished" and [e["step"] for e in events(folder) if e["kind"] == "status" and e["value"] == "running"][-1] >= 5
+    assert (
+        info(folder)["status"] == "finished"
+        and [e["step"] for e in events(folder) if e["kind"] == "status" and e["value"] == "running"][-1] >= 5
+    )
 
 
+@pytest.mark.slow
 def test_two_runs_are_compared(scene):
-    scene.cells("compare", START + """
+    scene.cells(
+        "compare",
+        START
+        + """
 for rate in (1e-3, 1e-4):
     model, tokenizer = load_model("tiny", quantization="none", verbose=False)
-    sft(add_lora(model, LoraArgs(r=4), seed=0), tokenizer, data_file("sft.jsonl"), SFTArgs(max_steps=6, batch_size=4, learning_rate=rate, eval_steps=0, sample_steps=0, save_steps=0, out=f"runs/rate-{rate}"))
-compare_panel(["runs/rate-0.001", "runs/rate-0.0001"])""")
+    few = dict(max_steps=6, batch_size=4, eval_steps=0, sample_steps=0, save_steps=0)
+    args = SFTArgs(learning_rate=rate, out=f"runs/rate-{rate}", **few)
+    sft(add_lora(model, LoraArgs(r=4), seed=0), tokenizer, data_file("sft.jsonl"), args)
+compare_panel(["runs/rate-0.001", "runs/rate-0.0001"])""",
+    )
     scene.page.locator(".tinytrainer-panel img").first.wait_for(timeout=120_000)
-    assert scene.page.locator(".tinytrainer-panel table").first.inner_text().count("learning_rate") == 1  # the difference comes first
+    assert (
+        scene.page.locator(".tinytrainer-panel table").first.inner_text().count("learning_rate") == 1
+    )  # the difference comes first
     scene.picture("compare", keep=True)
 
 
+@pytest.mark.slow
 def test_rollouts_of_a_live_ppo_run(scene):
     scene.lesson("09_live_rewards", sft_steps=25)
-    for field, value in dict(max_steps=8, batch_size=4, max_new_tokens=48).items(): scene.fill(field, value)
+    for field, value in dict(max_steps=8, batch_size=4, max_new_tokens=48).items():
+        scene.fill(field, value)
     scene.press("Start")
     scene.curve.wait_for(timeout=180_000)
     scene.press("Rollouts")
-    scene.wait(lambda: scene.page.locator(".tinytrainer-panel table").filter(has_text="advantage").count(), "groups are shown", 120)
+    scene.wait(
+        lambda: scene.page.locator(".tinytrainer-panel table").filter(has_text="advantage").count(),
+        "groups are shown",
+        120,
+    )
     scene.wait(lambda: "finished" in scene.head, "it ends", 180)
     scene.page.get_by_label("sort by").last.select_option("reward")
     scene.picture("live_rewards", keep=True, at=".tinytrainer-rolloutpanel")
 
 
+@pytest.mark.slow
 def test_thirteen_numbers_by_hand(scene):
     scene.lesson("10_by_hand", max_steps=3)
-    for field, value in dict(max_steps=4, batch_size=4, num_generations=4, max_new_tokens=96).items(): scene.fill(field, value)
+    for field, value in dict(max_steps=4, batch_size=4, num_generations=4, max_new_tokens=96).items():
+        scene.fill(field, value)
     scene.press("Start")
     scene.wait(lambda: "finished" in scene.head, "it ends", 180)
     scene.press("Numbers")
-    sliders = scene.page.locator(".tinytrainer-dialpanel").last.get_by_role("slider", name=re.compile(r"v\[\d+\]"))  # that of the lesson's last cell
+    sliders = scene.page.locator(".tinytrainer-dialpanel").last.get_by_role(
+        "slider", name=re.compile(r"v\[\d+\]")
+    )  # that of the lesson's last cell
     scene.wait(lambda: sliders.count() == 13, "thirteen sliders with names", 60)
-    scene.wait(lambda: not scene.page.locator(".tinytrainer-dialpanel").last.locator(".slider[disabled]").count(), "they can be moved")
-    sliders.first.focus(); scene.page.keyboard.press("End")  # as far as it goes
-    scene.wait(lambda: "moved to" in scene.page.locator("img[alt^='trained numbers']").last.get_attribute("alt"), "the bar moves")
+    scene.wait(
+        lambda: not scene.page.locator(".tinytrainer-dialpanel").last.locator(".slider[disabled]").count(),
+        "they can be moved",
+    )
+    sliders.first.focus()
+    scene.page.keyboard.press("End")  # as far as it goes
+    scene.wait(
+        lambda: "moved to" in scene.page.locator("img[alt^='trained numbers']").last.get_attribute("alt"),
+        "the bar moves",
+    )
     scene.page.wait_for_timeout(1000)
-    assert scene.page.locator("img[alt^='trained numbers']").last.get_attribute("alt").count("moved to") == 1  # the others stay as they were trained, however the page rounds them
+    assert (
+        scene.page.locator("img[alt^='trained numbers']").last.get_attribute("alt").count("moved to") == 1
+    )  # the others stay as they were trained, however the page rounds them
     scene.fill("say", QUESTION)
     scene.press("Send")
-    scene.wait(lambda: scene.page.get_by_role("table", name="conversation").last.locator("tr").count() == 2 and scene.button("Send").is_enabled(), "both sides have answered", 120)
+    scene.wait(
+        lambda: (
+            scene.page.get_by_role("table", name="conversation").last.locator("tr").count() == 2
+            and scene.button("Send").is_enabled()
+        ),
+        "both sides have answered",
+        120,
+    )
     scene.picture("by_hand", keep=True, at=".tinytrainer-dialpanel")
 
 
 def test_the_first_scene_in_notebook_7(scene):
     notebook = json.loads((LESSONS / "04_live_panel.ipynb").read_text(encoding="utf-8"))
     for cell in notebook["cells"]:
-        if cell["cell_type"] == "code": cell["outputs"] = []
+        if cell["cell_type"] == "code":
+            cell["outputs"] = []
     scene.run("seven", notebook["cells"], app="notebooks")
     starts_and_grows(scene, 500)
     scene.press("Stop")
     scene.wait(lambda: "stopped" in scene.head, "it stops", 120)
 
 
-NASTY = "<script>window.pwned=1</script><img src='http://127.0.0.1:9/x.png' onerror='window.pwned=2'>\x1b[31mred\x1b[0m\u202eecalper\u200bzero"
+NASTY = (
+    "<script>window.pwned=1</script><img src='http://127.0.0.1:9/x.png' "
+    "onerror='window.pwned=2'>\x1b[31mred\x1b[0m\u202eecalper\u200bzero"
+)
 
 
 def test_what_is_said_is_text(scene):
     "In every panel and in the static twin: no script runs, nothing is fetched, what cannot be seen is written out"
-    scene.cells("text", f"nasty = {NASTY!r}" + START + """
-run = grpo(model, tokenizer, [dict(prompt=nasty, reference_answer="1"), dict(prompt="How much is 1 + 1?", reference_answer="2")] * 6, "exact_answer", GRPOArgs(max_steps=1, batch_size=2, num_generations=2, max_new_tokens=8, sample_steps=1, eval_steps=0, out="runs/text"))
-for kind in (dict(kind="sample", prompt=nasty, completion=nasty, reward=1.0, group=9, index=0, parts={nasty: 1.0}), dict(kind="error", message=nasty, type="ValueError"), dict(kind="alarm", name="kl", message=nasty)): run.journal.append(step=1, **kind)
+    scene.cells(
+        "text",
+        f"nasty = {NASTY!r}"
+        + START
+        + """
+prompts = [dict(prompt=nasty, reference_answer="1"), dict(prompt="How much is 1 + 1?", reference_answer="2")] * 6
+few = dict(max_steps=1, batch_size=2, num_generations=2, max_new_tokens=8, sample_steps=1, eval_steps=0)
+run = grpo(model, tokenizer, prompts, "exact_answer", GRPOArgs(out="runs/text", **few))
+sample = dict(kind="sample", prompt=nasty, completion=nasty, reward=1.0, group=9, index=0, parts={nasty: 1.0})
+error, alarm = dict(kind="error", message=nasty, type="ValueError"), dict(kind="alarm", name="kl", message=nasty)
+for event in (sample, error, alarm): run.journal.append(step=1, **event)
 panel = run.panel(); panel.unfold("Rollouts")
-panel""", "run", "compare_panel(['runs/text', 'runs/text'])", "chat_panel(run)", "launch_panel(None, GRPOArgs(out='runs/' + nasty.replace('/', '')))")
+panel""",
+        "run",
+        "compare_panel(['runs/text', 'runs/text'])",
+        "chat_panel(run)",
+        "launch_panel(None, GRPOArgs(out='runs/' + nasty.replace('/', '')))",
+    )
     scene.shows(re.compile(r"red.*\\u202eecalper\\u200bzero"))
     scene.page.wait_for_timeout(1500)
     assert scene.page.evaluate("window.pwned") is None and not [a for a in scene.asked if ":9/" in a]
@@ -358,34 +519,53 @@ panel""", "run", "compare_panel(['runs/text', 'runs/text'])", "chat_panel(run)",
 
 
 READABLE = """() => {
-  const luminance = c => { const [r, g, b] = c.map(v => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const linear = v => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+  const luminance = c => { const [r, g, b] = c.map(linear); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
   const parse = s => (s.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number);
-  const ground = e => { for (; e; e = e.parentElement) { const [r, g, b, a = 1] = parse(getComputedStyle(e).backgroundColor); if (a > 0.5) return [r, g, b]; } return [255, 255, 255]; };
+  const ground = e => {
+    for (; e; e = e.parentElement) {
+      const [r, g, b, a = 1] = parse(getComputedStyle(e).backgroundColor);
+      if (a > 0.5) return [r, g, b];
+    }
+    return [255, 255, 255];
+  };
+  const unread = 'style, script, :disabled, [disabled], .widget-readout';
+  const touched = 'button, input, select, textarea, img, table, progress, [role=slider], [role=button], [tabindex]';
   const pale = [], nameless = [];
   for (const panel of document.querySelectorAll('.tinytrainer-panel')) {
     const walk = document.createTreeWalker(panel, NodeFilter.SHOW_TEXT);
     for (let n; n = walk.nextNode();) {
       const e = n.parentElement;
-      if (!n.textContent.trim() || !e.offsetParent || e.closest('style, script, :disabled, [disabled], .widget-readout')) continue;
-      const [a, b] = [luminance(parse(getComputedStyle(e).color).slice(0, 3)), luminance(ground(e))].sort((x, y) => y - x);
-      if ((a + 0.05) / (b + 0.05) < 4.5) pale.push(`${n.textContent.trim().slice(0, 40)}: ${((a + 0.05) / (b + 0.05)).toFixed(1)}`);
+      if (!n.textContent.trim() || !e.offsetParent || e.closest(unread)) continue;
+      const ink = luminance(parse(getComputedStyle(e).color).slice(0, 3)), paper = luminance(ground(e));
+      const contrast = (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05);
+      if (contrast < 4.5) pale.push(`${n.textContent.trim().slice(0, 40)}: ${contrast.toFixed(1)}`);
     }
-    for (const e of panel.querySelectorAll('button, input, select, textarea, img, table, progress, [role=slider], [role=button], [tabindex]')) {
+    for (const e of panel.querySelectorAll(touched)) {
       if (!e.offsetParent || e.closest('style') || e.type === 'hidden') continue;
-      const name = e.getAttribute('aria-label') || e.alt || [...(e.labels || [])].map(l => l.textContent).join(' ') || (['BUTTON'].includes(e.tagName) ? e.textContent : '') || e.title;
+      const labels = [...(e.labels || [])].map(l => l.textContent).join(' ');
+      const own = e.tagName === 'BUTTON' ? e.textContent : '';
+      const name = e.getAttribute('aria-label') || e.alt || labels || own || e.title;
       if (!name.trim()) nameless.push(e.outerHTML.slice(0, 120));
     }
   }
-  return {pale, nameless, wide: [...document.querySelectorAll('.jp-OutputArea-output')].filter(e => e.scrollWidth > e.clientWidth + 2).length};
+  const outputs = [...document.querySelectorAll('.jp-OutputArea-output')];
+  return {pale, nameless, wide: outputs.filter(e => e.scrollWidth > e.clientWidth + 2).length};
 }"""
 
 
 def test_readable_in_light_and_dark_and_narrow(scene):
     "Contrast of at least 4.5, a name for everything that takes a click or a key, no sideways scrolling of the page"
-    scene.cells("readable", START + """
-launcher = launch_panel(lambda args: sft(model, tokenizer, data_file("sft.jsonl"), args, live=True), SFTArgs(max_steps=30, batch_size=4, sample_steps=5, eval_steps=0, save_steps=0, out="runs/readable"))
+    scene.cells(
+        "readable",
+        START
+        + """
+args = SFTArgs(max_steps=30, batch_size=4, sample_steps=5, eval_steps=0, save_steps=0, out="runs/readable")
+launcher = launch_panel(lambda args: sft(model, tokenizer, data_file("sft.jsonl"), args, live=True), args)
 launcher.start().wait()
-launcher""", "panel = launcher.run.panel(); panel.unfold('Chat')\npanel")
+launcher""",
+        "panel = launcher.run.panel(); panel.unfold('Chat')\npanel",
+    )
     scene.curve.wait_for(timeout=120_000)
     scene.page.wait_for_timeout(2000)
     for theme in ("JupyterLab Light", "JupyterLab Dark"):
@@ -402,7 +582,11 @@ launcher""", "panel = launcher.run.panel(); panel.unfold('Chat')\npanel")
 @pytest.mark.skipif(not PICTURES, reason="measures: TINYTRAINER_SCREENSHOTS=1 on a quiet machine")
 def test_what_a_panel_costs(scene, jupyter):
     "The benchmark with its panel open in a page, and what the server spends meanwhile; kept as its results"
-    server, folder, benchmarks = psutil.Process(jupyter[2].pid), scene.root / "runs" / "panel_cost", ROOT / "nbs" / "benchmarks"
+    server, folder, benchmarks = (
+        psutil.Process(jupyter[2].pid),
+        scene.root / "runs" / "panel_cost",
+        ROOT / "nbs" / "benchmarks",
+    )
     spent = lambda: sum(server.cpu_times()[:2])
     scene.lesson("05_panel_cost", benchmarks, max_steps=100)
     scene.wait(lambda: (folder / "run.json").exists(), "it starts", 120)
@@ -411,5 +595,8 @@ def test_what_a_panel_costs(scene, jupyter):
     passed = spent() - before
     scene.wait(lambda: (folder / "panel_cost.json").exists(), "all is measured", 120)
     measured = json.loads((folder / "panel_cost.json").read_text(encoding="utf-8"))
-    measured |= dict(server=round(passed, 3), share_with_server=round((sum(measured["threads"].values()) + passed) / measured["training"], 4))
+    measured |= dict(
+        server=round(passed, 3),
+        share_with_server=round((sum(measured["threads"].values()) + passed) / measured["training"], 4),
+    )
     (benchmarks / "results" / "panel_cost.json").write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,6 @@
-"""Quantized weights that are kept: the same bits as quantizing gives, never torn, never too many, and nobody's load fails over them."""
+"""Quantized weights that are kept: the same bits as quantizing gives, never torn, never too many, and nobody's load
+fails over them."""
+
 import json
 import os
 import shutil
@@ -9,28 +11,48 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import Script
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tinytrainer_nb.model import base as models
-from tinytrainer_nb.model.arguments import LoraArgs
-from tinytrainer_nb.model.lora import add_lora
-from tinytrainer_nb.model.cache import cache_entries, cache_folder, cache_limit, clear_cache, find_tensors, keep_tensors, known_hash
 from tinytrainer_nb.cli import main
 from tinytrainer_nb.core import TinyTrainerError, data_file, file_hash
-from tinytrainer_nb.model.load import load_model
+from tinytrainer_nb.model import base as models
+from tinytrainer_nb.model.arguments import LoraArgs
 from tinytrainer_nb.model.base import weights_key
+from tinytrainer_nb.model.cache import (
+    cache_entries,
+    cache_folder,
+    cache_limit,
+    clear_cache,
+    find_tensors,
+    keep_tensors,
+    known_hash,
+)
+from tinytrainer_nb.model.load import load_model
+from tinytrainer_nb.model.lora import add_lora
 
-from forked import Script
 
-
-def write_base(folder: Path, tied: bool = True) -> Path:
-    "A Llama of 40 million random weights with the embedded base's tokenizer"
+def write_base(folder: Path, tied: bool = True, large: bool = False) -> Path:
+    "A Llama of 5 or of 40 million random weights with the embedded base's tokenizer"
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=1024, hidden_size=768, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=12,
-                                 num_key_value_heads=6, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2)).bfloat16().save_pretrained(folder)
+    width, mlp = (768, 2048) if large else (264, 704)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=1024,
+            hidden_size=width,
+            intermediate_size=mlp,
+            num_hidden_layers=6,
+            num_attention_heads=12,
+            num_key_value_heads=6,
+            tie_word_embeddings=tied,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    ).bfloat16().save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        if (data_file("tiny") / name).exists(): shutil.copy(data_file("tiny") / name, folder)
+        if (data_file("tiny") / name).exists():
+            shutil.copy(data_file("tiny") / name, folder)
     return folder
 
 
@@ -39,9 +61,16 @@ def base(tmp_path_factory) -> Path:
     return write_base(tmp_path_factory.mktemp("base"))
 
 
+@pytest.fixture(scope="module")
+def large_base(tmp_path_factory) -> Path:
+    return write_base(tmp_path_factory.mktemp("large"), large=True)
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
-    "An empty cache for each test"
+    """An empty cache for each test, in which a base of five million weights is worth keeping: how many are is not
+    what most tests are about"""
+    monkeypatch.setattr(models, "WORTH_KEEPING", 4_500_000)
     monkeypatch.setenv("TINYTRAINER_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("TINYTRAINER_CACHE_GB", raising=False)
     return tmp_path / "cache"
@@ -55,15 +84,20 @@ def quantized(base: Path, quantization: str = "nf4", dtype: str = "bf16"):
     "The oracle: a model that was loaded without a cache"
     before = os.environ.get("TINYTRAINER_CACHE_GB")
     os.environ["TINYTRAINER_CACHE_GB"] = "0"
-    try: model = load(base, quantization, dtype)
+    try:
+        model = load(base, quantization, dtype)
     finally:
         os.environ.pop("TINYTRAINER_CACHE_GB")
-        if before: os.environ["TINYTRAINER_CACHE_GB"] = before
+        if before:
+            os.environ["TINYTRAINER_CACHE_GB"] = before
     assert model.load_report.cache == ""
     return model
 
 
-SETTINGS = "compute_dtype compute_type_is_set quant_storage in_features out_features support_avx512bf16_for_cpu training source_cls".split()
+SETTINGS = (
+    "compute_dtype compute_type_is_set quant_storage in_features out_features "
+    "support_avx512bf16_for_cpu training source_cls"
+).split()
 
 
 def parts(model) -> dict:
@@ -73,23 +107,35 @@ def parts(model) -> dict:
     def take(name, value):
         if hasattr(value, "__dict__") and not isinstance(value, (torch.Tensor, type)):
             found[name] = type(value)
-            for key, inner in vars(value).items(): take(f"{name}.{key}", inner)
-        else: found[name] = value
+            for key, inner in vars(value).items():
+                take(f"{name}.{key}", inner)
+        else:
+            found[name] = value
 
     for name, module in model.named_modules():
         found[name] = type(module)
-        for key in SETTINGS: found[f"{name}.{key}"] = getattr(module, key, None)
-        if "state" in vars(module): take(f"{name}.state", module.state)
+        for key in SETTINGS:
+            found[f"{name}.{key}"] = getattr(module, key, None)
+        if "state" in vars(module):
+            take(f"{name}.state", module.state)
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
-        found |= {name: tensor.data, f"{name}.class": type(tensor), f"{name}.stride": tensor.stride(), f"{name}.requires_grad": tensor.requires_grad}
+        found |= {
+            name: tensor.data,
+            f"{name}.class": type(tensor),
+            f"{name}.stride": tensor.stride(),
+            f"{name}.requires_grad": tensor.requires_grad,
+        }
         for key, value in vars(tensor).items():
-            if key != "module": take(f"{name}.{key}", value)
-            else: found[f"{name}.shared"] = value.quant_state is tensor.quant_state
+            if key != "module":
+                take(f"{name}.{key}", value)
+            else:
+                found[f"{name}.shared"] = value.quant_state is tensor.quant_state
     return found
 
 
 def same(a, b) -> bool:
-    if not isinstance(a, torch.Tensor): return type(a) is type(b) and a == b
+    if not isinstance(a, torch.Tensor):
+        return type(a) is type(b) and a == b
     return isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
 
 
@@ -99,7 +145,8 @@ def differences(one, other) -> list[str]:
 
 
 def logits(model) -> torch.Tensor:
-    with torch.no_grad(): return model.eval()(torch.arange(48)[None] * 7 % 1024).logits
+    with torch.no_grad():
+        return model.eval()(torch.arange(48)[None] * 7 % 1024).logits
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -107,9 +154,11 @@ def gradients(model) -> dict[str, torch.Tensor]:
     model = add_lora(model, LoraArgs(r=4, dropout=0.0), 0)
     generator = torch.Generator().manual_seed(0)
     for name, p in model.named_parameters():
-        if p.requires_grad: p.data.copy_(torch.randn(p.shape, generator=generator) * 0.05)
+        if p.requires_grad:
+            p.data.copy_(torch.randn(p.shape, generator=generator) * 0.05)
     ids = torch.arange(48)[None] * 5 % 1024
-    with models.compute_context(model, torch.bfloat16): model.train()(ids, labels=ids).loss.backward()
+    with models.compute_context(model, torch.bfloat16):
+        model.train()(ids, labels=ids).loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -121,14 +170,28 @@ def test_kept_weights_are_those_that_quantizing_gives(base, quantization, dtype)
     assert torch.equal(state, torch.get_rng_state()), "loading from the cache drew random numbers, quantizing does not"
     assert (first.load_report.cache, second.load_report.cache) == ("miss", "hit")
     kind = "Params4bit" if quantization == "nf4" else "Int8Params"
-    assert sum(type(p).__name__ == kind for p in second.parameters()) == 6 * 7, "seven quantized matrices a layer were expected"
+    assert sum(type(p).__name__ == kind for p in second.parameters()) == 6 * 7, (
+        "seven quantized matrices a layer were expected"
+    )
     assert differences(oracle, second) == [] == differences(oracle, first)
-    assert oracle.config.to_dict() == second.config.to_dict() and oracle.generation_config.to_dict() == second.generation_config.to_dict()
-    assert oracle.name_or_path == second.name_or_path and oracle.dtype == second.dtype and oracle.is_quantized and second.is_quantized
-    assert {k: v for k, v in vars(oracle.load_report).items() if k not in ("seconds", "cache")} == {k: v for k, v in vars(second.load_report).items() if k not in ("seconds", "cache")}
+    assert (
+        oracle.config.to_dict() == second.config.to_dict()
+        and oracle.generation_config.to_dict() == second.generation_config.to_dict()
+    )
+    assert (
+        oracle.name_or_path == second.name_or_path
+        and oracle.dtype == second.dtype
+        and oracle.is_quantized
+        and second.is_quantized
+    )
+    assert {k: v for k, v in vars(oracle.load_report).items() if k not in ("seconds", "cache")} == {
+        k: v for k, v in vars(second.load_report).items() if k not in ("seconds", "cache")
+    }
     assert torch.equal(logits(oracle), logits(second))
     expected, found = gradients(oracle), gradients(second)
-    assert expected.keys() == found.keys() and all(g.abs().max() > 0 and torch.equal(g, found[name]) for name, g in expected.items())
+    assert expected.keys() == found.keys() and all(
+        g.abs().max() > 0 and torch.equal(g, found[name]) for name, g in expected.items()
+    )
 
 
 def test_differences_sees_one_changed_constant(base):
@@ -137,39 +200,51 @@ def test_differences_sees_one_changed_constant(base):
     weight = other.model.layers[3].mlp.up_proj.weight
     weight.quant_state.state2.absmax[0] += 1e-3
     other.model.layers[0].mlp.up_proj.compute_dtype = torch.float16
-    assert differences(one, other) == ["model.layers.0.mlp.up_proj.compute_dtype", "model.layers.3.mlp.up_proj.weight.quant_state.state2.absmax"]
+    assert differences(one, other) == [
+        "model.layers.0.mlp.up_proj.compute_dtype",
+        "model.layers.3.mlp.up_proj.weight.quant_state.state2.absmax",
+    ]
 
 
 def test_an_untied_head_is_kept_too(tmp_path):
     folder = write_base(tmp_path / "untied", tied=False)
     oracle, _, second = quantized(folder), load(folder), load(folder)
-    assert second.load_report.cache == "hit" and second.lm_head.weight.data_ptr() != second.model.embed_tokens.weight.data_ptr()
+    assert (
+        second.load_report.cache == "hit"
+        and second.lm_head.weight.data_ptr() != second.model.embed_tokens.weight.data_ptr()
+    )
     assert differences(oracle, second) == []
 
 
 def test_a_loaded_model_is_saved_as_a_quantized_one(base, tmp_path):
     oracle, _, second = quantized(base), load(base), load(base)
-    oracle.save_pretrained(tmp_path / "oracle"); second.save_pretrained(tmp_path / "second")
+    oracle.save_pretrained(tmp_path / "oracle")
+    second.save_pretrained(tmp_path / "second")
     a, b = load_file(tmp_path / "oracle" / "model.safetensors"), load_file(tmp_path / "second" / "model.safetensors")
     assert a.keys() == b.keys() and all(same(t, b[name]) for name, t in a.items())
 
 
 def test_nothing_of_the_file_stays_in_use(base, cache):
     "The entry may go, or be cut, while its model is in use"
-    load(base); model = load(base)
+    load(base)
+    model = load(base)
     before = logits(model)
-    for e in cache_entries(): os.truncate(e.path, 10)
-    if Path("/proc/self/maps").exists(): assert str(cache) not in Path("/proc/self/maps").read_text()
+    for e in cache_entries():
+        os.truncate(e.path, 10)
+    if Path("/proc/self/maps").exists():
+        assert str(cache) not in Path("/proc/self/maps").read_text()
     assert torch.equal(before, logits(model))
 
 
 def test_changed_weights_are_noticed(tmp_path):
     "Also if the file keeps its size and gets its old date back, after its hash was remembered"
-    folder = write_base(tmp_path / "base")
+    folder = write_base(tmp_path / "base", large=True)  # hashes of smaller files are not remembered
     file = folder / "model.safetensors"
     time.sleep(2.1)
     first = load(folder)
-    assert str(file.resolve()) in json.loads((cache_folder() / "hashes.json").read_text()), "the hash was not remembered, so this test would show nothing"
+    assert str(file.resolve()) in json.loads((cache_folder() / "hashes.json").read_text()), (
+        "the hash was not remembered, so this test would show nothing"
+    )
     old = file.stat()
     tensors = load_file(file)
     tensors["model.layers.0.mlp.up_proj.weight"][0, 0] += 1
@@ -177,7 +252,9 @@ def test_changed_weights_are_noticed(tmp_path):
     os.utime(file, ns=(old.st_atime_ns, old.st_mtime_ns))
     assert file.stat().st_size == old.st_size
     second = load(folder)
-    assert second.load_report.cache == "miss" and second.load_report.sha256 == file_hash(file) != first.load_report.sha256
+    assert (
+        second.load_report.cache == "miss" and second.load_report.sha256 == file_hash(file) != first.load_report.sha256
+    )
     assert differences(quantized(folder), second) == []
     assert len(cache_entries()) == 2
 
@@ -186,10 +263,16 @@ def test_what_decides_the_bytes_is_in_the_key(base, tmp_path):
     key = lambda *a: weights_key(*a)
     folder = Path(shutil.copytree(base, tmp_path / "copy"))
     same_weights = key(str(base), "nf4", torch.bfloat16, "cpu")
-    assert key(str(folder), "nf4", torch.bfloat16, "cpu") == same_weights and len(same_weights) == 64, "a copy has the same weights"
+    assert key(str(folder), "nf4", torch.bfloat16, "cpu") == same_weights and len(same_weights) == 64, (
+        "a copy has the same weights"
+    )
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | dict(rms_norm_eps=1e-3)))
-    others = [key(str(base), "int8", torch.bfloat16, "cpu"), key(str(base), "nf4", torch.float32, "cpu"), key(str(folder), "nf4", torch.bfloat16, "cpu")]
+    others = [
+        key(str(base), "int8", torch.bfloat16, "cpu"),
+        key(str(base), "nf4", torch.float32, "cpu"),
+        key(str(folder), "nf4", torch.bfloat16, "cpu"),
+    ]
     assert len({same_weights, *others}) == 4
 
 
@@ -202,26 +285,61 @@ def test_versions_are_in_the_key(base, monkeypatch):
             assert weights_key(str(base), "nf4", torch.bfloat16, "cpu") != old, package
 
 
-def cut(path: Path) -> None: os.truncate(path, path.stat().st_size // 2)
-def cut_by_a_byte(path: Path) -> None: os.truncate(path, path.stat().st_size - 1)
-def emptied(path: Path) -> None: os.truncate(path, 0)
-def garble(path: Path) -> None: path.write_bytes(os.urandom(5000))
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def cut_by_a_byte(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def emptied(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def garble(path: Path) -> None:
+    path.write_bytes(os.urandom(5000))
+
+
 def without(word: str):
     "A whole file, header and all, that lacks one tensor"
+
     def lose(path: Path) -> None:
         about = cache_entries()[0].about
         tensors = load_file(path)
         del tensors[next(name for name in tensors if word in name)]
         save_file(tensors, path, metadata=dict(about=json.dumps(about)))
+
     lose.__name__ = f"without_{word}"
     return lose
+
+
 def another_shape(path: Path) -> None:
     about = cache_entries()[0].about
-    save_file({k: t[:1].clone() if "norm" in k else t for k, t in load_file(path).items()}, path, metadata=dict(about=json.dumps(about)))
-def no_header(path: Path) -> None: save_file(load_file(path), path)
+    save_file(
+        {k: t[:1].clone() if "norm" in k else t for k, t in load_file(path).items()},
+        path,
+        metadata=dict(about=json.dumps(about)),
+    )
 
 
-@pytest.mark.parametrize("damage", [cut, cut_by_a_byte, emptied, garble, no_header, another_shape, *map(without, ["embed_tokens", "norm", "q_proj.weight", "nested_absmax", "quant_state"])], ids=lambda d: d.__name__)
+def no_header(path: Path) -> None:
+    save_file(load_file(path), path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut,
+        cut_by_a_byte,
+        emptied,
+        garble,
+        no_header,
+        another_shape,
+        *map(without, ["embed_tokens", "norm", "q_proj.weight", "nested_absmax", "quant_state"]),
+    ],
+    ids=lambda d: d.__name__,
+)
 def test_a_damaged_entry_is_made_anew(base, damage):
     load(base)
     damage(cache_entries()[0].path)
@@ -230,7 +348,10 @@ def test_a_damaged_entry_is_made_anew(base, damage):
     assert differences(again, after) == [] and len(cache_entries()) == 1
 
 
-def test_a_small_base_is_not_kept(cache):
+def test_a_small_base_is_not_kept(cache, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setenv("TINYTRAINER_CACHE", str(cache))
+    assert models.WORTH_KEEPING == 30_000_000
     assert load_model("tiny", "nf4", verbose=False)[0].load_report.cache == ""
     assert not cache.exists()
 
@@ -240,65 +361,92 @@ def test_whole_models_are_not_kept(base):
 
 
 def test_tensors_come_back_as_they_were():
-    "Of every number format, also empty ones, single numbers, and more than one read takes; all in memory of their own, aligned"
+    """Of every number format, also empty ones, single numbers, and more than one read takes; all in memory of their
+    own, aligned"""
     generator = torch.Generator().manual_seed(0)
-    make = {t: torch.randint(0, 256, (7, 11 * t.itemsize), dtype=torch.uint8, generator=generator).view(t) for t in (torch.uint8, torch.int8, torch.float32, torch.float16, torch.bfloat16)}
-    tensors = {str(t): value for t, value in make.items()} | dict(none=torch.zeros(0), none_at_all=torch.zeros(3, 0, 2), one=torch.tensor(3.5), nan=torch.tensor([float("nan"), -0.0]), z_odd=torch.ones(1, dtype=torch.uint8), zz=torch.ones(2))
+    make = {
+        t: torch.randint(0, 256, (7, 11 * t.itemsize), dtype=torch.uint8, generator=generator).view(t)
+        for t in (torch.uint8, torch.int8, torch.float32, torch.float16, torch.bfloat16)
+    }
+    tensors = {str(t): value for t, value in make.items()} | dict(
+        none=torch.zeros(0),
+        none_at_all=torch.zeros(3, 0, 2),
+        one=torch.tensor(3.5),
+        nan=torch.tensor([float("nan"), -0.0]),
+        z_odd=torch.ones(1, dtype=torch.uint8),
+        zz=torch.ones(2),
+    )
     keep_tensors("a" * 64, tensors)
     found = find_tensors("a" * 64)
     assert found.keys() == tensors.keys()
     for name, t in tensors.items():
         assert found[name].dtype == t.dtype and found[name].shape == t.shape, name
-        assert found[name].numpy(force=True).tobytes() == t.numpy(force=True).tobytes() if t.dtype != torch.bfloat16 else torch.equal(found[name].view(torch.int16), t.view(torch.int16)), name
+        assert (
+            found[name].numpy(force=True).tobytes() == t.numpy(force=True).tobytes()
+            if t.dtype != torch.bfloat16
+            else torch.equal(found[name].view(torch.int16), t.view(torch.int16))
+        ), name
         assert found[name].data_ptr() % 64 == 0, name
 
 
-def megabytes(n: int) -> dict: return dict(w=torch.zeros(n * 10**6, dtype=torch.uint8))
+def megabytes(n: int) -> dict:
+    return dict(w=torch.zeros(n * 10**6, dtype=torch.uint8))
 
 
 def test_the_least_recently_used_goes_first(monkeypatch):
     "Against a list by hand: ten entries of different sizes, some of them used in between"
     monkeypatch.setenv("TINYTRAINER_CACHE_GB", "0.02")
-    expected, clock = [], 10**9 # (name, megabytes), oldest first
+    expected, clock = [], 10**9  # (name, megabytes), oldest first
     for i, size in enumerate([3, 5, 2, 7, 1, 4, 6, 2, 9, 3]):
         name = f"{i:064x}"
-        while sum(s for _, s in expected) + size + 1.05 > 20: expected.pop(0)
+        while sum(s for _, s in expected) + size + 1.05 > 20:
+            expected.pop(0)
         expected.append((name, size))
         keep_tensors(name, megabytes(size), base=str(i))
         used = [name]
-        if i % 3 == 2: # the oldest is read
+        if i % 3 == 2:  # the oldest is read
             assert find_tensors(expected[0][0]) is not None
-            expected.append(expected.pop(0)); used.append(expected[-1][0])
-        for n in used: clock += 1; os.utime(cache_folder() / f"weights-{n}.safetensors", (clock, clock))
+            expected.append(expected.pop(0))
+            used.append(expected[-1][0])
+        for n in used:
+            clock += 1
+            os.utime(cache_folder() / f"weights-{n}.safetensors", (clock, clock))
         assert [e.about["base"] for e in cache_entries()] == [str(int(n, 16)) for n, _ in expected]
         assert sum(e.bytes for e in cache_entries()) <= cache_limit()
 
 
 def test_reading_marks_as_used():
-    for name in "ab": keep_tensors(name * 64, megabytes(1))
-    for i, name in enumerate("ab"): os.utime(cache_folder() / f"weights-{name * 64}.safetensors", (i, i))
+    for name in "ab":
+        keep_tensors(name * 64, megabytes(1))
+    for i, name in enumerate("ab"):
+        os.utime(cache_folder() / f"weights-{name * 64}.safetensors", (i, i))
     find_tensors("a" * 64)
     assert [e.path.stem[-1] for e in cache_entries()] == ["b", "a"]
 
 
-def test_what_is_larger_than_the_cache_is_not_kept(base, monkeypatch, capsys):
+def test_what_is_larger_than_the_cache_is_not_kept(large_base, monkeypatch, capsys):
     keep_tensors("a" * 64, megabytes(1))
     monkeypatch.setenv("TINYTRAINER_CACHE_GB", "0.01")
-    for _ in range(2): model, _ = load_model(base, "nf4", "bf16", device="cpu")
-    assert "TINYTRAINER_CACHE_GB allows" in model.load_report.cache and len(cache_entries()) == 1, "it pushed out another, for nothing"
+    for _ in range(2):
+        model, _ = load_model(large_base, "nf4", "bf16", device="cpu")
+    assert "TINYTRAINER_CACHE_GB allows" in model.load_report.cache and len(cache_entries()) == 1, (
+        "it pushed out another, for nothing"
+    )
     assert capsys.readouterr().err.count("are not kept for the next time") == 1
 
 
 @pytest.mark.parametrize("text", ["much", "-1", "nan", "inf"])
 def test_a_limit_that_is_no_number_is_refused(monkeypatch, text):
     monkeypatch.setenv("TINYTRAINER_CACHE_GB", text)
-    with pytest.raises(TinyTrainerError, match="TINYTRAINER_CACHE_GB"): cache_limit()
+    with pytest.raises(TinyTrainerError, match="TINYTRAINER_CACHE_GB"):
+        cache_limit()
 
 
 def test_clearing_takes_only_what_was_kept(cache):
     keep_tensors("a" * 64, megabytes(2))
     others = [cache / "thesis.safetensors", cache / "weights-mine.safetensors", cache / "weights-notes.txt"]
-    for path in others: path.write_text("mine")
+    for path in others:
+        path.write_text("mine")
     assert clear_cache() > 2_000_000
     assert sorted(cache.iterdir()) == sorted(others) and clear_cache() == 0
 
@@ -316,7 +464,8 @@ def test_the_command_lists_and_clears(base, capsys):
 @pytest.mark.skipif(os.name == "nt", reason="Windows has LOCALAPPDATA")
 def test_where_the_cache_is(monkeypatch, tmp_path):
     monkeypatch.delenv("TINYTRAINER_CACHE")
-    monkeypatch.setenv("HOME", str(tmp_path)); monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     for platform, expected in [("linux", ".cache"), ("darwin", "Library/Caches")]:
         monkeypatch.setattr(sys, "platform", platform)
         assert cache_folder() == tmp_path / expected / "tinytrainer_nb"
@@ -326,6 +475,8 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
 
 
 LOAD = """
+import tinytrainer_nb.model.base
+tinytrainer_nb.model.base.WORTH_KEEPING = 4_500_000
 import hashlib, json, sys, torch
 from tinytrainer_nb.model.load import load_model
 model = load_model(sys.argv[1], "nf4", "bf16", device="cpu")[0]
@@ -339,7 +490,7 @@ def start(base, before: str = "") -> Script:
     return Script(before + LOAD, base)
 
 
-def end(process: Script) -> tuple[str, str, str]: # what the report says of the cache, hash of logits, stderr
+def end(process: Script) -> tuple[str, str, str]:  # what the report says of the cache, hash of logits, stderr
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     return *json.loads(out.splitlines()[-1]), err
@@ -353,17 +504,26 @@ def test_two_processes_at_once(base, cache):
 
 
 def test_a_process_that_dies_leaves_no_entry(base, cache):
-    died = start(base, "import os, tinytrainer_nb.cache\ntinytrainer_nb.cache.patiently = lambda *a: os._exit(9)\n")
+    died = start(
+        base, "import os, tinytrainer_nb.model.cache\ntinytrainer_nb.model.cache.patiently = lambda *a: os._exit(9)\n"
+    )
     died.communicate(timeout=300)
     assert died.returncode == 9 and not cache_entries()
-    left, = cache.glob(".*.partial")
-    os.utime(left, (1, 1)) # long ago
+    (left,) = cache.glob(".*.partial")
+    os.utime(left, (1, 1))  # long ago
     assert load(base).load_report.cache == "miss" and not left.exists() and len(cache_entries()) == 1
 
 
-def test_a_process_that_dies_while_it_writes_leaves_nothing_for_ever(base, cache):
+def test_a_process_that_dies_while_it_writes_leaves_nothing_for_ever(large_base, cache):
     "safetensors has a file of another name until it has written the last byte"
-    died = start(base, f"import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_DFL)\nresource.setrlimit({pytest.importorskip('resource').RLIMIT_FSIZE}, (10**6, 10**6))\n")
+    died = start(
+        large_base,
+        (
+            f"import resource, signal\nsignal.signal(signal.SIGXFSZ, "
+            f"signal.SIG_DFL)\nresource.setrlimit({pytest.importorskip('resource').RLIMIT_FSIZE}, "
+            f"(10**6, 10**6))\n"
+        ),
+    )
     died.communicate(timeout=300)
     assert died.returncode < 0 and not cache_entries() and any(f.is_file() for f in cache.rglob("*"))
     assert clear_cache() > 0 and not list(cache.rglob("*"))
@@ -371,15 +531,17 @@ def test_a_process_that_dies_while_it_writes_leaves_nothing_for_ever(base, cache
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
 def test_who_shares_the_folder_shares_what_is_in_it(cache):
-    cache.mkdir(parents=True, exist_ok=True); cache.chmod(0o775)
+    cache.mkdir(parents=True, exist_ok=True)
+    cache.chmod(0o775)
     keep_tensors("a" * 64, dict(x=torch.zeros(9)))
     assert cache_entries()[0].path.stat().st_mode & 0o777 == 0o664
 
 
 def test_a_folder_that_cannot_be_written(base, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("TINYTRAINER_CACHE", str(tmp_path / "file" / "cache")) # also root cannot
-    for _ in range(2): model, _ = load_model(base, "nf4", "bf16", device="cpu")
+    monkeypatch.setenv("TINYTRAINER_CACHE", str(tmp_path / "file" / "cache"))  # also root cannot
+    for _ in range(2):
+        model, _ = load_model(base, "nf4", "bf16", device="cpu")
     assert capsys.readouterr().err.count("are not kept for the next time: ") == 1
     assert differences(quantized(base), model) == []
 
@@ -387,15 +549,17 @@ def test_a_folder_that_cannot_be_written(base, tmp_path, monkeypatch, capsys):
 def test_a_write_that_fails_in_the_middle(base, cache):
     "As on a full disk: a file may not grow beyond a megabyte here"
     resource = pytest.importorskip("resource", reason="needs limits of a process, which Windows has not")
-    told, digest, err = end(start(base, f"import resource\nresource.setrlimit({resource.RLIMIT_FSIZE}, (10**6, 10**6))\n"))
+    told, digest, err = end(
+        start(base, f"import resource\nresource.setrlimit({resource.RLIMIT_FSIZE}, (10**6, 10**6))\n")
+    )
     assert told not in ("hit", "miss", "") and err.count("are not kept for the next time") == 1
     assert not cache_entries() and not list(cache.glob(".*.partial"))
     assert end(start(base))[1] == digest
 
 
-def test_a_disk_without_room(base, monkeypatch):
+def test_a_disk_without_room(large_base, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - 10**7, 10**7))
-    assert "0.01 GB free" in load(base).load_report.cache and not cache_entries()
+    assert "0.01 GB free" in load(large_base).load_report.cache and not cache_entries()
 
 
 def test_a_hub_id_is_kept_by_its_commit(base, tmp_path):
@@ -404,8 +568,14 @@ def test_a_hub_id_is_kept_by_its_commit(base, tmp_path):
     ends = []
     for commit in commits:
         shutil.copytree(base, repo / "snapshots" / commit)
-        (repo / "refs").mkdir(exist_ok=True); (repo / "refs" / "main").write_text(commit)
-        done = subprocess.run([sys.executable, "-c", 2 * LOAD, "some/model"], capture_output=True, text=True, env=os.environ | dict(HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")) # read when it is imported
+        (repo / "refs").mkdir(exist_ok=True)
+        (repo / "refs" / "main").write_text(commit)
+        done = subprocess.run(
+            [sys.executable, "-c", 2 * LOAD, "some/model"],
+            capture_output=True,
+            text=True,
+            env=os.environ | dict(HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1"),
+        )  # read when it is imported
         ends += [json.loads(line)[0] for line in done.stdout.splitlines() if line.startswith("[")]
     assert ends == ["miss", "hit"] * 2, done.stderr
     assert {e.about["base"] for e in cache_entries()} == {"some/model"}
@@ -420,7 +590,8 @@ def test_the_report_says_where_the_weights_came_from(base, capsys):
 @pytest.fixture
 def large(tmp_path) -> Path:
     "A file of 65 MB"
-    with open(tmp_path / "large", "wb") as f: f.truncate(65_000_000)
+    with open(tmp_path / "large", "wb") as f:
+        f.truncate(65_000_000)
     return tmp_path / "large"
 
 
@@ -430,16 +601,20 @@ def test_a_hash_is_remembered_until_the_file_changes(large, cache, monkeypatch):
     monkeypatch.setattr("tinytrainer_nb.model.cache.file_hash", lambda path: asked.append(path) or file_hash(path))
     assert known_hash(large) == known_hash(large) == file_hash(large) and len(asked) == 1
     old = large.stat()
-    with open(large, "rb+") as f: f.write(b"x")
+    with open(large, "rb+") as f:
+        f.write(b"x")
     os.utime(large, ns=(old.st_atime_ns, old.st_mtime_ns))
     assert known_hash(large) == file_hash(large) and len(asked) == 2
-    other = large.with_name("other"); shutil.copy2(large, other); os.replace(other, large) # another inode, the same size and date
+    other = large.with_name("other")
+    shutil.copy2(large, other)
+    os.replace(other, large)  # another inode, the same size and date
     assert known_hash(large) == file_hash(large) and len(asked) == 3
 
 
 def test_a_file_that_has_just_changed_is_not_remembered(large, cache):
     "Another change in the same tick of the clock would look like none"
-    with open(large, "rb+") as f: f.write(b"y")
+    with open(large, "rb+") as f:
+        f.write(b"y")
     known_hash(large)
     assert not (cache / "hashes.json").exists()
 
@@ -447,8 +622,10 @@ def test_a_file_that_has_just_changed_is_not_remembered(large, cache):
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"a": 1', "own entry"])
 def test_a_broken_memory_of_hashes_is_none(large, cache, content):
     time.sleep(2.1)
-    if content == "own entry": content = json.dumps({str(large): "x", "other": 3})
-    cache.mkdir(); (cache / "hashes.json").write_text(content)
+    if content == "own entry":
+        content = json.dumps({str(large): "x", "other": 3})
+    cache.mkdir()
+    (cache / "hashes.json").write_text(content)
     assert known_hash(large) == file_hash(large)
     assert str(large) in json.loads((cache / "hashes.json").read_text())
 

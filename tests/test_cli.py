@@ -1,4 +1,6 @@
-"""The command line as a shell sees it: exit status, one line for an error, flags from the settings, and a run from start to end."""
+"""The command line as a shell sees it: exit status, one line for an error, flags from the settings, and a run from
+start to end."""
+
 import dataclasses
 import json
 import os
@@ -11,9 +13,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from tinytrainer_nb.model.arguments import LoraArgs
 from tinytrainer_nb.cli import main
 from tinytrainer_nb.core import data_file
+from tinytrainer_nb.model.arguments import LoraArgs
 from tinytrainer_nb.recipes.table import RECIPES
 from tinytrainer_nb.runs.run import Run
 
@@ -22,7 +24,15 @@ SMALL = "--batch_size 4 --eval_steps 0 --sample_steps 0 --save_steps 2 --lora_r 
 
 def shell(*argv: str, cwd: Path, **kwargs) -> subprocess.CompletedProcess:
     "`tinytrainer ARGV...` in a process of its own"
-    return subprocess.run([sys.executable, "-m", "tinytrainer_nb.cli", *map(str, argv)], cwd=cwd, capture_output=True, text=True, encoding="utf-8", timeout=300, **kwargs)
+    return subprocess.run(
+        [sys.executable, "-m", "tinytrainer_nb.cli", *map(str, argv)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=300,
+        **kwargs,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +47,17 @@ def finished(tmp_path_factory) -> Path:
 @pytest.fixture
 def notebook(tmp_path) -> Path:
     "A notebook with two parameters, one of them without a value"
-    nb = nbformat.v4.new_notebook(cells=[
-        nbformat.v4.new_code_cell('steps = 3 # how many\nlimit: int | None = None # rows\nout = "runs/x" # where', metadata={"tags": ["parameters"]}),
-        nbformat.v4.new_code_cell("import sys\nprint(steps + 1, limit, out, sys.executable)\nassert steps < 100, 'too many'")])
+    nb = nbformat.v4.new_notebook(
+        cells=[
+            nbformat.v4.new_code_cell(
+                'steps = 3 # how many\nlimit: int | None = None # rows\nout = "runs/x" # where',
+                metadata={"tags": ["parameters"]},
+            ),
+            nbformat.v4.new_code_cell(
+                "import sys\nprint(steps + 1, limit, out, sys.executable)\nassert steps < 100, 'too many'"
+            ),
+        ]
+    )
     nbformat.write(nb, tmp_path / "07_demo.ipynb")
     return tmp_path / "07_demo.ipynb"
 
@@ -92,7 +110,15 @@ def test_a_shell_sees_the_same(name, tmp_path):
     check_error(done.returncode, done.stderr, words, tmp_path)
 
 
-@pytest.mark.parametrize("text, words", [('{"max_stps": 3}', "Did you mean max_steps"), ('{"max_steps": ', "c.json"), ("[3]", "a JSON object"), ('{"max_steps": "many"}', "a whole number")])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ('{"max_stps": 3}', "Did you mean max_steps"),
+        ('{"max_steps": ', "c.json"),
+        ("[3]", "a JSON object"),
+        ('{"max_steps": "many"}', "a whole number"),
+    ],
+)
 def test_a_wrong_configuration_is_one_line(text, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("c.json").write_text(text, encoding="utf-8")
@@ -106,11 +132,16 @@ def test_help_names_every_setting(recipe, capsys):
     assert main([recipe, "--help"]) == 0
     shown = capsys.readouterr().out
     names = [f.name for f in dataclasses.fields(RECIPES[recipe].settings_class)]
-    if recipe != "pretrain": names += ["quantization", *(f"lora_{f.name}" for f in dataclasses.fields(LoraArgs))]
+    if recipe != "pretrain":
+        names += ["quantization", *(f"lora_{f.name}" for f in dataclasses.fields(LoraArgs))]
     missing = [n for n in [*names, "base", "data", "dtype", "config"] if f"--{n} " not in shown]
     assert not missing
     squeeze = lambda text: "".join(text.split())  # lines are broken where the terminal ends
-    untold = [f.name for f in dataclasses.fields(RECIPES[recipe].settings_class) if squeeze(f.metadata["help"]) not in squeeze(shown)]
+    untold = [
+        f.name
+        for f in dataclasses.fields(RECIPES[recipe].settings_class)
+        if squeeze(f.metadata["help"]) not in squeeze(shown)
+    ]
     assert not untold
 
 
@@ -122,10 +153,32 @@ def test_help_is_quick(tmp_path):
 
 def test_configuration_and_flags_reach_the_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "c.json").write_text(json.dumps(dict(max_steps=2, seed=7, lora_r=2, learning_rate=1, train_on_all=True)), encoding="utf-8")
-    assert main(["sft", "--config", "c.json", *SMALL[:-2], "--seed", "5", "--learning_rate", "2e-4", "--data", str(data_file("heldout.jsonl")), "--out", "r"]) == 0
+    (tmp_path / "c.json").write_text(
+        json.dumps(dict(max_steps=2, seed=7, lora_r=2, learning_rate=1, train_on_all=True)), encoding="utf-8"
+    )
+    assert (
+        main(
+            [
+                "sft",
+                "--config",
+                "c.json",
+                *SMALL[:-2],
+                "--seed",
+                "5",
+                "--learning_rate",
+                "2e-4",
+                "--data",
+                str(data_file("heldout.jsonl")),
+                "--out",
+                "r",
+            ]
+        )
+        == 0
+    )
     info = Run.open(tmp_path / "r").info
-    assert {k: info["settings"][k] for k in ("max_steps", "seed", "learning_rate", "train_on_all")} == dict(max_steps=2, seed=5, learning_rate=2e-4, train_on_all=True)
+    assert {k: info["settings"][k] for k in ("max_steps", "seed", "learning_rate", "train_on_all")} == dict(
+        max_steps=2, seed=5, learning_rate=2e-4, train_on_all=True
+    )
     assert json.loads((tmp_path / "r/adapter/adapter_config.json").read_text(encoding="utf-8"))["r"] == 2
 
 
@@ -147,10 +200,25 @@ def test_the_terminal_is_clean(finished):
 
 def test_a_run_is_a_base(finished, monkeypatch):
     monkeypatch.chdir(finished.parent)
-    assert main([*"ppo --base first --max_steps 1 --batch_size 4 --num_generations 2 --max_new_tokens 24 --sample_steps 0 --save_steps 0".split(),
-                 "--reward", "exact_answer=1,reference_overlap=0.5", "--out", "second"]) == 0
+    assert (
+        main(
+            [
+                *(
+                    "ppo --base first --max_steps 1 --batch_size 4 --num_generations 2 "
+                    "--max_new_tokens 24 --sample_steps 0 --save_steps 0"
+                ).split(),
+                "--reward",
+                "exact_answer=1,reference_overlap=0.5",
+                "--out",
+                "second",
+            ]
+        )
+        == 0
+    )
     run = Run.open(finished.parent / "second")
-    assert run.info["reward"] == dict(kind="built_in", spec="exact_answer=1,reference_overlap=0.5", names=["exact_answer", "reference_overlap"])
+    assert run.info["reward"] == dict(
+        kind="built_in", spec="exact_answer=1,reference_overlap=0.5", names=["exact_answer", "reference_overlap"]
+    )
     r = lambda folder: json.loads((folder / "adapter/adapter_config.json").read_text(encoding="utf-8"))["r"]
     assert r(run.folder) == r(finished) == 4, "the adapter of the first run was trained on"
 
@@ -162,14 +230,24 @@ def test_chat(finished):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to one process")
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
-    process = subprocess.Popen([sys.executable, "-m", "tinytrainer_nb.cli", "sft", "--max_steps", "30", *SMALL, "--out", "cut"], cwd=tmp_path,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # whoever runs the tests in the background ignores it
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tinytrainer_nb.cli", "sft", "--max_steps", "30", *SMALL, "--out", "cut"],
+        cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # whoever runs the tests in the background ignores it
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     until = time.monotonic() + 120
-    while time.monotonic() < until and not (tmp_path / "cut/checkpoints/step-000002").exists(): time.sleep(0.05)
+    while time.monotonic() < until and not (tmp_path / "cut/checkpoints/step-000002").exists():
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     stderr = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and "`tinytrainer resume cut` goes on" in stderr and "Traceback" not in stderr, stderr
+    assert process.returncode == 130 and "`tinytrainer resume cut` goes on" in stderr and "Traceback" not in stderr, (
+        stderr
+    )
     assert Run.open(tmp_path / "cut").status == "interrupted"
     monkeypatch.chdir(tmp_path)
     assert main(["resume", "cut"]) == 0
@@ -196,12 +274,17 @@ def test_wrong_parameters_and_failing_cells(notebook, monkeypatch, capsys):
     status, stderr = run("steps", "many")
     assert status == 2 and "a whole number" in stderr and not Path("demo").exists()
     status, stderr = run("steps", "200")
-    assert status == 2 and "AssertionError: too many" in stderr.splitlines()[-1] and "demo/notebook.ipynb" in stderr.replace("\\", "/")
+    assert (
+        status == 2
+        and "AssertionError: too many" in stderr.splitlines()[-1]
+        and "demo/notebook.ipynb" in stderr.replace("\\", "/")
+    )
 
 
 def test_exact_answer_on_prose_is_remarked(tmp_path, capsys):
     "A zero that no training could raise; a reference with a number gets no remark"
     from tinytrainer_nb.all import evaluate, load_model
+
     model, tokenizer = load_model("tiny", quantization="none", verbose=False)
     for answer, remarked in (("For a month.", True), ("For 30 days.", False)):
         evaluate(model, tokenizer, [dict(prompt="How long?", completion=answer)], "exact_answer", max_new_tokens=4)
@@ -210,6 +293,11 @@ def test_exact_answer_on_prose_is_remarked(tmp_path, capsys):
 
 def test_paths_of_parameters_hold_from_anywhere(tmp_path, monkeypatch):
     from tinytrainer_nb.notebooks import anchor_paths
-    monkeypatch.chdir(tmp_path); (tmp_path / "texts").mkdir(); (tmp_path / "tiny").mkdir()
-    assert anchor_paths(dict(data="texts", base="tiny", name="texts")) == dict(data=str(tmp_path / "texts"), base="tiny", name="texts")
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "tiny").mkdir()
+    assert anchor_paths(dict(data="texts", base="tiny", name="texts")) == dict(
+        data=str(tmp_path / "texts"), base="tiny", name="texts"
+    )
     assert anchor_paths(dict(data="", base="nobody/nothing")) == dict(data="", base="nobody/nothing")

@@ -1,4 +1,6 @@
-"""How sure a score is: intervals against their definitions, a transcription of the published formula, and how often they hold the truth."""
+"""How sure a score is: intervals against their definitions, a transcription of the published formula, and how often
+they hold the truth."""
+
 import json
 import math
 import random
@@ -6,26 +8,49 @@ import random
 import pytest
 
 from tinytrainer_nb.core import TinyTrainerError
-from tinytrainer_nb.recipes.evaluate import Z, Evaluation, answer_table, compare, score_table, wilson
+from tinytrainer_nb.recipes.evaluate import (
+    Evaluation,
+    Z,
+    answer_table,
+    compare,
+    score_table,
+    wilson,
+)
 from tinytrainer_nb.recipes.rewards import find_reward
 
 
 def scored(rewards: list[float], task: str = "exact_answer", **kwargs) -> Evaluation:
-    return Evaluation(task, sum(rewards) / len(rewards), len(rewards), [f"question {i}" for i in range(len(rewards))], rewards=list(rewards), **kwargs)
+    return Evaluation(
+        task,
+        sum(rewards) / len(rewards),
+        len(rewards),
+        [f"question {i}" for i in range(len(rewards))],
+        rewards=list(rewards),
+        **kwargs,
+    )
 
 
 @pytest.mark.parametrize("right, n", [(0, 5), (1, 5), (3, 7), (30, 60), (34, 60), (499, 500), (500, 500)])
 def test_wilsons_ends_are_the_shares_that_just_fit(right, n):
     "Both ends solve |p - right / n| = z sqrt(p (1 - p) / n), but where the data leave no room"
     for p in wilson(right / n, n):
-        assert p == pytest.approx(right / n) or math.isclose(abs(p - right / n), Z * math.sqrt(p * (1 - p) / n), rel_tol=1e-9)
+        assert p == pytest.approx(right / n) or math.isclose(
+            abs(p - right / n), Z * math.sqrt(p * (1 - p) / n), rel_tol=1e-9
+        )
     low, high = wilson(right / n, n)
-    assert 0 <= low <= right / n + 1e-12 and right / n - 1e-12 <= high <= 1 and (low > 1e-12) == (right > 0) and (high < 1 - 1e-12) == (right < n)
+    assert (
+        0 <= low <= right / n + 1e-12
+        and right / n - 1e-12 <= high <= 1
+        and (low > 1e-12) == (right > 0)
+        and (high < 1 - 1e-12) == (right < n)
+    )
 
 
 def test_wilson_as_published():
     "81 of 263 and 15 of 148, from Newcombe 1998 (Statistics in Medicine 17), method 3"
-    assert [round(x, 4) for x in wilson(81 / 263, 263)] == [0.2553, 0.3662] and [round(x, 4) for x in wilson(15 / 148, 148)] == [0.0624, 0.1605]
+    assert [round(x, 4) for x in wilson(81 / 263, 263)] == [0.2553, 0.3662] and [
+        round(x, 4) for x in wilson(15 / 148, 148)
+    ] == [0.0624, 0.1605]
 
 
 def bonett_price(gained: int, lost: int, n: int) -> tuple[float, float]:
@@ -35,12 +60,17 @@ def bonett_price(gained: int, lost: int, n: int) -> tuple[float, float]:
     return up - down - half, up - down + half
 
 
-@pytest.mark.parametrize("both, gained, lost, neither", [(20, 7, 2, 31), (0, 34, 0, 26), (60, 0, 0, 0), (0, 0, 0, 10), (3, 0, 5, 2), (100, 120, 12, 268)])
+@pytest.mark.parametrize(
+    "both, gained, lost, neither",
+    [(20, 7, 2, 31), (0, 34, 0, 26), (60, 0, 0, 0), (0, 0, 0, 10), (3, 0, 5, 2), (100, 120, 12, 268)],
+)
 def test_a_comparison_of_right_and_wrong(both, gained, lost, neither):
     before = [1.0] * both + [0.0] * gained + [1.0] * lost + [0.0] * neither
     after = [1.0] * both + [1.0] * gained + [0.0] * lost + [0.0] * neither
     found, n = compare(scored(before), scored(after)), len(before)
-    assert (found.low, found.high) == pytest.approx(bonett_price(gained, lost, n)) and found.difference == pytest.approx((gained - lost) / n)
+    assert (found.low, found.high) == pytest.approx(
+        bonett_price(gained, lost, n)
+    ) and found.difference == pytest.approx((gained - lost) / n)
     assert (found.n, found.better, found.worse) == (n, gained, lost) and found.low < found.difference < found.high
     back = compare(scored(after), scored(before))
     assert (back.low, back.high) == pytest.approx((-found.high, -found.low))
@@ -52,7 +82,10 @@ def test_a_comparison_of_other_rewards_is_the_paired_normal_one():
     mean = sum(gains) / 4
     half = Z * math.sqrt(sum((g - mean) ** 2 for g in gains) / 4) / math.sqrt(4)
     found = compare(scored(before, "overlap"), scored(after, "overlap"))
-    assert (found.difference, found.low, found.high) == pytest.approx((mean, mean - half, mean + half)) and (found.better, found.worse) == (3, 1)
+    assert (found.difference, found.low, found.high) == pytest.approx((mean, mean - half, mean + half)) and (
+        found.better,
+        found.worse,
+    ) == (3, 1)
     one = scored(after, "overlap")
     spread = math.sqrt(sum((r - one.score) ** 2 for r in after) / 4) / 2
     assert one.interval == pytest.approx((one.score - Z * spread, one.score + Z * spread))
@@ -75,28 +108,65 @@ def test_pairs_say_more_than_two_scores():
     assert found.low > 0 and before.interval[1] > after.interval[0]
 
 
-@pytest.mark.parametrize("other", [scored([1.0, 0.0, 1.0]), scored([1.0, 0.0], "length"), Evaluation("exact_answer", 0.5, 2, ["a", "b"], rewards=[1.0, 0.0]), Evaluation("loss", 0.2, 2)])
+@pytest.mark.parametrize(
+    "other",
+    [
+        scored([1.0, 0.0, 1.0]),
+        scored([1.0, 0.0], "length"),
+        Evaluation("exact_answer", 0.5, 2, ["a", "b"], rewards=[1.0, 0.0]),
+        Evaluation("loss", 0.2, 2),
+    ],
+)
 def test_only_like_is_compared_with_like(other):
-    with pytest.raises(TinyTrainerError, match="compare needs two evaluations by one reward on the same questions"): compare(scored([1.0, 0.0]), other)
-    with pytest.raises(TinyTrainerError, match="compare needs"): compare(other, scored([1.0, 0.0]))
+    with pytest.raises(TinyTrainerError, match="compare needs two evaluations by one reward on the same questions"):
+        compare(scored([1.0, 0.0]), other)
+    with pytest.raises(TinyTrainerError, match="compare needs"):
+        compare(other, scored([1.0, 0.0]))
 
 
 def test_strict_and_flexible_are_both_reported():
-    rewards, parts = find_reward("exact_answer")(["q"] * 3, ["#### 7", "so it is 7", "#### 8"], [dict(reference_answer="7")] * 3)
+    rewards, parts = find_reward("exact_answer")(
+        ["q"] * 3, ["#### 7", "so it is 7", "#### 8"], [dict(reference_answer="7")] * 3
+    )
     found = Evaluation("exact_answer", sum(rewards) / 3, 3, ["q"] * 3, rewards=rewards, parts=parts)
     said = json.loads(json.dumps(found.to_dict()))
-    assert said == dict(task="exact_answer", score=1 / 3, n=3, interval=list(wilson(1 / 3, 3)), also=dict(flexible_answer=2 / 3))
+    assert said == dict(
+        task="exact_answer", score=1 / 3, n=3, interval=list(wilson(1 / 3, 3)), also=dict(flexible_answer=2 / 3)
+    )
     assert "exact_answer: 0.3333 over 3 rows" in repr(found) and "flexible_answer: 0.6667" in repr(found)
     table = score_table({"it": found, "loss": Evaluation("loss", 0.25, 9)})
     assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()] == [
-        ["model", "score", "95 % interval", "flexible_answer", "of"], ["---"] * 5, ["it", "33.3%", "6.1% to 79.2%", "66.7%", "3"], ["loss", "0.2500", "", "", "9"]]
+        ["model", "score", "95 % interval", "flexible_answer", "of"],
+        ["---"] * 5,
+        ["it", "33.3%", "6.1% to 79.2%", "66.7%", "3"],
+        ["loss", "0.2500", "", "", "9"],
+    ]
 
 
 def test_a_loss_says_what_it_said():
-    assert Evaluation("loss", 0.25, 9).to_dict() == dict(task="loss", score=0.25, n=9) and repr(Evaluation("loss", 0.25, 9)) == "loss: 0.2500 over 9 rows"
+    assert (
+        Evaluation("loss", 0.25, 9).to_dict() == dict(task="loss", score=0.25, n=9)
+        and repr(Evaluation("loss", 0.25, 9)) == "loss: 0.2500 over 9 rows"
+    )
 
 
 def test_answers_that_changed_come_first():
-    before, after = (Evaluation("exact_answer", 0.5, 4, prompts=list("abcd"), completions=list("wxyz"), references=list("1234"), rewards=rewards) for rewards in ([1, 0, 1, 0], [1, 0, 0, 1]))
-    asked = [line.split("|")[1].strip() for line in answer_table(dict(before=before, after=after), count=3, changed=True)._repr_markdown_().splitlines()[2:]]
+    before, after = (
+        Evaluation(
+            "exact_answer",
+            0.5,
+            4,
+            prompts=list("abcd"),
+            completions=list("wxyz"),
+            references=list("1234"),
+            rewards=rewards,
+        )
+        for rewards in ([1, 0, 1, 0], [1, 0, 0, 1])
+    )
+    asked = [
+        line.split("|")[1].strip()
+        for line in answer_table(dict(before=before, after=after), count=3, changed=True)
+        ._repr_markdown_()
+        .splitlines()[2:]
+    ]
     assert asked == ["c", "d", "a"]

@@ -1,17 +1,20 @@
 """Every notebook runs from top to bottom, in a folder of its own, as papermill would run it for a user."""
+
 import sys
 from pathlib import Path
 
 import nbformat
 import papermill
 import pytest
+from forked import Kernel
 from jupyter_client.provisioning import local_provisioner
 
-from forked import Kernel
 from tools.reading import reading_order
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = [p.relative_to(ROOT / "nbs").with_suffix("").as_posix() for p in [*reading_order(), ROOT / "nbs" / "index.ipynb"]]
+NOTEBOOKS = [
+    p.relative_to(ROOT / "nbs").with_suffix("").as_posix() for p in [*reading_order(), ROOT / "nbs" / "index.ipynb"]
+]
 
 # Parameters that make a tutorial short; the other notebooks run as they are.
 SMALL = {
@@ -35,37 +38,72 @@ SMALL = {
 
 
 def test_small_parameters_exist():
-    unknown = [f"{name}: {parameter}" for name, small in SMALL.items()
-               for parameter in set(small) - set(papermill.inspect_notebook(ROOT / "nbs" / f"{name}.ipynb"))]
+    unknown = [
+        f"{name}: {parameter}"
+        for name, small in SMALL.items()
+        for parameter in set(small) - set(papermill.inspect_notebook(ROOT / "nbs" / f"{name}.ipynb"))
+    ]
     assert not unknown, f"SMALL names parameters that the notebook does not have: {unknown}"
 
 
 LIVE = ["tutorials/04_live_panel", "tutorials/09_live_rewards", "tutorials/10_by_hand"]
-LONG = ["benchmarks/02_tinyllama_size"] # each of its stages is a process of its own
+# Benchmarks start processes of their own, with other libraries in some: minutes for what tests/test_parameters.py
+# looks at in a second (their parameters and cases),
+# and test_quickstart, tutorials and the peers' own cells for what they train. Two of them, which need no other
+# process, stay among the quick tests.
+LONG = [
+    name
+    for name in NOTEBOOKS
+    if name.startswith("benchmarks/") and name not in ("benchmarks/05_panel_cost", "benchmarks/10_where_time_goes")
+]
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in NOTEBOOKS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in NOTEBOOKS]
+)
 def test_notebook(name, tmp_path, monkeypatch):
     monkeypatch.setenv("IN_TEST", "1")  # a module notebook's last cell then exports nothing
-    if sys.platform == "linux": monkeypatch.setattr(local_provisioner, "launch_kernel", Kernel)
+    if sys.platform == "linux":
+        monkeypatch.setattr(local_provisioner, "launch_kernel", Kernel)
     executed = tmp_path / "executed.ipynb"
-    papermill.execute_notebook(ROOT / "nbs" / f"{name}.ipynb", executed, parameters=SMALL.get(name, {}), cwd=tmp_path,
-                               kernel_name="python3", execution_timeout=600, progress_bar=False)
+    papermill.execute_notebook(
+        ROOT / "nbs" / f"{name}.ipynb",
+        executed,
+        parameters=SMALL.get(name, {}),
+        cwd=tmp_path,
+        kernel_name="python3",
+        execution_timeout=600,
+        progress_bar=False,
+    )
     outputs = [o for c in nbformat.read(executed, as_version=4).cells for o in c.get("outputs", [])]
     errors = [o.ename for o in outputs if o.output_type == "error"]  # `sys.exit(0)` in a cell passes papermill
     assert not errors, f"{name}: cells ended in errors: {errors}"
-    if name in LIVE: assert_static(executed)
+    if name in LIVE:
+        assert_static(executed)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in LIVE])
 def test_a_live_lesson_unchanged(name, tmp_path):
-    "With its own parameters, by papermill: it trains at once, and what it leaves shows the curves and the answers without a widget"
+    """With its own parameters, by papermill: it trains at once, and what it leaves shows the curves and the answers
+    without a widget"""
     executed = tmp_path / "executed.ipynb"
-    papermill.execute_notebook(ROOT / "nbs" / f"{name}.ipynb", executed, cwd=tmp_path, kernel_name="python3", execution_timeout=600, progress_bar=False)
+    papermill.execute_notebook(
+        ROOT / "nbs" / f"{name}.ipynb",
+        executed,
+        cwd=tmp_path,
+        kernel_name="python3",
+        execution_timeout=600,
+        progress_bar=False,
+    )
     assert_static(executed)
 
 
 def assert_static(executed: Path) -> None:
-    shown = [o.data["text/html"] for c in nbformat.read(executed, as_version=4).cells for o in c.get("outputs", []) if "data" in o and "text/html" in o.data]
+    shown = [
+        o.data["text/html"]
+        for c in nbformat.read(executed, as_version=4).cells
+        for o in c.get("outputs", [])
+        if "data" in o and "text/html" in o.data
+    ]
     assert sum("<img alt=" in html and "finished" in html and "data:image/png;base64," in html for html in shown) >= 1
     assert any("latest samples" in html for html in shown)

@@ -1,4 +1,6 @@
-"""A notebook's parameters that are settings agree with the settings dataclass: name, type, and a default that validates."""
+"""A notebook's parameters that are settings agree with the settings dataclass: name, type, and a default that
+validates."""
+
 import importlib
 from dataclasses import fields
 from pathlib import Path
@@ -6,35 +8,73 @@ from pathlib import Path
 import pytest
 
 from tinytrainer_nb.core import TinyTrainerError
-from tinytrainer_nb.recipes.arguments import GRPOArgs
-from tinytrainer_nb.notebooks import notebook_parameters
-from tinytrainer_nb.recipes.arguments import PPOArgs
-from tinytrainer_nb.recipes.arguments import DPOArgs
-from tinytrainer_nb.settings import check_value, field_type
-from tinytrainer_nb.recipes.arguments import SFTArgs
 from tinytrainer_nb.model.arguments import TinyLoraArgs
+from tinytrainer_nb.notebooks import notebook_parameters
+from tinytrainer_nb.recipes.arguments import DPOArgs, GRPOArgs, PPOArgs, SFTArgs
+from tinytrainer_nb.settings import check_value, field_type
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs" / "tutorials").glob("*.ipynb")) + sorted((ROOT / "nbs" / "benchmarks").glob("*.ipynb"))
-ALIASES = {"sft_steps": (SFTArgs, "max_steps"), "ppo_steps": (PPOArgs, "max_steps"), "cot_steps": (SFTArgs, "max_steps"), "sft_learning_rate": (SFTArgs, "learning_rate"), "u": (TinyLoraArgs, "u"), "n_tie": (TinyLoraArgs, "n_tie")}  # where one notebook drives two recipes
-RECIPES = {"ppo": PPOArgs, "grpo": GRPOArgs, "thirteen": GRPOArgs, "preferences": DPOArgs}  # a word of the notebook's name: its recipe; else SFT
+ALIASES = {
+    "sft_steps": (SFTArgs, "max_steps"),
+    "ppo_steps": (PPOArgs, "max_steps"),
+    "cot_steps": (SFTArgs, "max_steps"),
+    "sft_learning_rate": (SFTArgs, "learning_rate"),
+    "u": (TinyLoraArgs, "u"),
+    "n_tie": (TinyLoraArgs, "n_tie"),
+}  # where one notebook drives two recipes
+RECIPES = {
+    "ppo": PPOArgs,
+    "grpo": GRPOArgs,
+    "thirteen": GRPOArgs,
+    "preferences": DPOArgs,
+}  # a word of the notebook's name: its recipe; else SFT
 
 
 def setting_of(notebook: Path, name: str):
     "The dataclass field a parameter stands for, None if it is not a setting"
-    recipe, name = ALIASES.get(name, (next((args for word, args in RECIPES.items() if word in notebook.stem), SFTArgs), name))
+    recipe, name = ALIASES.get(
+        name, (next((args for word, args in RECIPES.items() if word in notebook.stem), SFTArgs), name)
+    )
     return {f.name: f for f in fields(recipe)}.get(name)
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
 def test_parameters_are_settings(notebook):
     parameters = notebook_parameters(notebook)
-    known = {"base", "data", "columns", "problems", "live", "eval_rows", "quick", "seeds", "results", "cases", "rounds", "turns", "instruction", "cot_data", "history", "modes", "peers", "old_cpu", "models", "tokens", "quantization", "curve_steps"}
+    known = {
+        "base",
+        "data",
+        "columns",
+        "problems",
+        "live",
+        "eval_rows",
+        "quick",
+        "seeds",
+        "results",
+        "cases",
+        "rounds",
+        "turns",
+        "instruction",
+        "cot_data",
+        "history",
+        "modes",
+        "peers",
+        "old_cpu",
+        "models",
+        "tokens",
+        "quantization",
+        "curve_steps",
+    }
     for name, parameter in parameters.items():
         field = setting_of(notebook, name)
-        if field is None: assert name in known, f"{notebook.name}: parameter {name} is neither a setting nor one of {sorted(known)}"
+        if field is None:
+            assert name in known, f"{notebook.name}: parameter {name} is neither a setting nor one of {sorted(known)}"
         elif name not in known:
-            assert type(parameter.default) is field_type(field), f"{notebook.name}: {name} is {type(parameter.default).__name__}, the setting is {field_type(field).__name__}"
+            assert type(parameter.default) is field_type(field), (
+                f"{notebook.name}: {name} is {type(parameter.default).__name__}, the setting is "
+                f"{field_type(field).__name__}"
+            )
             check_value(field, parameter.default)
 
 
@@ -45,16 +85,33 @@ def side_by_side(monkeypatch):
     return importlib.import_module("side_by_side")
 
 
-@pytest.mark.parametrize("cases, turns, said", [("tiny", 1, "FOLDER:QUANTIZATION:STEPS"), ("tiny:3", 1, "FOLDER:QUANTIZATION:STEPS"), ("tiny:nf3:3", 1, "none or nf4"), ("tiny:none:1", 1, "at least 2 steps"), ("nowhere:none:3", 1, "holds no model"), ("", 1, "FOLDER"), ("tiny:none:3", 0, "turns=0")])
+@pytest.mark.parametrize(
+    "cases, turns, said",
+    [
+        ("tiny", 1, "FOLDER:QUANTIZATION:STEPS"),
+        ("tiny:3", 1, "FOLDER:QUANTIZATION:STEPS"),
+        ("tiny:nf3:3", 1, "none or nf4"),
+        ("tiny:none:1", 1, "at least 2 steps"),
+        ("nowhere:none:3", 1, "holds no model"),
+        ("", 1, "FOLDER"),
+        ("tiny:none:3", 0, "turns=0"),
+    ],
+)
 def test_a_benchmark_refuses_wrong_cases_before_it_measures(side_by_side, cases, turns, said):
-    with pytest.raises(TinyTrainerError, match=said): side_by_side.cases_of(cases, turns, "none", "nf4")
+    with pytest.raises(TinyTrainerError, match=said):
+        side_by_side.cases_of(cases, turns, "none", "nf4")
 
 
 def test_a_benchmark_reads_its_cases(side_by_side):
-    assert side_by_side.cases_of("tiny:none:3, tiny:nf4:2", 1, "none", "nf4") == [("tiny", "none", 3), ("tiny", "nf4", 2)] and side_by_side.cases_of("tiny:3", 1) == [("tiny", 3)]
+    assert side_by_side.cases_of("tiny:none:3, tiny:nf4:2", 1, "none", "nf4") == [
+        ("tiny", "none", 3),
+        ("tiny", "nf4", 2),
+    ] and side_by_side.cases_of("tiny:3", 1) == [("tiny", 3)]
 
 
 def test_a_benchmark_reads_its_lists(side_by_side):
-    with pytest.raises(TinyTrainerError, match="'fastest' is none of default, tuned"): side_by_side.listed("peers", "default,fastest", ["default", "tuned"])
-    with pytest.raises(TinyTrainerError, match="modes='' is not allowed: it must name at least 1 of auto, off"): side_by_side.listed("modes", "", ["auto", "off"], least=1)
+    with pytest.raises(TinyTrainerError, match="'fastest' is none of default, tuned"):
+        side_by_side.listed("peers", "default,fastest", ["default", "tuned"])
+    with pytest.raises(TinyTrainerError, match="modes='' is not allowed: it must name at least 1 of auto, off"):
+        side_by_side.listed("modes", "", ["auto", "off"], least=1)
     assert side_by_side.listed("peers", "", ["default"]) == []

@@ -1,27 +1,38 @@
 """PPO against hand-worked cases and plain transcriptions of the formulas."""
+
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tinytrainer_nb.model.arguments import LoraArgs
-from tinytrainer_nb.model.lora import add_lora
-from tinytrainer_nb.model.layers import trainable
 from tinytrainer_nb.core import TinyTrainerError, data_file
 from tinytrainer_nb.data.formats import load_prompts
+from tinytrainer_nb.model.arguments import LoraArgs
+from tinytrainer_nb.model.layers import trainable
 from tinytrainer_nb.model.load import load_model
-from tinytrainer_nb.recipes.arguments import PPOArgs
-from tinytrainer_nb.recipes.ppo import PPOTrainer, adapted, gae, ppo, token_rewards, value_loss, whiten
+from tinytrainer_nb.model.lora import add_lora
+from tinytrainer_nb.recipes.arguments import PPOArgs, SFTArgs
+from tinytrainer_nb.recipes.ppo import (
+    PPOTrainer,
+    gae,
+    ppo,
+    token_rewards,
+    value_loss,
+    whiten,
+)
 from tinytrainer_nb.recipes.rounds import Round, policy_loss
-from tinytrainer_nb.recipes.arguments import SFTArgs
 from tinytrainer_nb.recipes.sft import sft
 
 
 def test_gae_by_hand():
     "gamma 0.9, lambda 0.8, three tokens: delta_t = r_t + gamma v_{t+1} - v_t, A_t = delta_t + gamma lambda A_{t+1}"
     r, v = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[0.5, 1.0, 1.5]])
-    d2 = 3 - 1.5; d1 = 2 + 0.9 * 1.5 - 1; d0 = 1 + 0.9 * 1 - 0.5
-    a2 = d2; a1 = d1 + 0.72 * a2; a0 = d0 + 0.72 * a1
+    d2 = 3 - 1.5
+    d1 = 2 + 0.9 * 1.5 - 1
+    d0 = 1 + 0.9 * 1 - 0.5
+    a2 = d2
+    a1 = d1 + 0.72 * a2
+    a0 = d0 + 0.72 * a1
     torch.testing.assert_close(gae(r, v, torch.ones(1, 3), 0.9, 0.8), torch.tensor([[a0, a1, a2]]))
 
 
@@ -38,15 +49,21 @@ def test_whiten():
     torch.testing.assert_close(w, torch.tensor([-1.0, 0.0, 1.0]) / (2 / 3) ** 0.5)
 
 
-@pytest.mark.parametrize("ratio,advantage,loss,clipped", [(1.5, 1, -1.2, True), (1.5, -1, 1.5, False), (0.5, 1, -0.5, False), (0.5, -1, 0.8, True), (1.1, 2, -2.2, False)])
+@pytest.mark.parametrize(
+    "ratio,advantage,loss,clipped",
+    [(1.5, 1, -1.2, True), (1.5, -1, 1.5, False), (0.5, 1, -0.5, False), (0.5, -1, 0.8, True), (1.1, 2, -2.2, False)],
+)
 def test_clipped_policy_loss(ratio, advantage, loss, clipped):
     got, was = policy_loss(torch.tensor([ratio]).log(), torch.zeros(1), torch.tensor([float(advantage)]), 0.2)
     assert got.item() == pytest.approx(loss) and bool(was) == clipped
 
 
 def test_clipped_value_loss():
-    "From 0 to 1 with clip 0.2 counts as 0.2: against a return of 2 the clipped error (1.8) is the larger one; against 0 the plain one"
-    assert value_loss(torch.tensor([1.0]), torch.zeros(1), torch.tensor([2.0]), 0.2).item() == pytest.approx(0.5 * 1.8**2)
+    """From 0 to 1 with clip 0.2 counts as 0.2: against a return of 2 the clipped error (1.8) is the larger one;
+    against 0 the plain one"""
+    assert value_loss(torch.tensor([1.0]), torch.zeros(1), torch.tensor([2.0]), 0.2).item() == pytest.approx(
+        0.5 * 1.8**2
+    )
     assert value_loss(torch.tensor([1.0]), torch.zeros(1), torch.tensor([0.0]), 0.2).item() == pytest.approx(0.5)
 
 
@@ -61,7 +78,21 @@ def letters(prompt, completion, **row):
 
 
 def small(out, **more):
-    return PPOArgs(**dict(max_steps=1, batch_size=4, num_generations=2, max_new_tokens=12, epochs=1, minibatches=1, save_steps=0, sample_steps=0, warmup_steps=0, out=str(out)) | more)
+    return PPOArgs(
+        **dict(
+            max_steps=1,
+            batch_size=4,
+            num_generations=2,
+            max_new_tokens=12,
+            epochs=1,
+            minibatches=1,
+            save_steps=0,
+            sample_steps=0,
+            warmup_steps=0,
+            out=str(out),
+        )
+        | more
+    )
 
 
 @pytest.mark.parametrize("after_sft", [False, True])
@@ -70,7 +101,20 @@ def test_first_pass_starts_at_the_reference(tmp_path, after_sft, kind):
     "Ratio 1, KL 0, nothing clipped; the reference is the policy as handed over, also when it was fine-tuned before"
     model, tokenizer = tiny_policy(**kind)
     if after_sft:
-        sft(model, tokenizer, data_file("sft.jsonl"), SFTArgs(max_steps=3, batch_size=4, eval_steps=0, sample_steps=0, save_steps=0, learning_rate=1e-2, out=str(tmp_path / "sft")))
+        sft(
+            model,
+            tokenizer,
+            data_file("sft.jsonl"),
+            SFTArgs(
+                max_steps=3,
+                batch_size=4,
+                eval_steps=0,
+                sample_steps=0,
+                save_steps=0,
+                learning_rate=1e-2,
+                out=str(tmp_path / "sft"),
+            ),
+        )
         assert any(p.any() for n, p in trainable(model).items() if "lora_B" in n)
     run = ppo(model, tokenizer, load_prompts(data_file("rl.jsonl"))[:8], letters, small(tmp_path / "ppo"))
     event = next(e for e in run.events if e["kind"] == "metrics")
@@ -84,28 +128,37 @@ def test_open_clip_is_reinforce_with_baseline(tmp_path, monkeypatch):
     model, tokenizer = tiny_policy()
     with torch.no_grad():  # with a B of zeros the gradient of A would be zero, whatever the formula
         for n, p in trainable(model).items():
-            if "lora_B" in n: p.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
+            if "lora_B" in n:
+                p.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
     seen = {}
     gather = PPOTrainer.gather
+
     def keep(self, prompts, step):
         seen["batch"], figures = gather(self, prompts, step)
         seen["scores"] = [r["reward"] for r in self.round]
         return seen["batch"], figures
+
     def step(self, model, inputs, num_items_in_batch=None):
         loss = original(self, model, inputs, num_items_in_batch)
         seen["gradient"] = {n: p.grad.clone() for n, p in trainable(self.model).items() if p.grad is not None}
         return loss
+
     original = PPOTrainer.training_step
-    monkeypatch.setattr(PPOTrainer, "gather", keep); monkeypatch.setattr(PPOTrainer, "training_step", step)
+    monkeypatch.setattr(PPOTrainer, "gather", keep)
+    monkeypatch.setattr(PPOTrainer, "training_step", step)
     before = {n: p.detach().clone() for n, p in trainable(model).items()}
     args = small(tmp_path / "ppo", clip=1e9, value_clip=1e9, value_coef=0.0, kl_coef=0.05)
     ppo(model, tokenizer, load_prompts(data_file("rl.jsonl"))[:8], letters, args)
 
     with torch.no_grad():
-        for n, p in trainable(model).items(): p.copy_(before[n])
-    model.zero_grad(); model.eval()
+        for n, p in trainable(model).items():
+            p.copy_(before[n])
+    model.zero_grad()
+    model.eval()
     batch, total, count = seen["batch"], 0.0, seen["batch"].mask.sum()
-    advantages = []  # no discount and a value of 0 everywhere: A_t is the sum of 0.95^k r_{t+k}, and the policy is its reference, so only the last token is rewarded
+    # no discount and a value of 0 everywhere: A_t is the sum of 0.95^k r_{t+k}, and the policy is its
+    # reference, so only the last token is rewarded
+    advantages = []
     for i, score in enumerate(seen["scores"]):
         length = int(batch.mask[i].sum())
         advantages.append(torch.tensor([score * 0.95 ** (length - 1 - t) for t in range(length)]))
@@ -113,7 +166,9 @@ def test_open_clip_is_reinforce_with_baseline(tmp_path, monkeypatch):
     advantages = [(a - flat.mean()) / flat.std(correction=0) for a in advantages]
     for i, row in enumerate(batch.rows):  # one plain forward pass a completion
         ids, start = torch.tensor([row["prompt"] + row["completion"]]), len(row["prompt"])
-        logp = torch.log_softmax(model(ids).logits[0, start - 1:-1].float(), -1).gather(-1, ids[0, start:, None])[:, 0]
+        logp = torch.log_softmax(model(ids).logits[0, start - 1 : -1].float(), -1).gather(-1, ids[0, start:, None])[
+            :, 0
+        ]
         total = total - (advantages[i] * logp).sum() / count
     total.backward()
     for name, p in trainable(model).items():
@@ -128,35 +183,74 @@ def test_token_rewards_and_returns():
     logp, ref = torch.full((2, 3), -1.0), torch.full((2, 3), -1.2)
     batch = Round([], mask, torch.tensor([1.0, 2.0]), logp, logp, ref, values)
     PPOTrainer.advantages(SimpleNamespace(settings=PPOArgs(kl_coef=0.5, lam=1.0)), batch)
-    torch.testing.assert_close(token_rewards(torch.tensor([1.0, 2.0]), logp, ref, mask, 0.5), torch.tensor([[-0.1, 0.9, 0.0], [-0.1, -0.1, 1.9]]))
-    torch.testing.assert_close(batch.returns, torch.tensor([[0.8, 0.9, 0.0], [1.7, 1.8, 1.9]]))  # lambda 1: the sum to come
+    torch.testing.assert_close(
+        token_rewards(torch.tensor([1.0, 2.0]), logp, ref, mask, 0.5),
+        torch.tensor([[-0.1, 0.9, 0.0], [-0.1, -0.1, 1.9]]),
+    )
+    torch.testing.assert_close(
+        batch.returns, torch.tensor([[0.8, 0.9, 0.0], [1.7, 1.8, 1.9]])
+    )  # lambda 1: the sum to come
 
 
 def test_bandit_converges(tmp_path):
     "One token an answer, two arms: a digit is worth 1, anything else 0"
     model, tokenizer = tiny_policy()
     arm = lambda prompt, completion, **row: float(completion.strip()[:1].isdigit())
-    run = ppo(model, tokenizer, [dict(messages=[dict(role="user", content="Say a number.")])] * 8, arm,
-              small(tmp_path / "ppo", max_steps=25, batch_size=8, num_generations=4, max_new_tokens=1, learning_rate=3e-3, kl_coef=0.0, epochs=2))
+    run = ppo(
+        model,
+        tokenizer,
+        [dict(messages=[dict(role="user", content="Say a number.")])] * 8,
+        arm,
+        small(
+            tmp_path / "ppo",
+            max_steps=25,
+            batch_size=8,
+            num_generations=4,
+            max_new_tokens=1,
+            learning_rate=3e-3,
+            kl_coef=0.0,
+            epochs=2,
+        ),
+    )
     rewards = run.history("reward")[1]
     assert sum(rewards[-5:]) / 5 > 0.9, rewards
 
 
+@pytest.mark.slow
 def test_price_holds_the_policy(tmp_path):
-    "A large KL coefficient keeps the policy at its reference; of two seeds together, for ten rounds of one are a matter of luck"
+    """A large KL coefficient keeps the policy at its reference; of two seeds together, for ten rounds of one are a
+    matter of luck"""
+
     def distances(beta, seed):
-        run = ppo(*tiny_policy(), load_prompts(data_file("rl.jsonl"))[:16], letters, small(tmp_path / f"kl{beta}-{seed}", max_steps=10, batch_size=8, learning_rate=3e-3, kl_coef=beta, epochs=2, seed=seed))
+        run = ppo(
+            *tiny_policy(),
+            load_prompts(data_file("rl.jsonl"))[:16],
+            letters,
+            small(
+                tmp_path / f"kl{beta}-{seed}",
+                max_steps=10,
+                batch_size=8,
+                learning_rate=3e-3,
+                kl_coef=beta,
+                epochs=2,
+                seed=seed,
+            ),
+        )
         return [abs(kl) for kl in run.history("kl")[1][-3:]]
+
     free, held = (distances(beta, 0) + distances(beta, 1) for beta in (0.0, 10.0))
     assert sum(held) < 0.3 * sum(free), (free, held)
 
 
 def test_a_value_adapter_begins_from_the_seed(tmp_path):
-    "Two runs of one process, whatever was drawn before: a run that died before its first checkpoint starts over with the same one"
+    """Two runs of one process, whatever was drawn before: a run that died before its first checkpoint starts over
+    with the same one"""
     found = []
     for name in "ab":
         torch.rand(len(found) + 3)
-        run = ppo(*tiny_policy(), load_prompts(data_file("rl.jsonl"))[:8], letters, small(tmp_path / name, value_adapter=True))
+        run = ppo(
+            *tiny_policy(), load_prompts(data_file("rl.jsonl"))[:8], letters, small(tmp_path / name, value_adapter=True)
+        )
         found.append((run.folder / "adapter" / "value_head.safetensors").read_bytes())
     assert found[0] == found[1]
 
@@ -166,4 +260,5 @@ def test_settings_are_the_callers(tmp_path):
     args = small(tmp_path / "run", kl_target=6.0, kl_coef=0.05, max_steps=2)
     run = ppo(*tiny_policy(), load_prompts(data_file("rl.jsonl"))[:8], letters, args)
     assert args.kl_coef == 0.05 and run.settings.kl_coef != 0.05
-    with pytest.raises(TinyTrainerError, match="kl_coef=0 stays 0"): PPOArgs(kl_target=6.0, kl_coef=0.0)
+    with pytest.raises(TinyTrainerError, match="kl_coef=0 stays 0"):
+        PPOArgs(kl_target=6.0, kl_coef=0.0)

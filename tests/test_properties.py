@@ -1,4 +1,6 @@
-"""A thousand data files, half of them broken at random: each is read exactly or refused by name, and nothing is lost on the way."""
+"""A thousand data files, half of them broken at random: each is read exactly or refused by name, and nothing is lost
+on the way."""
+
 import csv
 import io
 import json
@@ -15,43 +17,62 @@ from tinytrainer_nb.core import TinyTrainerError
 from tinytrainer_nb.data.formats import data_origin, load_examples
 
 FILES, BATCH = 1000, 40  # hypothesis varies what it has just tried, so it is sent off anew after each batch
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant", "system": "system",
-         "function_call": "function_call", "observation": "observation", "tool": "tool"}
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "function_call": "function_call",
+    "observation": "observation",
+    "tool": "tool",
+}
 
 
 # What a table means, written a second time and plainly
+
 
 class Refused(Exception):
     "These rows should not be read"
 
 
 def text(row: dict, column: str) -> str:
-    if type(row.get(column)) is not str: raise Refused(column)
+    if type(row.get(column)) is not str:
+        raise Refused(column)
     return row[column]
 
 
 def turns(value) -> list[dict]:
-    if type(value) is not list: raise Refused(value)
+    if type(value) is not list:
+        raise Refused(value)
     found = []
     for turn in value:
-        if type(turn) is not dict: raise Refused(turn)
+        if type(turn) is not dict:
+            raise Refused(turn)
         role, content = turn.get("role"), turn.get("content")
-        if role is None or content is None: role, content = turn.get("from"), turn.get("value")
-        if type(role) is not str or role not in ROLES or type(content) is not str or turn.get("tool_calls"): raise Refused(turn)
+        if role is None or content is None:
+            role, content = turn.get("from"), turn.get("value")
+        if type(role) is not str or role not in ROLES or type(content) is not str or turn.get("tool_calls"):
+            raise Refused(turn)
         found.append({"role": ROLES[role], "content": content})
     return found
 
 
 def asked(row: dict, column: str) -> list[dict]:
-    if column == "prompt" and type(row.get("prompt")) is not list: return [{"role": "user", "content": text(row, "prompt")}]
+    if column == "prompt" and type(row.get("prompt")) is not list:
+        return [{"role": "user", "content": text(row, "prompt")}]
     return turns(row.get(column))
 
 
 def answer(value, before: list[dict]) -> str:
-    if type(value) is str: return value
+    if type(value) is str:
+        return value
     said = turns([value] if type(value) is dict else value)
-    if said[:len(before)] == before: said = said[len(before):]
-    if len(said) != 1 or said[0]["role"] not in ("assistant", "function_call"): raise Refused(value)
+    if said[: len(before)] == before:
+        said = said[len(before) :]
+    if len(said) != 1 or said[0]["role"] not in ("assistant", "function_call"):
+        raise Refused(value)
     return said[0]["content"]
 
 
@@ -61,55 +82,117 @@ def dialogue(question: str, reply: str) -> list[dict]:
 
 def meaning(rows: list[dict]) -> tuple[list[dict], int]:
     "What should be made of `rows`, and how many of them say nothing"
-    if not all(type(r) is dict for r in rows): raise Refused(rows)
+    if not all(type(r) is dict for r in rows):
+        raise Refused(rows)
     columns = {c for r in rows for c in r}
     talk = next((c for c in ("messages", "conversations", "prompt") if c in columns), None)
-    kinds = {"preference": {"chosen", "rejected"} if talk else {"-"}, "chat": {talk if talk != "prompt" else "-"}, "completion": {"prompt", "completion"},
-             "instruction": {"instruction", "output"}, "question": {"question", "answer"}, "text": {"text"}, "prompt": {"prompt"}}
+    kinds = {
+        "preference": {"chosen", "rejected"} if talk else {"-"},
+        "chat": {talk if talk != "prompt" else "-"},
+        "completion": {"prompt", "completion"},
+        "instruction": {"instruction", "output"},
+        "question": {"question", "answer"},
+        "text": {"text"},
+        "prompt": {"prompt"},
+    }
     kind = next((k for k, needed in kinds.items() if needed <= columns), None)
-    if kind is None: raise Refused(columns)
+    if kind is None:
+        raise Refused(columns)
     made = [one(row, kind, talk) for row in rows]
-    blank = [any(not m["content"].strip() for m in r.get("messages", ())) or r.get("messages") == [] or any(not r[c].strip() for c in ("text", "chosen", "rejected") if type(r.get(c)) is str and c in used)
-             for r, used in made]
-    if all(blank): raise Refused("nothing is left")
-    return [{k: v for k, v in r.items() if v is not None} for (r, _), empty in zip(made, blank) if not empty], sum(blank)
+    blank = [
+        any(not m["content"].strip() for m in r.get("messages", ()))
+        or r.get("messages") == []
+        or any(not r[c].strip() for c in ("text", "chosen", "rejected") if type(r.get(c)) is str and c in used)
+        for r, used in made
+    ]
+    if all(blank):
+        raise Refused("nothing is left")
+    return [{k: v for k, v in r.items() if v is not None} for (r, _), empty in zip(made, blank) if not empty], sum(
+        blank
+    )
 
 
 def one(row: dict, kind: str, talk: str | None) -> tuple[dict, set]:
     "One row as it should come out, other columns included, and the columns that were used"
     if kind == "preference":
         before = asked(row, talk)
-        if before and before[-1]["role"] in ("assistant", "function_call"): raise Refused(row)
-        new, used = {"messages": before, "chosen": answer(row.get("chosen"), before), "rejected": answer(row.get("rejected"), before)}, {talk, "chosen", "rejected"}
-    elif kind == "chat" and talk == "messages" and row.get("messages") is None and type(row.get("text")) is str: return one(row, "text", None)
+        if before and before[-1]["role"] in ("assistant", "function_call"):
+            raise Refused(row)
+        new, used = (
+            {
+                "messages": before,
+                "chosen": answer(row.get("chosen"), before),
+                "rejected": answer(row.get("rejected"), before),
+            },
+            {talk, "chosen", "rejected"},
+        )
+    elif kind == "chat" and talk == "messages" and row.get("messages") is None and type(row.get("text")) is str:
+        return one(row, "text", None)
     elif kind == "chat":
         new, used = {"messages": turns(row.get(talk))}, {talk}
         open_end = not new["messages"] or new["messages"][-1]["role"] not in ("assistant", "function_call")
         if row.get("completion") is not None and open_end:
-            new["messages"] = new["messages"] + [{"role": "assistant", "content": answer(row["completion"], new["messages"])}]; used = {talk, "completion"}
+            new["messages"] = new["messages"] + [
+                {"role": "assistant", "content": answer(row["completion"], new["messages"])}
+            ]
+            used = {talk, "completion"}
     elif kind == "completion":
-        before = asked(row, "prompt"); reply = answer(row.get("completion"), before)
+        before = asked(row, "prompt")
+        reply = answer(row.get("completion"), before)
         new, used = {"messages": before + dialogue("", reply)[1:]}, {"prompt", "completion"}
     elif kind == "instruction":
         question = text(row, "instruction") + ("\n" + text(row, "input") if row.get("input") else "")
         new, used = {"messages": dialogue(question, text(row, "output"))}, {"instruction", "input", "output"}
-    elif kind == "question": new, used = {"messages": dialogue(text(row, "question"), text(row, "answer"))}, {"question", "answer"}
+    elif kind == "question":
+        new, used = {"messages": dialogue(text(row, "question"), text(row, "answer"))}, {"question", "answer"}
     elif kind == "text":
         whole, used = text(row, "text"), {"text"}
         m = re.fullmatch(r"\s*### Instruction:(.*?)(?:### Input:(.*?))?### Response:(.*)", whole, re.S)
-        new = {"messages": dialogue("\n".join(p.strip() for p in m.groups()[:2] if p and p.strip()), m[3].strip())} if m else {"text": whole}
-    else: new, used = {"messages": asked(row, "prompt")}, {"prompt"}
+        new = (
+            {"messages": dialogue("\n".join(p.strip() for p in m.groups()[:2] if p and p.strip()), m[3].strip())}
+            if m
+            else {"text": whole}
+        )
+    else:
+        new, used = {"messages": asked(row, "prompt")}, {"prompt"}
     return {k: v for k, v in row.items() if k not in used and k not in ("messages",)} | new, used | set(new)
 
 
 # Rows and files
 
-SHARP = "\"\"'',,;:|\t\n\n\r\r\\\\{}[]#&\u2028\u2028\u2029\x85\x0b\x1c\xa0\ufeff\u200b"  # what ends a line, a cell or a string somewhere
-TEXT = st.one_of(st.text(st.sampled_from(SHARP + "abc 017éß漢😀"), max_size=20), st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20))
-WORDS = st.one_of(TEXT.map(lambda t: f"w{t}w"), TEXT.map(lambda t: f"w{t}w"), TEXT, st.sampled_from(["", " ", "007", "nan", "None", "null", "1e3", "TRUE", "### Response:"]))
-STYLES = [("role", "content", "user", "assistant"), ("from", "value", "human", "gpt"), ("from", "value", "user", "model")]
-FLAT = {"completion": ("prompt", "completion"), "instruction": ("instruction", "input", "output"), "question": ("question", "answer"), "text": ("text",), "prompt": ("prompt", "reference_answer")}
-SUFFIXES = {".jsonl": [*FLAT, "chat", "preference"], ".json": [*FLAT, "chat", "preference"], ".parquet": [*FLAT, "chat", "preference"], ".csv": [*FLAT], ".txt": ["text"], ".md": ["text"], "": ["text"]}
+# What ends a line, a cell or a string somewhere
+SHARP = "\"\"'',,;:|\t\n\n\r\r\\\\{}[]#&\u2028\u2028\u2029\x85\x0b\x1c\xa0\ufeff\u200b"
+TEXT = st.one_of(
+    st.text(st.sampled_from(SHARP + "abc 017éß漢😀"), max_size=20),
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20),
+)
+WORDS = st.one_of(
+    TEXT.map(lambda t: f"w{t}w"),
+    TEXT.map(lambda t: f"w{t}w"),
+    TEXT,
+    st.sampled_from(["", " ", "007", "nan", "None", "null", "1e3", "TRUE", "### Response:"]),
+)
+STYLES = [
+    ("role", "content", "user", "assistant"),
+    ("from", "value", "human", "gpt"),
+    ("from", "value", "user", "model"),
+]
+FLAT = {
+    "completion": ("prompt", "completion"),
+    "instruction": ("instruction", "input", "output"),
+    "question": ("question", "answer"),
+    "text": ("text",),
+    "prompt": ("prompt", "reference_answer"),
+}
+SUFFIXES = {
+    ".jsonl": [*FLAT, "chat", "preference"],
+    ".json": [*FLAT, "chat", "preference"],
+    ".parquet": [*FLAT, "chat", "preference"],
+    ".csv": [*FLAT],
+    ".txt": ["text"],
+    ".md": ["text"],
+    "": ["text"],
+}
 
 
 def talk(draw, style, roles=("user", "assistant")) -> list[dict]:
@@ -120,19 +203,39 @@ def talk(draw, style, roles=("user", "assistant")) -> list[dict]:
 
 def make_row(draw, kind: str, style, column: str, form: str) -> dict:
     "One row of a kind"
-    if kind in FLAT: return {c: draw(WORDS) for c in FLAT[kind]}
-    roles = draw(st.sampled_from([["user"], ["system", "user"], ["user", "assistant", "user"], ["user", "function_call", "observation"]]))
-    if kind == "chat": return {column: talk(draw, style, roles + ["assistant"])}
+    if kind in FLAT:
+        return {c: draw(WORDS) for c in FLAT[kind]}
+    roles = draw(
+        st.sampled_from(
+            [["user"], ["system", "user"], ["user", "assistant", "user"], ["user", "function_call", "observation"]]
+        )
+    )
+    if kind == "chat":
+        return {column: talk(draw, style, roles + ["assistant"])}
     before = talk(draw, style, roles) if column != "prompt" else draw(WORDS)
     replies = [talk(draw, style, ["assistant"])[0] for _ in range(2)]
-    wrap = {"text": lambda r: r[style[1]], "turn": lambda r: r, "list": lambda r: [r], "whole": lambda r: (before if column != "prompt" else talk(draw, style, [])) + [r]}[form]
+    wrap = {
+        "text": lambda r: r[style[1]],
+        "turn": lambda r: r,
+        "list": lambda r: [r],
+        "whole": lambda r: (before if column != "prompt" else talk(draw, style, [])) + [r],
+    }[form]
     return {column: before, "chosen": wrap(replies[0]), "rejected": wrap(replies[1])}
 
 
 def add_columns(draw, row: dict, suffix: str) -> dict:
     "A row with columns that nobody asked for"
-    extra = {"note": TEXT if suffix == ".csv" else st.one_of(st.none(), TEXT), "id": TEXT if suffix == ".csv" else st.integers(-2**40, 2**40)}
-    if suffix in (".json", ".jsonl"): extra["tools"] = st.lists(st.dictionaries(st.sampled_from(["name", "a", "b"]), st.one_of(TEXT, st.integers(-9, 9), st.none()), max_size=2), max_size=2)
+    extra = {
+        "note": TEXT if suffix == ".csv" else st.one_of(st.none(), TEXT),
+        "id": TEXT if suffix == ".csv" else st.integers(-(2**40), 2**40),
+    }
+    if suffix in (".json", ".jsonl"):
+        extra["tools"] = st.lists(
+            st.dictionaries(
+                st.sampled_from(["name", "a", "b"]), st.one_of(TEXT, st.integers(-9, 9), st.none()), max_size=2
+            ),
+            max_size=2,
+        )
     return row | {k: draw(v) for k, v in extra.items() if suffix == ".csv" or draw(st.booleans())}
 
 
@@ -148,87 +251,147 @@ def write_jsonl(draw, rows: list) -> bytes:
 
 def write_csv(draw, rows: list) -> bytes:
     buffer, columns = io.StringIO(), list(rows[0])
-    bare = any("\r" in r[c] for r in rows for c in columns)  # Python 3.11 writes it without quotes, and then nobody can tell it from a line's end
-    writer = csv.writer(buffer, lineterminator=draw(st.sampled_from(["\n", "\r\n"])), quoting=csv.QUOTE_ALL if bare else draw(st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL])))
+    bare = any(
+        "\r" in r[c] for r in rows for c in columns
+    )  # Python 3.11 writes it without quotes, and then nobody can tell it from a line's end
+    writer = csv.writer(
+        buffer,
+        lineterminator=draw(st.sampled_from(["\n", "\r\n"])),
+        quoting=csv.QUOTE_ALL if bare else draw(st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL])),
+    )
     writer.writerows([columns, *([r[c] for c in columns] for r in rows)])
     return buffer.getvalue().encode()
 
 
 def write_parquet(draw, rows: list) -> bytes:
     sink, columns = io.BytesIO(), dict.fromkeys(c for r in rows for c in r)
-    pyarrow.parquet.write_table(pyarrow.table({c: pyarrow.array([r.get(c) for r in rows]) for c in columns}), sink, compression=draw(st.sampled_from(["none", "snappy"])))
+    pyarrow.parquet.write_table(
+        pyarrow.table({c: pyarrow.array([r.get(c) for r in rows]) for c in columns}),
+        sink,
+        compression=draw(st.sampled_from(["none", "snappy"])),
+    )
     return sink.getvalue()
 
 
-WRITERS = {".json": write_json, ".jsonl": write_jsonl, ".csv": write_csv, ".parquet": write_parquet, ".txt": lambda draw, rows: rows[0]["text"].encode()}
+WRITERS = {
+    ".json": write_json,
+    ".jsonl": write_jsonl,
+    ".csv": write_csv,
+    ".parquet": write_parquet,
+    ".txt": lambda draw, rows: rows[0]["text"].encode(),
+}
 
 
 # The ways to break them
+
 
 def break_rows(draw, rows: list, kind: str, suffix: str) -> list | None:
     "Rows of which one must be refused; None where the format cannot say such a thing"
     rows, i = [dict(r) for r in rows], draw(st.integers(0, len(rows) - 1))
     needed = [c for c in rows[i] if c not in ("note", "id", "tools", "input", "reference_answer")]
     how = draw(st.sampled_from(["type", "missing", "role", "no object", "mixed"]))
-    if suffix == ".csv": return None
+    if suffix == ".csv":
+        return None
     if suffix == ".parquet" or how == "type":
         column, wrong = draw(st.sampled_from(needed)), draw(st.sampled_from([3, 1.5, True]))
-        for row in rows if suffix == ".parquet" else [rows[i]]: row[column] = wrong
+        for row in rows if suffix == ".parquet" else [rows[i]]:
+            row[column] = wrong
         return rows
-    if how == "missing" and len(rows) > 1: del rows[i][draw(st.sampled_from(needed))]; return rows
-    if how == "role" and kind == "chat": next(iter(rows[i].values()))[0].update({"role": "narrator", "from": "narrator"}); return rows
-    if how == "no object": rows[i] = draw(st.sampled_from(["text", 3, None, ["a"]])); return rows
-    if how == "mixed" and len(rows) > 1: rows[i] = {"frage": "a", "antwort": "b"}; return rows
+    if how == "missing" and len(rows) > 1:
+        del rows[i][draw(st.sampled_from(needed))]
+        return rows
+    if how == "role" and kind == "chat":
+        next(iter(rows[i].values()))[0].update({"role": "narrator", "from": "narrator"})
+        return rows
+    if how == "no object":
+        rows[i] = draw(st.sampled_from(["text", 3, None, ["a"]]))
+        return rows
+    if how == "mixed" and len(rows) > 1:
+        rows[i] = {"frage": "a", "antwort": "b"}
+        return rows
     return None
 
 
 def break_bytes(draw, data: bytes) -> bytes:
     "A file after an accident"
-    at, how = draw(st.integers(0, max(len(data) - 1, 0))), draw(st.sampled_from(["cut", "flip", "nul", "latin", "empty", "lost", "twice", "quote", "comma", "again"]))
+    at, how = (
+        draw(st.integers(0, max(len(data) - 1, 0))),
+        draw(st.sampled_from(["cut", "flip", "nul", "latin", "empty", "lost", "twice", "quote", "comma", "again"])),
+    )
     field = re.search(rb'(?<=\{)\s*("\w+":)', data)  # of a JSON object, the first
-    again = data[:field.start()] + field[1] + b" 0," + data[field.start():] if field else data + b"\n\0"
-    return {"comma": data[:at] + b"," + data[at:], "again": again, "cut": data[:at], "flip": data[:at] + bytes([(data or b"x")[at] ^ draw(st.integers(1, 255))]) + data[at + 1:], "nul": data[:at] + b"\0" + data[at:], "latin": data[:at] + b"\xe9" + data[at:],
-            "empty": b"", "lost": data[:at] + data[at + draw(st.integers(1, 9)):], "twice": data + data, "quote": data[:at] + b'"' + data[at:]}[how]
+    again = data[: field.start()] + field[1] + b" 0," + data[field.start() :] if field else data + b"\n\0"
+    return {
+        "comma": data[:at] + b"," + data[at:],
+        "again": again,
+        "cut": data[:at],
+        "flip": data[:at] + bytes([(data or b"x")[at] ^ draw(st.integers(1, 255))]) + data[at + 1 :],
+        "nul": data[:at] + b"\0" + data[at:],
+        "latin": data[:at] + b"\xe9" + data[at:],
+        "empty": b"",
+        "lost": data[:at] + data[at + draw(st.integers(1, 9)) :],
+        "twice": data + data,
+        "quote": data[:at] + b'"' + data[at:],
+    }[how]
 
 
 # What broken bytes still say
+
 
 def csv_rows(whole: str) -> list[dict]:
     "RFC 4180, a character at a time; a quote inside a cell without quotes is a character like others"
     table, row, cell, state = [], [], "", "start"
     for c in whole.replace("\r\n", "\n") if '"' not in whole else whole:
-        if state == "quoted": state, cell = ("closing", cell) if c == '"' else (state, cell + c)
-        elif state == "closing" and c == '"': state, cell = "quoted", cell + c
+        if state == "quoted":
+            state, cell = ("closing", cell) if c == '"' else (state, cell + c)
+        elif state == "closing" and c == '"':
+            state, cell = "quoted", cell + c
         elif c in ",\r\n":
             blank = state == "start" and not row
-            if c == "," or not blank: row.append(cell)
-            if c != "," and not blank: table.append(row); row = []
+            if c == "," or not blank:
+                row.append(cell)
+            if c != "," and not blank:
+                table.append(row)
+                row = []
             cell, state = "", "start"
-        elif state == "closing": raise Refused(c)
-        elif c == '"' and state == "start": state = "quoted"
-        else: cell, state = cell + c, "plain"
-    if state == "quoted": raise Refused("open quote")
-    if row or state != "start": table.append([*row, cell])
-    if not table or len(set(table[0])) < len(table[0]) or any(len(r) != len(table[0]) for r in table): raise Refused("ragged")
+        elif state == "closing":
+            raise Refused(c)
+        elif c == '"' and state == "start":
+            state = "quoted"
+        else:
+            cell, state = cell + c, "plain"
+    if state == "quoted":
+        raise Refused("open quote")
+    if row or state != "start":
+        table.append([*row, cell])
+    if not table or len(set(table[0])) < len(table[0]) or any(len(r) != len(table[0]) for r in table):
+        raise Refused("ragged")
     return [dict(zip(table[0], r)) for r in table[1:]]
 
 
 def once(pairs: list[tuple]) -> dict:
-    if len({name for name, _ in pairs}) < len(pairs): raise Refused(pairs)
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise Refused(pairs)
     return dict(pairs)
 
 
 def still_says(data: bytes, suffix: str) -> list[dict]:
     "The rows of a file's bytes by other means than the library's; any exception says that it cannot be read"
-    if suffix == ".parquet": return pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
+    if suffix == ".parquet":
+        return pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
     whole = data.decode("utf-8-sig")
-    if "\0" in whole: raise Refused("NUL")
-    if suffix == ".csv": return csv_rows(whole)
-    if suffix == ".jsonl": return [json.loads(line, object_pairs_hook=once) for line in whole.split("\n") if line.strip()]
-    if suffix != ".json": return [{"text": whole}]
+    if "\0" in whole:
+        raise Refused("NUL")
+    if suffix == ".csv":
+        return csv_rows(whole)
+    if suffix == ".jsonl":
+        return [json.loads(line, object_pairs_hook=once) for line in whole.split("\n") if line.strip()]
+    if suffix != ".json":
+        return [{"text": whole}]
     rows = json.loads(whole, object_pairs_hook=once)
-    if type(rows) is dict and len(rows) == 1: rows = next(iter(rows.values()))
-    if type(rows) is not list: raise Refused(rows)
+    if type(rows) is dict and len(rows) == 1:
+        rows = next(iter(rows.values()))
+    if type(rows) is not list:
+        raise Refused(rows)
     return rows
 
 
@@ -241,33 +404,47 @@ def data_files(draw) -> tuple:
     form = draw(st.sampled_from(["text", "turn", "list"] + ["whole"] * (column != "prompt")))
     alone = suffix in (".txt", ".md")
     rows = [make_row(draw, kind, style, column, form) for _ in range(1 if alone else draw(st.integers(1, 4)))]
-    if WRITERS.get(suffix) and not alone: rows = [add_columns(draw, r, suffix) for r in rows]
+    if WRITERS.get(suffix) and not alone:
+        rows = [add_columns(draw, r, suffix) for r in rows]
     broken, write = draw(st.booleans()), WRITERS.get(suffix, WRITERS[".txt"])
     refused = break_rows(draw, rows, kind, suffix) if broken and not alone and suffix and draw(st.booleans()) else None
-    if refused: return suffix, [write(draw, refused)], None, True
-    if suffix in (".txt", ".md", ""): rows = [{"text": r["text"].lstrip("\ufeff")} for r in rows] # at the start of a file it is a mark
+    if refused:
+        return suffix, [write(draw, refused)], None, True
+    if suffix in (".txt", ".md", ""):
+        rows = [{"text": r["text"].lstrip("\ufeff")} for r in rows]  # at the start of a file it is a mark
     files = [write(draw, [r]) for r in rows] if not suffix else [write(draw, rows)]
-    if suffix != ".parquet" and draw(st.booleans()): files = [b"\xef\xbb\xbf" + f for f in files]
-    if not broken: return suffix, files, rows, False
+    if suffix != ".parquet" and draw(st.booleans()):
+        files = [b"\xef\xbb\xbf" + f for f in files]
+    if not broken:
+        return suffix, files, rows, False
     files[0] = break_bytes(draw, files[0])
-    try: rows = [r for f in files for r in still_says(f, suffix)]
-    except Exception: rows = None
+    try:
+        rows = [r for f in files for r in still_says(f, suffix)]
+    except Exception:
+        rows = None
     return suffix, files, rows, True
 
 
 def save(folder: Path, number: int, suffix: str, files: list[bytes]) -> Path:
     "The files on the disk; without a suffix they are texts in a folder"
     path = folder / f"data{number}{suffix}"
-    if suffix: path.write_bytes(files[0]); return path
-    for i, data in enumerate(files): (path / "deep").mkdir(parents=True, exist_ok=True); (path / ("deep" if i % 2 else ".") / f"{i}.{'md' if i % 3 else 'TXT'}").write_bytes(data)
+    if suffix:
+        path.write_bytes(files[0])
+        return path
+    for i, data in enumerate(files):
+        (path / "deep").mkdir(parents=True, exist_ok=True)
+        (path / ("deep" if i % 2 else ".") / f"{i}.{'md' if i % 3 else 'TXT'}").write_bytes(data)
     return path
 
 
 def check(path: Path, rows: list | None, broken: bool) -> str:
     "Load one file and hold the result against what it means; says what became of it"
-    try: wanted, blank = meaning(rows if rows is not None else [None])
-    except Refused: wanted, blank = None, None
-    try: table = load_examples(path)
+    try:
+        wanted, blank = meaning(rows if rows is not None else [None])
+    except Refused:
+        wanted, blank = None, None
+    try:
+        table = load_examples(path)
     except TinyTrainerError as e:
         assert str(path) in str(e) and len(str(e).splitlines()) == 1 and str(e).endswith("."), str(e)
         assert wanted is None or broken, f"refused, but it says {wanted}: {e}"
@@ -289,9 +466,15 @@ def test_every_file_is_read_exactly_or_refused(tmp_path):
         fates[suffix, broken, check(path, rows, broken)] += 1
 
     batch = settings(max_examples=BATCH, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    for start in range(FILES // BATCH): seed(start)(batch(given(data_files())(each)))()
+    for start in range(FILES // BATCH):
+        seed(start)(batch(given(data_files())(each)))()
     assert fates["files"] >= FILES
-    missed = [(suffix, case) for suffix in SUFFIXES for case in ((False, "read"), (True, "refused")) if not fates[(suffix, *case)]]
+    missed = [
+        (suffix, case)
+        for suffix in SUFFIXES
+        for case in ((False, "read"), (True, "refused"))
+        if not fates[(suffix, *case)]
+    ]
     assert not missed, f"never met: {missed}"
     halves = [sum(n for k, n in fates.items() if k != "files" and k[1] is broken) for broken in (False, True)]
     assert min(halves) > FILES / 4, halves

@@ -1,4 +1,5 @@
 """fp16, the best evaluation, an early end, interrupts, trackers and memory: what a run is promised besides its loss."""
+
 import os
 import signal
 import subprocess
@@ -11,10 +12,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tinytrainer_nb.all import LoraArgs, PPOArgs, Run, SFTArgs, TinyTrainerError, add_lora, data_file, load_examples, load_model, load_prompts, ppo, sft
 from tinytrainer_nb import hardware as core
-from tinytrainer_nb.recipes import arguments as trainer
+from tinytrainer_nb.all import (
+    LoraArgs,
+    PPOArgs,
+    Run,
+    SFTArgs,
+    TinyTrainerError,
+    add_lora,
+    data_file,
+    load_examples,
+    load_model,
+    load_prompts,
+    ppo,
+    sft,
+)
 from tinytrainer_nb.model.layers import trainable
+from tinytrainer_nb.recipes import arguments as trainer
 from tinytrainer_nb.recipes.sft import SFTTrainer
 
 SMALL = dict(batch_size=2, max_length=128, warmup_steps=0, eval_steps=0, sample_steps=0, save_steps=0)
@@ -25,7 +39,8 @@ def policy(dtype="fp32", **kwargs):
     return add_lora(model, LoraArgs(r=2)), tokenizer
 
 
-def rows(n): return load_examples(data_file("sft.jsonl")).select(range(n))
+def rows(n):
+    return load_examples(data_file("sft.jsonl")).select(range(n))
 
 
 def small_sft(tmp_path, model, tokenizer, n=8, **settings):
@@ -34,41 +49,82 @@ def small_sft(tmp_path, model, tokenizer, n=8, **settings):
 
 @pytest.mark.parametrize("recipe", ["sft", "ppo"])
 def test_fp16_is_scaled_and_adapters_stay_fp32(tmp_path, recipe):
-    "The loss is scaled before the backward pass; trained tensors, gradients and optimiser are fp32; loss and gradient are those of fp32"
+    """The loss is scaled before the backward pass; trained tensors, gradients and optimiser are fp32; loss and
+    gradient are those of fp32"""
     figures = {}
     for dtype in ("fp32", "fp16"):
         model, tokenizer = policy(dtype)
-        if recipe == "sft": run = sft(model, tokenizer, rows(8), SFTArgs(**SMALL, max_steps=2, out=str(tmp_path / dtype)))
-        else: run = ppo(model, tokenizer, load_prompts(data_file("rl.jsonl"))[:4], "reference_overlap", PPOArgs(**SMALL | dict(batch_size=2), max_steps=1, num_generations=2, max_new_tokens=8, minibatches=2, out=str(tmp_path / dtype)))
+        if recipe == "sft":
+            run = sft(model, tokenizer, rows(8), SFTArgs(**SMALL, max_steps=2, out=str(tmp_path / dtype)))
+        else:
+            run = ppo(
+                model,
+                tokenizer,
+                load_prompts(data_file("rl.jsonl"))[:4],
+                "reference_overlap",
+                PPOArgs(
+                    **SMALL | dict(batch_size=2),
+                    max_steps=1,
+                    num_generations=2,
+                    max_new_tokens=8,
+                    minibatches=2,
+                    out=str(tmp_path / dtype),
+                ),
+            )
         assert all(p.dtype == torch.float32 for p in trainable(model).values())
         figures[dtype] = next(e for e in run.events if e["kind"] == "metrics")
-    if recipe == "sft": assert figures["fp16"]["loss"] == pytest.approx(figures["fp32"]["loss"], rel=0.01)
-    ratio = figures["fp16"]["grad_norm"] / figures["fp32"]["grad_norm"] # PPO's completions may differ; a scale left in the gradient would make it 65,536
+    if recipe == "sft":
+        assert figures["fp16"]["loss"] == pytest.approx(figures["fp32"]["loss"], rel=0.01)
+    ratio = (
+        figures["fp16"]["grad_norm"] / figures["fp32"]["grad_norm"]
+    )  # PPO's completions may differ; a scale left in the gradient would make it 65,536
     assert 0.97 < ratio < 1.03 if recipe == "sft" else 0.2 < ratio < 5
 
 
 def test_fp16_leaves_out_a_step_that_overflows(tmp_path, monkeypatch):
     "An infinite gradient changes no weight and halves the scale; the next step trains"
     seen, original = {}, SFTTrainer._maybe_log_save_evaluate
+
     def look(self, *args, **kwargs):
-        seen[self.state.global_step] = self.accelerator.scaler.get_scale(), {n: p.detach().clone() for n, p in trainable(self.model).items()}
+        seen[self.state.global_step] = (
+            self.accelerator.scaler.get_scale(),
+            {n: p.detach().clone() for n, p in trainable(self.model).items()},
+        )
         return original(self, *args, **kwargs)
+
     backward = SFTTrainer.backward
+
     def overflow(self, *args, **kwargs):
         loss = backward(self, *args, **kwargs)
-        if self.state.global_step == 1: next(iter(trainable(self.model).values())).grad.fill_(float("inf"))
+        if self.state.global_step == 1:
+            next(iter(trainable(self.model).values())).grad.fill_(float("inf"))
         return loss
-    monkeypatch.setattr(SFTTrainer, "_maybe_log_save_evaluate", look); monkeypatch.setattr(SFTTrainer, "backward", overflow)
+
+    monkeypatch.setattr(SFTTrainer, "_maybe_log_save_evaluate", look)
+    monkeypatch.setattr(SFTTrainer, "backward", overflow)
     small_sft(tmp_path, *policy("fp16"), max_steps=3)
     (scale, first), (halved, second), (_, third) = seen.values()
     assert halved == scale / 2
-    assert all(torch.equal(first[n], second[n]) for n in first) and any(not torch.equal(second[n], third[n]) for n in first)
+    assert all(torch.equal(first[n], second[n]) for n in first) and any(
+        not torch.equal(second[n], third[n]) for n in first
+    )
 
 
 def test_best_evaluation_is_the_result(tmp_path):
-    "A learning rate that ruins the model: the result has the weights of the evaluation with the lowest loss, and the journal says so"
+    """A learning rate that ruins the model: the result has the weights of the evaluation with the lowest loss, and
+    the journal says so"""
     model, tokenizer = policy()
-    run = small_sft(tmp_path, model, tokenizer, n=30, max_steps=6, learning_rate=0.05, schedule="constant", eval_steps=1, keep_best=True)
+    run = small_sft(
+        tmp_path,
+        model,
+        tokenizer,
+        n=30,
+        max_steps=6,
+        learning_rate=0.05,
+        schedule="constant",
+        eval_steps=1,
+        keep_best=True,
+    )
     steps, losses = run.history("loss", "evaluation")
     best = steps[losses.index(min(losses))]
     assert best < 6 and any(f"the weights of step {best}" in e.get("message", "") for e in run.events)
@@ -86,40 +142,56 @@ def test_patience_ends_a_run_early(tmp_path):
     assert any("ended early" in e.get("message", "") for e in run.events)
 
 
-@pytest.mark.parametrize("settings, said", [(dict(keep_best=True), "eval_steps=0 makes none"), (dict(patience=2, eval_steps=1), "no row is held back")])
+@pytest.mark.parametrize(
+    "settings, said",
+    [(dict(keep_best=True), "eval_steps=0 makes none"), (dict(patience=2, eval_steps=1), "no row is held back")],
+)
 def test_best_needs_evaluations(tmp_path, settings, said):
-    with pytest.raises(TinyTrainerError, match=said): small_sft(tmp_path, *policy(), **settings)
+    with pytest.raises(TinyTrainerError, match=said):
+        small_sft(tmp_path, *policy(), **settings)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name, said", [("mlflow", "must be none, or some of"), ("wandb", "pip install wandb")])
 def test_trackers_that_cannot_work_are_refused(monkeypatch, name, said):
-    monkeypatch.setattr(trainer, "find_spec", lambda name: None) # as where none is installed
-    with pytest.raises(TinyTrainerError, match=said): SFTArgs(report_to=name)
+    monkeypatch.setattr(trainer, "find_spec", lambda name: None)  # as where none is installed
+    with pytest.raises(TinyTrainerError, match=said):
+        SFTArgs(report_to=name)
 
 
 def test_interrupt_keeps_model_and_run(tmp_path):
-    "The interrupt of a blocking cell comes after the step: the model is that of the last checkpoint, and the resumed run ends as if nothing had been"
+    """The interrupt of a blocking cell comes after the step: the model is that of the last checkpoint, and the
+    resumed run ends as if nothing had been"""
     settings = dict(max_steps=6, learning_rate=1e-3, n=8)
     whole, tokenizer = policy()
     small_sft(tmp_path / "whole", whole, tokenizer, **settings)
     model, tokenizer = policy()
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler) # a shell may have it ignored
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
+
     def interrupt():
         events = tmp_path / "cut/run/events.jsonl"
-        while not events.exists() or '"step": 2, "kind": "metrics"' not in events.read_text(encoding="utf8"): time.sleep(0.01)
+        while not events.exists() or '"step": 2, "kind": "metrics"' not in events.read_text(encoding="utf8"):
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
-    thread = threading.Thread(target=interrupt); thread.start()
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
     try:
-        with pytest.raises(KeyboardInterrupt): small_sft(tmp_path / "cut", model, tokenizer, **settings)
-    finally: thread.join(); signal.signal(signal.SIGINT, handler)
+        with pytest.raises(KeyboardInterrupt):
+            small_sft(tmp_path / "cut", model, tokenizer, **settings)
+    finally:
+        thread.join()
+        signal.signal(signal.SIGINT, handler)
     run = Run.open(tmp_path / "cut/run")
     checkpoint, step = run.last_checkpoint()
     assert run.status == "interrupted" and 2 <= step < 6
     kept = load_file(checkpoint / "trained.safetensors")
     assert all(torch.equal(p, kept[n]) for n, p in trainable(model).items())
     run.resume()
-    ended = load_file(run.folder / "adapter/adapter_model.safetensors"), load_file(tmp_path / "whole/run/adapter/adapter_model.safetensors")
+    ended = (
+        load_file(run.folder / "adapter/adapter_model.safetensors"),
+        load_file(tmp_path / "whole/run/adapter/adapter_model.safetensors"),
+    )
     assert all(torch.equal(x, ended[1][n]) for n, x in ended[0].items())
 
 
@@ -129,7 +201,8 @@ def test_tensorboard_gets_the_journal(tmp_path):
     run = small_sft(tmp_path, *policy(), n=30, max_steps=3, eval_steps=3, report_to="tensorboard")
     files = list(run.folder.rglob("events.out.tfevents*"))
     assert len(files) == 1
-    told = accumulator(str(files[0].parent)); told.Reload()
+    told = accumulator(str(files[0].parent))
+    told.Reload()
     for name, tag in dict(loss="train/loss", learning_rate="train/learning_rate", tokens="train/tokens").items():
         assert [e.value for e in told.Scalars(tag)] == pytest.approx(run.history(name)[1]), tag
     assert [e.value for e in told.Scalars("eval/loss")] == pytest.approx(run.history("loss", "evaluation")[1])
@@ -140,11 +213,18 @@ def test_tensorboard_gets_the_journal(tmp_path):
 def test_a_gpu_that_is_not_used_is_told(monkeypatch, capsys):
     "An NVIDIA GPU beside a CPU build of torch: the cure is named; so is it where CUDA is asked for"
     monkeypatch.setattr(core.shutil, "which", lambda name: "/usr/bin/nvidia-smi" if name == "nvidia-smi" else None)
-    monkeypatch.setattr(torch.version, "cuda", None); monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     load_model("tiny", "none", "fp32")
     out, err = capsys.readouterr()
-    assert err.count("\n") == 1 and "is a CPU build: `pip install" in err and "whl/cu" in err and "is a CPU build" not in out
-    with pytest.raises(TinyTrainerError, match="PyTorch sees no GPU here .*is a CPU build"): load_model("tiny", device="cuda")
+    assert (
+        err.count("\n") == 1
+        and "is a CPU build: `pip install" in err
+        and "whl/cu" in err
+        and "is a CPU build" not in out
+    )
+    with pytest.raises(TinyTrainerError, match="PyTorch sees no GPU here .*is a CPU build"):
+        load_model("tiny", device="cuda")
     monkeypatch.setattr(torch.version, "cuda", "12.6")
     assert core.unused_gpu() == ""
 
@@ -152,11 +232,19 @@ def test_a_gpu_that_is_not_used_is_told(monkeypatch, capsys):
 LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
-@pytest.mark.skipif(not LARGE_PAGES.exists() or "[never]" in LARGE_PAGES.read_text(), reason="this machine offers no large pages")
+@pytest.mark.skipif(
+    not LARGE_PAGES.exists() or "[never]" in LARGE_PAGES.read_text(), reason="this machine offers no large pages"
+)
 def test_large_tensors_lie_in_large_pages():
-    program = "import tinytrainer_nb, torch; x = torch.ones(2**24); print(*[line.split()[1] for line in open('/proc/self/smaps_rollup') if line.startswith('AnonHugePages')])"
-    def large(**environment) -> int: # KiB
+    program = (
+        "import tinytrainer_nb, torch; x = torch.ones(2**24); print(*[line.split()[1] for line in "
+        "open('/proc/self/smaps_rollup') if line.startswith('AnonHugePages')])"
+    )
+
+    def large(**environment) -> int:  # KiB
         clean = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
         return int(subprocess.check_output([sys.executable, "-c", program], env=clean | environment, text=True))
+
     assert large() > 2**16 / 2  # of 64 MiB
-    if "[madvise]" in LARGE_PAGES.read_text(): assert large(THP_MEM_ALLOC_ENABLE="0") < 2**16 / 2  # the setting is what does it
+    if "[madvise]" in LARGE_PAGES.read_text():
+        assert large(THP_MEM_ALLOC_ENABLE="0") < 2**16 / 2  # the setting is what does it

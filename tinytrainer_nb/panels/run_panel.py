@@ -16,6 +16,7 @@ import ipywidgets as widgets
 from ..core import TinyTrainerError, escaped, in_notebook, patch_to
 from ..settings import Settings
 from ..hardware import memory
+from ..recipes import train # noqa: F401, adds `resume` to a run
 from .widgets import Panel, badge, button, close_inside, complaint, scrolled, small, wrapped
 from .settings_form import settings_form
 from .conversation import chat_panel

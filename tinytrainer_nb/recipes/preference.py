@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCORE', 'sample_pairs', 'encode_answer', 'encode_pairs', 'PairCollator', 'packed_hidden', 'unpadded',
-           'answer_logprobs', 'PairTrainer', 'read_back', 'built', 'as_it_was', 'DPOTrainer', 'dpo', 'Scorer', 'scores',
+           'answer_logprobs', 'PairTrainer', 'read_back', 'as_it_was', 'built', 'DPOTrainer', 'dpo', 'Scorer', 'scores',
            'RewardTrainer', 'reward_model', 'model_reward']
 
 # %% ../../nbs/recipes/09_preference.ipynb #60753a07
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from ..core import TinyTrainerError, read_json, whole_folder, write_json
+from ..core import TinyTrainerError, patch_to, read_json, whole_folder, write_json
 from ..settings import may_change
 from ..compute.arguments import GenerateArgs
 from ..compute.logprobs import need_plain_logits, token_logprobs
@@ -49,7 +49,8 @@ def sample_pairs(
     reward,                    # what `find_reward` takes
     args: GenerateArgs = None, # how it answers; `num_generations` answers to each prompt
 ) -> list[dict]:               # {"prompt": [...], "chosen": str, "rejected": str}, what `load_examples` takes
-    "For each prompt the best and the worst of several answers, by a reward; a prompt whose answers are all worth the same gives no pair."
+    """For each prompt the best and the worst of several answers, by a reward; none if all are worth the same.
+    Raises `TinyTrainerError` for prompts that cannot be read, and for a reward that fails."""
     args, judge = args or GenerateArgs(num_generations=4), find_reward(reward)
     prompts, n = load_prompts(prompts), args.num_generations
     said = generate(model, tokenizer, [p["messages"] for p in prompts], args).completions
@@ -57,8 +58,10 @@ def sample_pairs(
     worth, _ = judge([p["messages"][-1]["content"] for p in prompts for _ in range(n)], said, rows)
     pairs = []
     for i, p in enumerate(prompts):
-        best, worst = (f(range(i * n, (i + 1) * n), key=lambda j: worth[j]) for f in (max, min))
-        if worth[best] > worth[worst] and said[best].strip() and said[worst].strip(): pairs.append(dict(prompt=p["messages"], chosen=said[best], rejected=said[worst]))
+        answers = range(i * n, (i + 1) * n)
+        best, worst = max(answers, key=worth.__getitem__), min(answers, key=worth.__getitem__)
+        if worth[best] > worth[worst] and said[best].strip() and said[worst].strip():
+            pairs.append(dict(prompt=p["messages"], chosen=said[best], rejected=said[worst]))
     return pairs
 
 # %% ../../nbs/recipes/09_preference.ipynb #e68ff3ef
@@ -66,38 +69,48 @@ def encode_answer(
     tokenizer,            # with a chat template
     messages: list[dict], # the conversation before the answer
     answer: str,          # the assistant's next turn
-) -> tuple[list[int], int]: # token ids up to the answer's end token, and where the answer starts
+) -> tuple[list[int], int]: # token ids up to the answer's end token, and the position where the answer starts
     "A conversation with one answer, as the model would have said it."
     row = encode_chat(tokenizer, [*messages, dict(role="assistant", content=answer)])
-    said = [t != -100 for t in row["labels"]]
+    said = [label != -100 for label in row["labels"]]
     end = len(said) - said[::-1].index(True)
-    return row["input_ids"][:end], end - said[end - 1::-1].index(False)
+    start = end - said[end - 1::-1].index(False)
+    return row["input_ids"][:end], start
 
+# %% ../../nbs/recipes/09_preference.ipynb #b8a3633a
 def encode_pairs(
     tokenizer,         # with a chat template
     examples: Dataset, # what `load_examples` returns: `messages`, `chosen`, `rejected`
     max_length: int,   # tokens of a conversation with its answer
-) -> tuple[list[dict], dict]: # {"prompt_ids", "chosen_ids", "rejected_ids"} of each pair; how many were left out, by reason
+) -> tuple[list[dict], dict]: # `prompt_ids`, `chosen_ids`, `rejected_ids` of each pair; how many were left out, and why
     "Pairs as TRL wants them. Pairs of equal answers and those too long are left out."
     pairs, left_out = [], {"equal answers": 0, "too long": 0}
     for row in examples:
-        chosen, rejected = (encode_answer(tokenizer, row["messages"], row[name]) for name in ("chosen", "rejected"))
-        if chosen == rejected: left_out["equal answers"] += 1; continue
-        if max(len(chosen[0]), len(rejected[0])) > max_length: left_out["too long"] += 1; continue
-        same = next(i for i, (a, b) in enumerate(zip(chosen[0] + [-1], rejected[0] + [-2])) if a != b)
-        start = min(chosen[1], rejected[1], same) # a token may hold the prompt's last and the answer's first character
-        pairs.append(dict(prompt_ids=chosen[0][:start], chosen_ids=chosen[0][start:], rejected_ids=rejected[0][start:]))
+        chosen, chosen_start = encode_answer(tokenizer, row["messages"], row["chosen"])
+        rejected, rejected_start = encode_answer(tokenizer, row["messages"], row["rejected"])
+        if chosen == rejected:
+            left_out["equal answers"] += 1
+        elif max(len(chosen), len(rejected)) > max_length:
+            left_out["too long"] += 1
+        else: # a token may hold the prompt's last and the answer's first character
+            differ = next(i for i, (a, b) in enumerate(zip(chosen + [-1], rejected + [-2])) if a != b)
+            start = min(chosen_start, rejected_start, differ)
+            ids = dict(prompt_ids=chosen[:start], chosen_ids=chosen[start:], rejected_ids=rejected[start:])
+            pairs.append(ids)
     return pairs, {why: count for why, count in left_out.items() if count}
 
 # %% ../../nbs/recipes/09_preference.ipynb #60acde6c
 class PairCollator:
-    "Turns the pairs of one optimiser step into micro-batches in TRL's form, with the step's counts of pairs and of real tokens."
-    def __init__(self, collate, max_tokens: int): self.collate, self.max_tokens = collate, max_tokens # TRL's collator; real tokens a micro-batch
+    "Turns the pairs of one step into micro-batches in TRL's form, with the step's counts of pairs and of real tokens."
+    def __init__(self, collate, max_tokens: int): # TRL's collator; real tokens a micro-batch
+        self.collate, self.max_tokens = collate, max_tokens
 
     def __call__(self, rows: list[dict]) -> dict:
-        rows = [r | dict(input_ids=2 * r["prompt_ids"] + r["chosen_ids"] + r["rejected_ids"]) for r in rows]
-        return dict(micro_batches=[self.collate(group) for group in micro_batches(rows, self.max_tokens)], num_items=len(rows), num_tokens=sum(len(r["input_ids"]) for r in rows))
+        rows = [row | dict(input_ids=2 * row["prompt_ids"] + row["chosen_ids"] + row["rejected_ids"]) for row in rows]
+        batches = [self.collate(group) for group in micro_batches(rows, self.max_tokens)]
+        return dict(micro_batches=batches, num_items=len(rows), num_tokens=sum(len(row["input_ids"]) for row in rows))
 
+# %% ../../nbs/recipes/09_preference.ipynb #ef17f442
 def packed_hidden(
     decoder,                    # a language model without its head
     documents: list[list[int]], # token ids of each
@@ -105,7 +118,8 @@ def packed_hidden(
     "Last hidden states of documents that are computed as one packed row."
     device = next(decoder.parameters()).device
     row = pack_row([dict(input_ids=ids, labels=[-100] * len(ids)) for ids in documents])
-    hidden = decoder(input_ids=row["input_ids"].to(device), position_ids=row["position_ids"].to(device), document_lengths=row["document_lengths"], use_cache=False).last_hidden_state
+    where = dict(position_ids=row["position_ids"].to(device), document_lengths=row["document_lengths"])
+    hidden = decoder(input_ids=row["input_ids"].to(device), **where, use_cache=False).last_hidden_state
     return hidden[0, :sum(map(len, documents))]
 
 def unpadded(input_ids: Tensor, attention_mask: Tensor) -> list[list[int]]: # (B, T) each, padded on the right
@@ -120,107 +134,136 @@ def answer_logprobs(
     labels: Tensor,         # (B, T), -100 outside of the answers
     **unused,
 ) -> FusedCausalLMOutput:   # `log_probs` (B, T - 1), 0 outside of the answers
-    "Log-probabilities of the answers' tokens in the form that TRL's own forward pass has, computed from a packed row and from the answers alone."
+    "Log-probabilities of the answers' tokens as TRL's own forward pass returns them, from one packed row."
     next_ids = F.pad(labels[:, 1:], (0, 1), value=-100)
     said = next_ids != -100 # positions whose next token is an answer's (B, T)
-    hidden = packed_hidden(base.get_decoder(), unpadded(input_ids, attention_mask))[said[attention_mask.bool()]]
-    logprobs, _ = token_logprobs(hidden, base.get_output_embeddings(), next_ids[said])
+    packed = packed_hidden(base.get_decoder(), unpadded(input_ids, attention_mask)) # (real tokens, width)
+    hidden = packed[said[attention_mask.bool()]] # (K, width)
+    logprobs, _ = token_logprobs(hidden, base.get_output_embeddings(), next_ids[said]) # (K,)
     placed = torch.zeros(said.shape, device=logprobs.device).masked_scatter(said, logprobs)[:, :-1]
     none = torch.zeros_like(placed) # figures of TRL's that are not shown here
     return FusedCausalLMOutput(log_probs=placed, entropy=none, mean_logits=none, is_top1=none.bool())
 
 # %% ../../nbs/recipes/09_preference.ipynb #f177769d
 class PairTrainer(RunTrainer):
-    "Mixin for TRL's trainers on pairs: its loss and its figures, in the house's steps."
+    "Mixin for TRL's trainers on pairs: their loss and figures, in this project's steps."
     def __init__(self, *args, tokenizer, **kwargs):
         super().__init__(*args, processing_class=copy.deepcopy(tokenizer), **kwargs) # TRL gives it a padding token
-        self.tokenizer, self.processing_class = tokenizer, None # with one, Trainer would change the model's special tokens
-        self.accelerator.gather = self.accelerator.gather_for_metrics = lambda x, *_: x # processes have different micro-batches; their figures are summed once a step
+        self.tokenizer = tokenizer
+        self.processing_class = None # with one, Trainer would change the model's special tokens
+        as_it_is = lambda x, *_: x # processes have different micro-batches; their figures are summed once a step
+        self.accelerator.gather = self.accelerator.gather_for_metrics = as_it_is
 
     def _prepare_dataset(self, dataset, *_): return dataset # encoded already, by `encode_pairs`
     def _send_telemetry(self): "Nothing leaves this machine."
     def create_model_card(self, *_, **__): "No card beside the run, and no look at the Hub for it."
 
-    def token_loss(self, model, micro: dict, num_items: int) -> Tensor:
-        "TRL's loss, which is a mean over the micro-batch's pairs, times their share of the step; its figures are added up alike."
-        share, mode = len(micro["input_ids"]) / 2 / num_items, "train" if self.model.training else "eval"
-        loss = self.compute_loss(model, dict(micro))
-        for name, value in self.pair_figures({k: v[-1] for k, v in self._metrics[mode].items()}).items(): self.pairs[name] = self.pairs.get(name, 0.0) + share * value
-        self._metrics[mode].clear()
-        return share * loss
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        "One optimiser step's passes, with the figures of its pairs from all processes."
-        self.pairs = {}
-        loss = super().training_step(model, inputs)
-        mine = torch.tensor(list(self.pairs.values()), device=self.args.device) * inputs.get("weight", 1.0)
-        self.figures |= dict(zip(self.pairs, self.accelerator.reduce(mine, "sum").tolist()))
-        return loss
-
-    def heldout(self) -> tuple[dict, float]:
-        "Loss and figures of the held-out pairs."
-        batch = self._prepare_inputs(getattr(self.data_collator, "collator", self.data_collator)(list(self.eval_dataset)))
-        self.pairs = {}
-        self.model.eval()
-        with torch.no_grad(), compute_context(self.model, self.dtype): loss = sum(self.token_loss(self.model, micro, batch["num_items"]).item() for micro in batch["micro_batches"])
-        return dict(loss=loss, **self.pairs), -loss
-
     def headline(self, logs: dict) -> str: return f"loss {logs['loss']:.3f}, accuracy {self.figures['accuracy']:.2f}"
+
+# %% ../../nbs/recipes/09_preference.ipynb #2356c270
+@patch_to(PairTrainer)
+def token_loss(self, model, micro: dict, num_items: int) -> Tensor: # scalar
+    "TRL's loss, a mean over the micro-batch's pairs, times their share of the step; its figures are added up alike."
+    share = len(micro["input_ids"]) / 2 / num_items
+    mode = "train" if self.model.training else "eval"
+    loss = self.compute_loss(model, dict(micro))
+    figures = self.pair_figures({name: values[-1] for name, values in self._metrics[mode].items()})
+    for name, value in figures.items(): self.pairs[name] = self.pairs.get(name, 0.0) + share * value
+    self._metrics[mode].clear()
+    return share * loss
+
+@patch_to(PairTrainer)
+def training_step(self, model, inputs, num_items_in_batch=None):
+    "One optimiser step's passes, with the figures of its pairs from all processes."
+    self.pairs = {}
+    loss = super(PairTrainer, self).training_step(model, inputs)
+    mine = torch.tensor(list(self.pairs.values()), device=self.args.device) * inputs.get("weight", 1.0)
+    self.figures |= dict(zip(self.pairs, self.accelerator.reduce(mine, "sum").tolist()))
+    return loss
+
+@patch_to(PairTrainer)
+def heldout(self) -> tuple[dict, float]: # figures by name, and one that is higher where the model is better
+    "Loss and figures of the held-out pairs."
+    collator = getattr(self.data_collator, "collator", self.data_collator)
+    batch = self._prepare_inputs(collator(list(self.eval_dataset)))
+    self.pairs = {}
+    self.model.eval()
+    with torch.no_grad(), compute_context(self.model, self.dtype):
+        loss = sum(self.token_loss(self.model, micro, batch["num_items"]).item() for micro in batch["micro_batches"])
+    return dict(loss=loss, **self.pairs), -loss
 
 # %% ../../nbs/recipes/09_preference.ipynb #1c446f8c
 def _pairs_of(data) -> Dataset:
-    "Examples with two answers each; raises `TinyTrainerError` for others."
+    "Examples with two answers each. Raises `TinyTrainerError` for others."
     examples = as_examples(data)
     if {"messages", "chosen", "rejected"} <= set(examples.column_names): return examples
-    raise TinyTrainerError("these data hold no pairs of answers: they need the columns prompt (or a conversation), chosen and rejected; columns={'chosen': ...} says what yours are called. "
+    raise TinyTrainerError("these data hold no pairs of answers: they need the columns prompt (or a conversation), "
+                           "chosen and rejected; columns={'chosen': ...} says what yours are called. "
                            "`tinytrainer sft` learns from one answer a row.")
 
+def _keep(run: Run, **parts: Dataset) -> None:
+    "Write pairs into the run's folder, for `read_back`."
+    for name, part in parts.items():
+        rows = part.select_columns(["messages", "chosen", "rejected"]).to_list()
+        write_json(run.folder / "data" / f"{name}.json", rows)
+
+def read_back(run: Run, tokenizer, args: PairArgs) -> dict:
+    "The pairs that a run has kept."
+    train, held = (Dataset.from_list(read_json(run.folder / "data" / f"{name}.json")) for name in ("train", "heldout"))
+    return dict(train=train, pairs=encode_pairs(tokenizer, train, args.max_length)[0], held=held)
+
+# %% ../../nbs/recipes/09_preference.ipynb #84edc410
 def _begin(recipe: str, model, tokenizer, data, args: PairArgs, live: bool) -> Run:
-    "Prepare the run and start it."
+    "Prepare the run and start it. Raises `TinyTrainerError` for data or settings that cannot work."
     examples = _pairs_of(data)
-    need_trainable(model); ensure_template(tokenizer)
+    need_trainable(model)
+    ensure_template(tokenizer)
     if recipe == "dpo": need_plain_logits(model.config)
     train, held = hold_out(examples, args.eval_rows if args.eval_steps else 0, args.seed)
     need_heldout(args, len(held))
     pairs, left_out = encode_pairs(tokenizer, train, args.max_length)
     if empty := len(empty_rows(examples)): left_out = {"empty text": empty} | left_out
     reasons = ", ".join(f"{count:,} {why}" for why, count in left_out.items()) or "none"
-    if not pairs: raise TinyTrainerError(f"no pair is left of {len(train)}: {reasons}, with max_length={args.max_length}. Raise max_length, or bring pairs whose answers differ.")
-    with Run.prepare(args.out, recipe, args, load=describe(model, tokenizer), data=data_origin(examples), may_change=may_change(args)) as run:
-        for name, part in dict(train=train, heldout=held).items(): write_json(run.folder / "data" / f"{name}.json", part.select_columns(["messages", "chosen", "rejected"]).to_list())
+    if not pairs:
+        raise TinyTrainerError(f"no pair is left of {len(train)}: {reasons}, with max_length={args.max_length}. "
+                               "Raise max_length, or bring pairs whose answers differ.")
+    tokens = sum(2 * len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in pairs)
+    about = dict(load=describe(model, tokenizer), data=data_origin(examples), may_change=may_change(args))
+    with Run.prepare(args.out, recipe, args, **about) as run:
+        _keep(run, train=train, heldout=held)
         begin(run, model)
-        if args.eval_steps and not len(held): tell(run, f"no pair is held back for an evaluation: that takes ten pairs, and there are {len(train)}")
-        tell(run, f"data: {len(pairs):,} pairs, {sum(2 * len(p['prompt_ids']) + len(p['chosen_ids']) + len(p['rejected_ids']) for p in pairs):,} tokens; left out: {reasons}; held out: {len(held):,} pairs")
+        if args.eval_steps and not len(held):
+            tell(run, f"no pair is held back for an evaluation: that takes ten pairs, and there are {len(train)}")
+        tell(run, f"data: {len(pairs):,} pairs, {tokens:,} tokens; left out: {reasons}; held out: {len(held):,} pairs")
     return start(run, model, tokenizer, args, built, live, train=train, pairs=pairs, held=held)
 
-def read_back(run: Run, tokenizer, args: PairArgs) -> dict:
-    "What a run has kept of its pairs."
-    train, held = (Dataset.from_list(read_json(run.folder / "data" / f"{name}.json")) for name in ("train", "heldout"))
-    return dict(train=train, pairs=encode_pairs(tokenizer, train, args.max_length)[0], held=held)
-
-def built(run: Run, model, tokenizer, args: PairArgs, **material):
-    "A context that gives the trainer of DPO or of a reward model."
-    return _built(DPOTrainer if run.info["recipe"] == "dpo" else RewardTrainer, run, model, tokenizer, args, **material)
-
-@contextlib.contextmanager
-def _built(trainer: type, run: Run, model, tokenizer, args: PairArgs, train: Dataset, pairs: list[dict], held: Dataset):
-    "What it does to the model besides training is taken back in the end."
-    heldout = encode_pairs(tokenizer, held, args.max_length)[0]
-    data = dict(train_dataset=Dataset.from_list(pairs), eval_dataset=Dataset.from_list(heldout) if heldout else None)
-    with as_it_was(model):
-        yield trainer(run, args, LoadRecord.of(run.info).torch_dtype, model, tokenizer, shown=list(held or train), **data)
-
+# %% ../../nbs/recipes/09_preference.ipynb #9c50a56f
 @contextlib.contextmanager
 def as_it_was(model):
-    "Inside, TRL may switch dropout off, name a padding token, add a copy of the adapter and replace the forward pass; all of it is taken back."
+    "Inside, TRL may change dropout, padding tokens, adapters and the forward pass; all of it is taken back."
     base = plain_model(model)
-    adapters, rates, pads = list(model.peft_config), {m: m.p for m in model.modules() if isinstance(m, nn.Dropout)}, [(config, config.pad_token_id) for config in (base.config, base.generation_config)]
+    adapters = list(model.peft_config)
+    rates = {m: m.p for m in model.modules() if isinstance(m, nn.Dropout)}
+    pads = [(config, config.pad_token_id) for config in (base.config, base.generation_config)]
     try: yield model
     finally:
         for m, rate in rates.items(): m.p = rate
         for config, pad in pads: config.pad_token_id = pad
         base.__dict__.pop("forward", None)
         for name in set(model.peft_config) - set(adapters): model.delete_adapter(name)
+
+def built(run: Run, model, tokenizer, args: PairArgs, **material):
+    "A context that gives the trainer of DPO or of a reward model."
+    trainer = DPOTrainer if run.info["recipe"] == "dpo" else RewardTrainer
+    return _built(trainer, run, model, tokenizer, args, **material)
+
+@contextlib.contextmanager
+def _built(trainer: type, run: Run, model, tokenizer, args: PairArgs, train: Dataset, pairs: list[dict], held: Dataset):
+    "A context that gives the trainer; on leaving it the model is as it was, but for its training."
+    heldout = encode_pairs(tokenizer, held, args.max_length)[0]
+    data = dict(train_dataset=Dataset.from_list(pairs), eval_dataset=Dataset.from_list(heldout) if heldout else None)
+    dtype = LoadRecord.of(run.info).torch_dtype
+    with as_it_was(model): yield trainer(run, args, dtype, model, tokenizer, shown=list(held or train), **data)
 
 # %% ../../nbs/recipes/09_preference.ipynb #7749970c
 class _Reference:
@@ -237,20 +280,29 @@ class DPOTrainer(PairTrainer, trl.DPOTrainer):
     def __init__(self, run, settings: DPOArgs, dtype, model, tokenizer, shown: list[dict], **kwargs):
         asked, room = [row["messages"] for row in shown[:20]], prompt_room(model, settings.sample_tokens)
         self.questions = [a for a, fits in zip(asked, fitting(model, tokenizer, asked, room)) if fits][:2]
-        reference, handed_over = freeze_reference(model), {name: p.data for name, p in trainable(model).items()} # before TRL switches dropout off, which holds for the reference too
+        reference = freeze_reference(model) # before TRL switches dropout off, which holds for the reference too
+        handed_over = {name: p.data for name, p in trainable(model).items()}
         config = partial(trl.DPOConfig, beta=settings.beta, gradient_checkpointing=False)
         collator = PairCollator(dpo_trainer.DataCollatorForPreference(pad_token_id=0), settings.micro_batch_tokens)
-        super().__init__(run, settings, dtype, config, model=model, tokenizer=tokenizer, data_collator=collator, **kwargs)
-        for name, p in trainable(model).items(): p.data = handed_over[name] # TRL rounds an adapter on 4-bit weights to bf16
+        kwargs |= dict(model=model, tokenizer=tokenizer, data_collator=collator)
+        super().__init__(run, settings, dtype, config, **kwargs)
+        for name, p in trainable(model).items(): p.data = handed_over[name] # TRL rounds it to bf16 on 4-bit weights
         model.delete_adapter("ref") # TRL's copy of the lowest adapter
         self.ref_model = _Reference(model, reference)
-        base = plain_model(model)
-        plain = base.forward
-        base.forward = lambda *args, fused_lm_head=False, **kwargs: answer_logprobs(base, **kwargs) if fused_lm_head else plain(*args, **kwargs)
+        self.score_answers_alone(plain_model(model))
 
     @staticmethod
-    def pair_figures(m: dict) -> dict: # TRL's figures by our names
-        return dict(accuracy=m["rewards/accuracies"], margin=m["rewards/margins"], chosen_reward=m["rewards/chosen"], rejected_reward=m["rewards/rejected"])
+    def score_answers_alone(base) -> None:
+        "Where TRL asks for log-probabilities, `answer_logprobs` computes them."
+        plain = base.forward
+        def forward(*args, fused_lm_head=False, **kwargs):
+            return answer_logprobs(base, **kwargs) if fused_lm_head else plain(*args, **kwargs)
+        base.forward = forward
+
+    @staticmethod
+    def pair_figures(m: dict) -> dict: # TRL's figures under our names
+        return dict(accuracy=m["rewards/accuracies"], margin=m["rewards/margins"],
+                    chosen_reward=m["rewards/chosen"], rejected_reward=m["rewards/rejected"])
 
 # %% ../../nbs/recipes/09_preference.ipynb #a0270838
 def dpo(
@@ -260,72 +312,88 @@ def dpo(
     args: DPOArgs = None,  # settings
     live: bool = False,    # train in a worker thread and return at once
 ) -> Run:
-    "Train `model` in place to prefer the chosen answers. Raises `TinyTrainerError` for data or settings that cannot work."
-    if isinstance(model.get_output_embeddings(), BaseTunerLayer): raise TinyTrainerError("this adapter is on the language head (lm_head) too, which TRL's DPO does not train. Leave lm_head out of target_modules.")
+    "Train `model` in place to prefer chosen answers. Raises `TinyTrainerError` for data or settings that cannot work."
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        raise TinyTrainerError("this adapter is on the language head (lm_head) too, which TRL's DPO does not train. "
+                               "Leave lm_head out of target_modules.")
     return _begin("dpo", model, tokenizer, examples, args or DPOArgs(), live)
 
 # %% ../../nbs/recipes/09_preference.ipynb #dade4c4e
 class Scorer(nn.Module):
-    "A language model's decoder with one number for a head: what a text is worth, said at its last token."
+    "A language model's decoder with one number for a head: the worth of a text, read off at its last token."
     def __init__(self, policy):
         super().__init__()
         self.policy, self.config = policy, copy.deepcopy(policy.config)
         self.config.num_labels = 1
-        self.score = nn.Linear(policy.config.hidden_size, 1, bias=False).to(next(policy.parameters()).device)
+        device = next(policy.parameters()).device
+        self.score = nn.Linear(policy.config.hidden_size, 1, bias=False).to(device)
         nn.init.zeros_(self.score.weight)
 
     def add_model_tags(self, tags): "TRL would name itself in the model's card."
 
     def scores(self, documents: list[list[int]]) -> Tensor: # (B,), fp32
-        hidden = packed_hidden(plain_model(self.policy).get_decoder(), documents)
+        "The worth of each document of token ids."
+        hidden = packed_hidden(plain_model(self.policy).get_decoder(), documents) # (tokens, width)
         ends = torch.tensor([len(ids) for ids in documents], device=hidden.device).cumsum(0) - 1
         with torch.autocast(hidden.device.type, enabled=False): return self.score(hidden[ends].float())[:, 0]
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False) -> SequenceClassifierOutput: # logits (B, 1)
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False) -> SequenceClassifierOutput:
+        "As a sequence classifier: a padded batch (B, T), `logits` (B, 1)."
         return SequenceClassifierOutput(logits=self.scores(unpadded(input_ids, attention_mask))[:, None])
 
+# %% ../../nbs/recipes/09_preference.ipynb #4595b6f9
 def scores(
-    scorer,                # a `Scorer`
-    tokenizer,             # its tokenizer
-    asked: list,           # conversations, each before its answer
-    answers: list[str],    # one for each
-    dtype: torch.dtype,    # to compute in
+    scorer,                 # a `Scorer`
+    tokenizer,              # its tokenizer
+    asked: list,            # conversations, each before its answer
+    answers: list[str],     # one for each
+    dtype: torch.dtype,     # to compute in
     max_tokens: int = 4096, # computed at once
-) -> list[float]:
-    "What answers are worth to a reward model, in evaluation mode and without gradient."
+) -> list[float]:           # one an answer
+    "The worth of answers to a reward model, in evaluation mode and without gradient."
     rows = [dict(input_ids=encode_answer(tokenizer, messages, answer)[0]) for messages, answer in zip(asked, answers)]
     scorer.eval()
+    found = []
     with torch.no_grad(), compute_context(scorer, dtype):
-        return [score for group in micro_batches(rows, max_tokens) for score in scorer.scores([r["input_ids"] for r in group]).tolist()]
+        for group in micro_batches(rows, max_tokens): found += scorer.scores([r["input_ids"] for r in group]).tolist()
+    return found
+
+# %% ../../nbs/recipes/09_preference.ipynb #ceeeb800
+SCORE = "base_model.model.score.weight" # the score head among an adapter's tensors
 
 class RewardTrainer(PairTrainer, trl.RewardTrainer):
     "TRL's reward modelling."
     def __init__(self, run, settings: RewardModelArgs, dtype, model, tokenizer, shown: list[dict], **kwargs):
         self.shown = shown[:2]
-        whole = reward_trainer.DataCollatorForPreference(pad_token_id=0)
-        collate = lambda rows: whole([dict(chosen_ids=r["prompt_ids"] + r["chosen_ids"], rejected_ids=r["prompt_ids"] + r["rejected_ids"]) for r in rows])
-        super().__init__(run, settings, dtype, partial(trl.RewardConfig, gradient_checkpointing=False), model=Scorer(model), tokenizer=tokenizer,
-                         data_collator=PairCollator(collate, settings.micro_batch_tokens), **kwargs)
+        whole = reward_trainer.DataCollatorForPreference(pad_token_id=0) # it wants each answer with its prompt
+        def joined(row): return {name: row["prompt_ids"] + row[name] for name in ("chosen_ids", "rejected_ids")}
+        collator = PairCollator(lambda rows: whole([joined(row) for row in rows]), settings.micro_batch_tokens)
+        config = partial(trl.RewardConfig, gradient_checkpointing=False)
+        kwargs |= dict(model=Scorer(model), tokenizer=tokenizer, data_collator=collator)
+        super().__init__(run, settings, dtype, config, **kwargs)
 
     @staticmethod
-    def pair_figures(m: dict) -> dict: # TRL tells mean and difference of the two rewards
-        return dict(accuracy=m["accuracy"], margin=m["margin"], chosen_reward=m["mean_reward"] + m["margin"] / 2, rejected_reward=m["mean_reward"] - m["margin"] / 2)
+    def pair_figures(m: dict) -> dict: # TRL gives mean and difference of the two rewards
+        mean, half = m["mean_reward"], m["margin"] / 2
+        return dict(accuracy=m["accuracy"], margin=m["margin"], chosen_reward=mean + half, rejected_reward=mean - half)
 
     def sample(self) -> None:
-        "What the answers of two held-out pairs are worth, the better answer first."
+        "The worth of both answers of two held-out pairs, the better answer first."
         for row in self.shown:
-            worth = scores(self.model, self.tokenizer, [row["messages"]] * 2, [row["chosen"], row["rejected"]], self.dtype)
-            for answer, score in zip((row["chosen"], row["rejected"]), worth): self.run.log("sample", self.state.global_step, prompt=row["messages"][-1]["content"], completion=answer, reward=score)
+            answers = [row["chosen"], row["rejected"]]
+            worth = scores(self.model, self.tokenizer, [row["messages"]] * 2, answers, self.dtype)
+            for answer, score in zip(answers, worth):
+                shown = dict(prompt=row["messages"][-1]["content"], completion=answer, reward=score)
+                self.run.log("sample", self.state.global_step, **shown)
 
     def save_result(self) -> None:
         "Adapter and score head in PEFT's format of a sequence classifier."
         with whole_folder(self.run.folder / "adapter") as folder:
             save_adapter(self.model.policy, folder)
             weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-            save_file(load_file(weights) | {SCORE: self.model.score.weight.detach().cpu()}, weights, metadata=dict(format="pt"))
+            tensors = load_file(weights) | {SCORE: self.model.score.weight.detach().cpu()}
+            save_file(tensors, weights, metadata=dict(format="pt"))
             write_json(config, read_json(config) | dict(task_type="SEQ_CLS", modules_to_save=["score"]))
-
-SCORE = "base_model.model.score.weight" # the score head among an adapter's tensors
 
 # %% ../../nbs/recipes/09_preference.ipynb #d1f5c7d7
 def reward_model(
@@ -335,25 +403,37 @@ def reward_model(
     args: RewardModelArgs = None, # settings
     live: bool = False,           # train in a worker thread and return at once
 ) -> Run:
-    "Train the adapter of `model`, and a score head, to give the chosen answers more than the rejected ones. Raises `TinyTrainerError` for data or settings that cannot work."
+    """Train the adapter of `model`, and a score head, to give chosen answers a higher score than rejected ones.
+    Raises `TinyTrainerError` for data or settings that cannot work."""
     return _begin("reward_model", model, tokenizer, examples, args or RewardModelArgs(), live)
 
 # %% ../../nbs/recipes/09_preference.ipynb #562ca2f6
+def _trained_scorer(run: Run) -> tuple: # (scorer, tokenizer)
+    "The reward model that a run has trained."
+    policy, tokenizer = at_start(run)
+    scorer, folder = Scorer(policy), run.folder / "adapter"
+    saved = load_file(folder / "adapter_model.safetensors")
+    with torch.no_grad(): scorer.score.weight.copy_(saved.pop(SCORE))
+    set_peft_model_state_dict(policy, saved)
+    for name in saved_adapters(folder)[1:]:
+        set_peft_model_state_dict(policy, load_file(folder / name / "adapter_model.safetensors"), name)
+    return scorer, tokenizer
+
 def model_reward(
     folder: Path | str, # of a run of `reward_model`
 ):                      # a function that PPO takes, called like the folder
     "A trained reward model as a reward. Raises `TinyTrainerError` if the folder holds none."
     run = Run.open(folder)
-    if run.info["recipe"] != "reward_model": raise TinyTrainerError(f"{folder}: a run of {run.info['recipe']} holds no reward model. `reward_model(model, tokenizer, pairs)` trains one.")
-    if not (run.folder / "adapter").exists(): raise TinyTrainerError(f"{folder}: this run has not saved what it trained yet. {run.how_to_resume()} goes on with it.")
-    policy, tokenizer = at_start(run)
-    scorer, dtype, saved = Scorer(policy), LoadRecord.of(run.info).torch_dtype, load_file(run.folder / "adapter" / "adapter_model.safetensors")
-    with torch.no_grad(): scorer.score.weight.copy_(saved.pop(SCORE))
-    set_peft_model_state_dict(policy, saved)
-    for name in saved_adapters(run.folder / "adapter")[1:]: set_peft_model_state_dict(policy, load_file(run.folder / "adapter" / name / "adapter_model.safetensors"), name)
+    if run.info["recipe"] != "reward_model":
+        raise TinyTrainerError(f"{folder}: a run of {run.info['recipe']} holds no reward model. "
+                               "`reward_model(model, tokenizer, pairs)` trains one.")
+    if not (run.folder / "adapter").exists():
+        raise TinyTrainerError(f"{folder}: this run has not saved what it trained yet. "
+                               f"{run.how_to_resume()} goes on with it.")
+    (scorer, tokenizer), dtype = _trained_scorer(run), LoadRecord.of(run.info).torch_dtype
 
     def reward(prompts: list, completions: list[str], **columns) -> list[float]:
-        "What the reward model says of each completion."
+        "The reward model's score of each completion."
         asked = [p if isinstance(p, list) else [dict(role="user", content=p)] for p in prompts]
         return scores(scorer, tokenizer, asked, completions, dtype)
     reward.__name__ = run.folder.resolve().name

@@ -24,65 +24,68 @@ def not_default(args: Settings) -> dict:
 
 def as_python(args: Settings) -> str:
     "A call that makes an equal object."
-    return f"{type(args).__name__}({', '.join(f'{name}={value!r}' for name, value in not_default(args).items())})"
+    given = ", ".join(f"{name}={value!r}" for name, value in not_default(args).items())
+    return f"{type(args).__name__}({given})"
 
 def as_parameters(args: Settings) -> str:
     "A YAML file of papermill parameters, for a notebook whose parameters cell has these names."
-    return "# tinytrainer run NOTEBOOK -f FILE, with this as the file\n" + yaml.safe_dump(not_default(args), sort_keys=False, allow_unicode=True, width=math.inf)
+    written = yaml.safe_dump(not_default(args), sort_keys=False, allow_unicode=True, width=math.inf)
+    return "# tinytrainer run NOTEBOOK -f FILE, with this as the file\n" + written
 
 # %% ../../nbs/recipes/17_reproduce.ipynb #799710b6
 def _flags(args: Settings, prefix: str = "") -> list[str]:
-    "What differs from the default, as words of a command."
+    "The settings that differ from their default, as words of a command."
     words = []
     for name, value in not_default(args).items():
         text = as_text(value)
-        words += [f"--{prefix}{name}={text}"] if text.startswith("-") else [f"--{prefix}{name}", text] # argparse takes a leading minus for a flag
+        if text.startswith("-"): words.append(f"--{prefix}{name}={text}") # argparse takes a leading minus for a flag
+        else: words += [f"--{prefix}{name}", text]
     return words
 
-def _command_of(args: Settings) -> tuple[str, str]: # the command, what its flags begin with
-    "Where the terminal takes these settings. Raises `TinyTrainerError` if it does not."
+def _command_of(args: Settings) -> tuple[str, str]: # the command, and the prefix of its flags
+    "The command that takes these settings. Raises `TinyTrainerError` if none does."
     if isinstance(args, LoraArgs): return "sft", "lora_"
     recipe = recipe_of(args)
-    if recipe is None or not recipe.command:
-        raise TinyTrainerError(f"no command takes {type(args).__name__}: `tinytrainer` trains {', '.join(r.name for r in RECIPES.values() if r.command)}. Take it as Python.")
-    return recipe.name, ""
+    if recipe is not None and recipe.command: return recipe.name, ""
+    known = ", ".join(row.name for row in RECIPES.values() if row.command)
+    raise TinyTrainerError(f"no command takes {type(args).__name__}: `tinytrainer` trains {known}. Take it as Python.")
+
+# %% ../../nbs/recipes/17_reproduce.ipynb #87e530a8
+def _data_of(run: Run) -> DataArgs:
+    "How to read a run's data again. Raises `TinyTrainerError` if they were only in memory."
+    asked = run.info.get("data", {}).get("asked")
+    if asked is not None: return DataArgs(**asked)
+    raise TinyTrainerError(f"{run.folder}: no command can name its data, which were a list or a table in memory. "
+                           "Save them to a file, and train from that.")
+
+def _reward_of(run: Run) -> list[str]:
+    "Its reward as words of a command; none for a recipe without one. Raises `TinyTrainerError` for a function."
+    reward = run.info.get("reward")
+    if reward is None: return []
+    if reward["spec"]: return ["--reward", reward["spec"]]
+    raise TinyTrainerError(f"{run.folder}: no command can name its reward, the function {', '.join(reward['names'])}. "
+                           "Put it into a file, and give it as file.py:function.")
+
+# %% ../../nbs/recipes/17_reproduce.ipynb #3730f83f
+def _model_of(run: Run, args: Settings) -> tuple[LoadArgs, LoraArgs]:
+    "Its base as it was loaded, and its adapter if that was a fresh one. Raises `TinyTrainerError` for other adapters."
+    record = LoadRecord.of(run.info)
+    if find_recipe(run.info["recipe"]).whole: return LoadArgs(record.source, "auto", record.dtype), LoraArgs()
+    made = record.adapter_from or {}
+    if "run" in made: return LoadArgs(made["run"], record.quantization, record.dtype), LoraArgs()
+    if "lora" in made and made["seed"] == args.seed:
+        return LoadArgs(record.source, record.quantization, record.dtype), LoraArgs(**made["lora"])
+    why = "is none that a command makes"
+    if "lora" in made: why = f"was drawn with seed {made['seed']}, and a command draws it with the run's, {args.seed}"
+    raise TinyTrainerError(f"{run.folder}: no command can repeat it, for its adapter {why}. Take it as Python.")
 
 def as_command(
     of: Run | Settings, # a run: all that it was made of; settings: their flags alone
 ) -> str:
-    "A line for a terminal. Raises `TinyTrainerError` for settings that no command has, and for a run that no command can repeat."
-    if not isinstance(of, Run):
-        command, prefix = _command_of(of)
-        return shlex.join(["tinytrainer", command, *_flags(of, prefix)])
-    args = run_settings(of)
-    command, _ = _command_of(args)
+    "A line for a terminal. Raises `TinyTrainerError` for settings that no command has, and a run that none can repeat."
+    args = run_settings(of) if isinstance(of, Run) else of
+    command, prefix = _command_of(args)
+    if args is of: return shlex.join(["tinytrainer", command, *_flags(args, prefix)])
     load, lora = _model_of(of, args)
-    return shlex.join(["tinytrainer", command, *_flags(load), *_flags(_data_of(of)), *_reward_of(of), *_flags(args), *_flags(lora, "lora_")])
-
-# %% ../../nbs/recipes/17_reproduce.ipynb #87e530a8
-def _data_of(run: Run) -> DataArgs:
-    "How to read a run's data again."
-    asked = run.info.get("data", {}).get("asked")
-    if asked is None: raise TinyTrainerError(f"{run.folder}: no command can name its data, which were a list or a table in memory. Save them to a file, and train from that.")
-    return DataArgs(**asked)
-
-def _reward_of(run: Run) -> list[str]:
-    "Its reward as words of a command; none for a recipe without one."
-    reward = run.info.get("reward")
-    if reward is None: return []
-    if not reward["spec"]: raise TinyTrainerError(f"{run.folder}: no command can name its reward, the function {', '.join(reward['names'])}. Put it into a file, and give it as file.py:function.")
-    return ["--reward", reward["spec"]]
-
-def _model_of(run: Run, args: Settings) -> tuple[LoadArgs, LoraArgs]:
-    "Its base as it was decided then, and its adapter if that was a fresh one."
-    record = LoadRecord.of(run.info)
-    whole = find_recipe(run.info["recipe"]).whole
-    base = record.base if record.base in ("tiny",) or record.base.startswith("new:") else record.source
-    load = LoadArgs(base, "auto" if whole else record.quantization, record.dtype)
-    if whole: return load, LoraArgs()
-    made = record.adapter_from or {}
-    if "run" in made: return LoadArgs(made["run"], record.quantization, record.dtype), LoraArgs()
-    if "lora" not in made or made["seed"] != args.seed:
-        why = f"was drawn with seed {made['seed']}, and a command draws it with the run's, {args.seed}" if "lora" in made else "is none that a command makes"
-        raise TinyTrainerError(f"{run.folder}: no command can repeat it, for its adapter {why}. Take it as Python.")
-    return load, LoraArgs(**made["lora"])
+    source = [*_flags(load), *_flags(_data_of(of)), *_reward_of(of)]
+    return shlex.join(["tinytrainer", command, *source, *_flags(args), *_flags(lora, "lora_")])

@@ -16,25 +16,25 @@ from ..runs.run import Run
 # %% ../../nbs/recipes/15_table.ipynb #6b43f425
 @dataclass(frozen=True)
 class Recipe:
-    "A way to train: where its parts are."
-    name: str           # of the command, of the function, in run.json
-    help: str           # a sentence for `--help`
-    room: str           # module that holds the function `name`, `built` and `read_back`
-    settings: str       # module:class of its settings
-    data: str           # the project's own data that it reads if none is named; empty: it must be named
-    reads: str = "tinytrainer_nb.data.formats:load_examples"            # module:function(data, columns, split) -> what it trains on
-    loads: str = "tinytrainer_nb.recipes.start:load_for_training"       # module:function(load, lora, args, data) -> (model, tokenizer)
+    "A way to train: where its parts are. A place is `module:name`."
+    name: str            # of the command, of the function, in run.json
+    help: str            # a sentence for `--help`
+    room: str            # module that holds the function `name`, `built` and `read_back`
+    settings: str        # place of its settings class
+    data: str            # the project's own data that it reads if none is named; empty: data must be named
+    reads: str = "tinytrainer_nb.data.formats:load_examples"      # (data, columns, split) -> what it trains on
+    loads: str = "tinytrainer_nb.recipes.start:load_for_training" # (load, lora, args, data) -> (model, tokenizer)
     needs: str = ""      # what its data must be, if it must be named
     rounds: bool = False # whether it learns in rounds, from a reward
     whole: bool = False  # whether it trains all weights, without adapter and quantization
-    command: bool = True # whether the terminal has it
+    command: bool = True # whether there is a command for it
 
     def imported(self) -> ModuleType:
-        "The recipe's room."
+        "The recipe's module."
         return import_module(self.room)
 
     def part(self, place: str): # "settings", "reads" or "loads"
-        "What stands at one of the row's places."
+        "The object at one of the row's places."
         module, _, name = getattr(self, place).partition(":")
         return getattr(import_module(module), name)
 
@@ -53,29 +53,33 @@ RECIPES = {row.name: row for row in [
            reads="tinytrainer_nb.data.formats:load_prompts", rounds=True),
     Recipe("dpo", "Teach an adapter which of two answers is better, with DPO.",
            "tinytrainer_nb.recipes.preference", "tinytrainer_nb.recipes.arguments:DPOArgs", "",
-           needs="dpo learns from pairs of answers: name a file of them with --data. Its columns are prompt (or a conversation), chosen and rejected."),
+           needs="dpo learns from pairs of answers: name a file of them with --data. "
+                 "Its columns are prompt (or a conversation), chosen and rejected."),
     Recipe("reward_model", "Teach a model to score answers, from which of two is better.",
            "tinytrainer_nb.recipes.preference", "tinytrainer_nb.recipes.arguments:RewardModelArgs", "", command=False),
     Recipe("pretrain", "Train all weights on plain text, of a loaded model or of a new one.",
            "tinytrainer_nb.recipes.pretrain", "tinytrainer_nb.recipes.arguments:PretrainArgs", "tinyworld",
-           reads="tinytrainer_nb.recipes.pretrain:read_texts", loads="tinytrainer_nb.recipes.pretrain:load_for_pretraining", whole=True),
+           reads="tinytrainer_nb.recipes.pretrain:read_texts",
+           loads="tinytrainer_nb.recipes.pretrain:load_for_pretraining", whole=True),
 ]} # by name
 
+# %% ../../nbs/recipes/15_table.ipynb #e88b9934
 def find_recipe(name: str) -> Recipe:
-    "The row of a recipe; raises `TinyTrainerError` for an unknown one."
+    "The row of a recipe. Raises `TinyTrainerError` for an unknown name."
     if name not in RECIPES: raise TinyTrainerError(f"{name!r}: no such recipe. Known: {', '.join(RECIPES)}.")
     return RECIPES[name]
 
 def recipe_of(args: Settings) -> Recipe | None:
-    "The row whose settings `args` are; None for settings of something else."
+    "The row that `args` are the settings of; None for settings of something else."
     place = f"{type(args).__module__}:{type(args).__qualname__}"
     return next((row for row in RECIPES.values() if row.settings == place), None)
 
 # %% ../../nbs/recipes/15_table.ipynb #af06cf85
 def run_settings(
     run: Run,    # of any recipe
-) -> Settings:   # those that it began with; what was changed during training is in the journal
-    "The settings of a run. Rules between fields are not looked at: they may speak of the machine that it ran on."
+) -> Settings:   # those that it began with; changes during training are in the journal
+    """The settings of a run. Raises `TinyTrainerError` for an unknown recipe or a wrong value.
+    Rules between fields are not checked, since they may depend on the machine that it ran on."""
     cls, said = find_recipe(run.info["recipe"]).settings_class, run.info["settings"]
     args = object.__new__(cls)
     for f in fields(cls): setattr(args, f.name, check_value(f, said.get(f.name, f.default)))

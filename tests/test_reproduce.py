@@ -1,0 +1,195 @@
+"""The command that a run prints makes an equal run, executed; where no command can, it is said why."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tinytrainer_nb.all import (
+    DPOArgs,
+    LoraArgs,
+    PPOArgs,
+    Run,
+    SFTArgs,
+    TinyLoraArgs,
+    TinyTrainerError,
+    add_lora,
+    add_tinylora,
+    as_command,
+    data_file,
+    dpo,
+    load_examples,
+    load_model,
+    load_prompts,
+    model_reward,
+    ppo,
+    reward_model,
+    sft,
+    stack_adapter,
+)
+from tinytrainer_nb.cli import main
+from tinytrainer_nb.recipes.rewards import exact_answer, find_reward
+
+SMALL = dict(save_steps=0, eval_steps=0, sample_steps=0)
+ROUNDS = dict(max_steps=1, batch_size=2, num_generations=2, max_new_tokens=8, **SMALL)
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def weights(run: Run) -> bytes:
+    return next(
+        p
+        for p in (run.folder / "adapter" / "adapter_model.safetensors", run.folder / "model" / "model.safetensors")
+        if p.exists()
+    ).read_bytes()
+
+
+def again(run: Run) -> Run:
+    "The run that its command makes"
+    words = shlex.split(as_command(run))
+    assert words[0] == "tinytrainer" and main(words[1:]) == 0
+    return Run(max(run.folder.parent.glob(f"{run.folder.name}-*"), key=lambda p: p.stat().st_mtime))
+
+
+def model(quantization="none", **lora):
+    base, tokenizer = load_model("tiny", quantization=quantization, verbose=False)
+    return add_lora(base, LoraArgs(r=4, **lora)), tokenizer
+
+
+def test_data_columns_quantization_and_adapter():
+    rows = [dict(frage=f"What is {n} + 1?", antwort=str(n + 1)) for n in range(30)]
+    Path("lessons.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    examples = load_examples("lessons.jsonl", columns=dict(prompt="frage", completion="antwort"))
+    run = sft(
+        *model("nf4", layers="3-6", alpha=8.0), examples, SFTArgs(max_steps=2, batch_size=4, out="runs/a", **SMALL)
+    )
+    command = as_command(run)
+    for words in (
+        "--data lessons.jsonl",
+        "--columns prompt=frage,completion=antwort",
+        "--quantization nf4",
+        "--lora_layers 3-6",
+        "--lora_alpha 8.0",
+    ):
+        assert words in command
+    assert weights(again(run)) == weights(run) and as_command(again(run)).replace("-2", "").replace("-3", "") == command
+
+
+def test_a_run_as_base_and_a_reward_from_a_file_that_is_executed_once():
+    first = sft(*model(), str(data_file("sft.jsonl")), SFTArgs(max_steps=2, batch_size=4, out="first", **SMALL))
+    Path("judge.py").write_text(
+        "open('executed', 'a').write('x')\ndef short(prompt, completion, **row): return -float(len(completion))\n"
+    )
+    assert (
+        main(
+            [
+                "ppo",
+                "--base",
+                "first",
+                "--reward",
+                "judge.py:short",
+                "--out",
+                "second",
+                *(w for k, v in ROUNDS.items() for w in (f"--{k}", str(v))),
+            ]
+        )
+        == 0
+    )
+    assert Path("executed").read_text() == "x"
+    run = Run.open("second")
+    assert run.info["reward"] == dict(
+        kind="file", spec="judge.py:short", names=["short"]
+    ) and "--base first" in as_command(run)
+    assert weights(again(run)) == weights(run)
+    assert weights(run) != weights(first)
+    assert main(["evaluate", "--task", "judge.py:short", "--limit", "2", "--max_new_tokens", "4", "--json"]) == 0
+    assert Path("executed").read_text() == "xxx"
+
+
+def test_python_that_trains_on_from_a_model_in_memory():
+    "The model that SFT has trained is the base of PPO: its command names the first run"
+    policy, tokenizer = model()
+    sft(policy, tokenizer, str(data_file("sft.jsonl")), SFTArgs(max_steps=2, batch_size=4, out="first", **SMALL))
+    run = ppo(policy, tokenizer, str(data_file("rl.jsonl")), exact_answer, PPOArgs(out="second", **ROUNDS))
+    assert "--base first" in as_command(run) and "--reward exact_answer" in as_command(run)
+    assert weights(again(run)) == weights(run)
+
+
+def test_pretraining_from_nothing():
+    Path("texts").mkdir()
+    for i in range(3):
+        Path(f"texts/{i}.txt").write_text(" ".join(f"A small town number {n} by the sea." for n in range(i, 400 + i)))
+    assert (
+        main(
+            (
+                "pretrain --base new:tiny --data texts --max_steps 1 --batch_size 1 --max_length 64 "
+                "--eval_steps 0 --sample_steps 0 --save_steps 0 --seed 3 --out p"
+            ).split()
+        )
+        == 0
+    )
+    run = Run.open("p")
+    assert "--base new:tiny" in as_command(run) and "--quantization" not in as_command(run)
+    assert weights(again(run)) == weights(run)
+
+
+def test_pairs():
+    Path("pairs.jsonl").write_text(
+        "".join(json.dumps(dict(prompt=f"Say {n}.", chosen=str(n), rejected="no")) + "\n" for n in range(12))
+    )
+    run = dpo(*model(), "pairs.jsonl", DPOArgs(max_steps=1, batch_size=2, out="d", **SMALL))
+    assert weights(again(run)) == weights(run)
+
+
+def refused(run: Run, words: str) -> None:
+    with pytest.raises(TinyTrainerError, match=words):
+        as_command(run)
+
+
+def test_what_no_command_can_repeat_is_said():
+    args = lambda out, **more: SFTArgs(max_steps=1, batch_size=2, out=out, **SMALL, **more)
+    table = load_examples(str(data_file("sft.jsonl")))
+    refused(sft(*model(), table.to_list()[:8], args("list")), "data, which were a list or a table in memory")
+    refused(sft(*model(), table.select(range(40)), args("part")), "in memory")  # a part of the file is not the file
+    refused(sft(*model(), table, args("seed", seed=3)), "drawn with seed 0, and a command draws it with the run's, 3")
+    base, tokenizer = load_model("tiny", quantization="none", verbose=False)
+    refused(
+        sft(add_tinylora(base, TinyLoraArgs()), tokenizer, table, args("few")),
+        "its adapter is none that a command makes",
+    )
+    first, tokenizer = load_model("seed", verbose=False)
+    refused(sft(stack_adapter(first, LoraArgs(r=2)), tokenizer, table, args("stack")), "none that a command makes")
+    refused(
+        ppo(
+            *model(), str(data_file("rl.jsonl")), lambda prompt, completion, **row: 1.0, PPOArgs(out="lambda", **ROUNDS)
+        ),
+        "no command can name its reward",
+    )
+    prompts = load_prompts(str(data_file("rl.jsonl")))
+    refused(ppo(*model(), prompts[:20], "exact_answer", PPOArgs(out="some", **ROUNDS)), "in memory")
+
+
+def test_a_reward_model_has_no_command():
+    Path("pairs.jsonl").write_text(
+        "".join(json.dumps(dict(prompt=f"Say {n}.", chosen=str(n), rejected="no")) + "\n" for n in range(12))
+    )
+    from tinytrainer_nb.all import RewardModelArgs
+
+    run = reward_model(*model(), "pairs.jsonl", RewardModelArgs(max_steps=1, batch_size=2, out="judge", **SMALL))
+    refused(run, "no command takes RewardModelArgs")
+    assert find_reward(model_reward("judge")).record == dict(kind="function", spec="", names=["judge"])
+
+
+def test_a_resume_wants_the_same_reward():
+    run = ppo(
+        *model(), str(data_file("rl.jsonl")), "exact_answer", PPOArgs(out="r", **ROUNDS | dict(max_steps=2)), live=True
+    )
+    run.stop()
+    run.wait()
+    with pytest.raises(TinyTrainerError, match="its reward was exact_answer; length is another one"):
+        Run.open("r").resume(reward="length")
+    assert Run.open("r").resume().status == "finished"
