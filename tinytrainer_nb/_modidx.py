@@ -17,6 +17,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'tinytrainer_nb.cli._one_speaks': ('cli.html#_one_speaks', 'tinytrainer_nb/cli.py'),
                                     'tinytrainer_nb.cli._out_flag': ('cli.html#_out_flag', 'tinytrainer_nb/cli.py'),
                                     'tinytrainer_nb.cli._overview': ('cli.html#_overview', 'tinytrainer_nb/cli.py'),
+                                    'tinytrainer_nb.cli._quickstart': ('cli.html#_quickstart', 'tinytrainer_nb/cli.py'),
                                     'tinytrainer_nb.cli._resume_flags': ('cli.html#_resume_flags', 'tinytrainer_nb/cli.py'),
                                     'tinytrainer_nb.cli._run_flags': ('cli.html#_run_flags', 'tinytrainer_nb/cli.py'),
                                     'tinytrainer_nb.cli._trained': ('cli.html#_trained', 'tinytrainer_nb/cli.py'),
