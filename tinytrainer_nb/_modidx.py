@@ -904,6 +904,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'tinytrainer_nb.notebooks._execute': ('notebooks.html#_execute', 'tinytrainer_nb/notebooks.py'),
                                           'tinytrainer_nb.notebooks._from_text': ( 'notebooks.html#_from_text',
                                                                                    'tinytrainer_nb/notebooks.py'),
+                                          'tinytrainer_nb.notebooks._is_path': ('notebooks.html#_is_path', 'tinytrainer_nb/notebooks.py'),
                                           'tinytrainer_nb.notebooks._links_mended': ( 'notebooks.html#_links_mended',
                                                                                       'tinytrainer_nb/notebooks.py'),
                                           'tinytrainer_nb.notebooks.anchor_paths': ( 'notebooks.html#anchor_paths',
