@@ -95,7 +95,7 @@ def parameter_value(parameter: Parameter, value):
     return new
 
 def check_parameters(path: Path, values: dict) -> dict: # by name, in their types
-    "Values for a notebook's parameters. Raises `TinyTrainerError` for wrong values and unknown names, with the known ones."
+    "Values for a notebook's parameters. Raises `TinyTrainerError` for wrong values and for unknown names."
     known = notebook_parameters(path)
     if unknown := [name for name in values if name not in known]:
         listed = ", ".join(f"{p.name} ({p.default!r})" for p in known.values())
