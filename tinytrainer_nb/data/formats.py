@@ -25,7 +25,7 @@ class Source:
     "Where rows came from, so that an error can name the place."
     name: str = "the data"                    # a path, a Hub id
     files: list = field(default_factory=list) # paths that were read
-    unit: str = "row"                         # what a place is: a line, a row, a file
+    unit: str = "row"                         # of a place: a line, a row, a file
     places: list | None = None                # of each row; None: rows counted from 1
 
     def at(self, rows: list[int]) -> str:
@@ -33,23 +33,31 @@ class Source:
         return f"{self.unit} {', '.join(str(self.places[r - 1] if self.places else r) for r in rows)}"
 
 def _listed(names) -> str:
-    "Names on one line, however they look; shortened if they are many."
+    "Names on one line, whatever is in them; shortened if they are many."
     return " ".join(", ".join(names).split())[:160] or "(none)"
 
+# %% ../../nbs/data/02_formats.ipynb #ee818fe5
 def _read_text(path: Path) -> str:
-    "A UTF-8 file's text, line ends as they are; other bytes are named with their place."
+    "A UTF-8 file's text with its line ends as they are; raises `TinyTrainerError` for bytes that are no text."
     try: data = path.read_bytes()
     except OSError as e: raise TinyTrainerError(f"{path}: cannot be read ({e.strerror}).") from None
-    at, found = data.find(b"\0"), "is NUL, so this is no text file. Bring text in UTF-8"
     try: text = data.decode("utf-8")
-    except UnicodeDecodeError as e: at, found = e.start, f"({data[e.start]:#04x}) is not UTF-8. Save the file as UTF-8; a spreadsheet calls it CSV UTF-8"
-    line, column = data.count(b"\n", 0, max(at, 0)) + 1, at - data.rfind(b"\n", 0, max(at, 0))
-    if at >= 0: raise TinyTrainerError(f"{path}, line {line}: its byte {column} {found}.")
+    except UnicodeDecodeError as e:
+        found = f"({data[e.start]:#04x}) is not UTF-8. Save the file as UTF-8; a spreadsheet calls it CSV UTF-8"
+        raise _bad_byte(path, data, e.start, found) from None
+    nul = data.find(b"\0")
+    if nul >= 0: raise _bad_byte(path, data, nul, "is NUL, so this is not a text file. Bring text in UTF-8")
     return text.removeprefix("\ufeff") # the mark that Windows puts in front
+
+def _bad_byte(path: Path, data: bytes, at: int, found: str) -> TinyTrainerError:
+    "The error that names a byte by its line and its place in the line."
+    line = data.count(b"\n", 0, at) + 1
+    column = at - data.rfind(b"\n", 0, at)
+    return TinyTrainerError(f"{path}, line {line}: its byte {column} {found}.")
 
 # %% ../../nbs/data/02_formats.ipynb #a53fbb49
 def _once(pairs: list[tuple]) -> dict:
-    "A JSON object whose fields stand once."
+    "A JSON object in which no field stands twice."
     row = dict(pairs)
     if len(row) < len(pairs): raise ValueError(f"a field stands twice, among {_listed(name for name, _ in pairs)}")
     return row
@@ -59,104 +67,164 @@ def _parse(text: str, path: Path, line: int | None = None):
     try: return json.loads(text, object_pairs_hook=_once)
     except json.JSONDecodeError as e: where, why = f"{path}, line {line or e.lineno}", f"{e.msg}, column {e.colno}"
     except (ValueError, RecursionError) as e: where, why = f"{path}, line {line}" if line else str(path), str(e)
-    raise TinyTrainerError(f"{where}: not readable as JSON ({why}). Mend it there.")
+    raise TinyTrainerError(f"{where}: not readable as JSON ({why}). Correct it there.")
 
 def _read_jsonl(path: Path) -> tuple[list[dict], Source]:
     "Rows of a JSON-lines file, blank lines passed over; an unreadable line is named."
     lines = {n: line for n, line in enumerate(_read_text(path).split("\n"), 1) if line.strip()}
     rows = [_parse(line, path, n) for n, line in lines.items()]
     for n, row in zip(lines, rows):
-        if not isinstance(row, dict): raise TinyTrainerError(f"{path}, line {n}: found {row!r:.60}, but each line must be a JSON object, such as {{\"prompt\": ..., \"completion\": ...}}.")
+        if isinstance(row, dict): continue
+        raise TinyTrainerError(f"{path}, line {n}: found {row!r:.60}, but each line must be a JSON object, "
+                               "such as {\"prompt\": ..., \"completion\": ...}.")
     return rows, Source(str(path), [path], "line", list(lines))
 
+# %% ../../nbs/data/02_formats.ipynb #eb0ee524
 def _read_json(path: Path) -> tuple[list[dict], Source]:
     "Rows of a JSON file: a list of objects, alone or as the only field of one object."
     rows = _parse(_read_text(path), path)
-    if isinstance(rows, dict) and len(rows) == 1 and not set(rows) & KNOWN_COLUMNS: rows = next(iter(rows.values()))
-    wrong = next((f"row {i}: found {r!r:.60}" for i, r in enumerate(rows, 1) if not isinstance(r, dict)), None) if isinstance(rows, list) else f"found {rows!r:.60}"
-    if wrong: raise TinyTrainerError(f"{path}, {wrong}, but a JSON file holds a list of objects, alone or as the only field of one object. One object a line is a .jsonl file.")
+    wrapped = isinstance(rows, dict) and len(rows) == 1 and not set(rows) & KNOWN_COLUMNS
+    if wrapped: rows = next(iter(rows.values()))
+    if wrong := _no_row(rows):
+        raise TinyTrainerError(f"{path}, {wrong}, but a JSON file holds a list of objects, alone or as the only field "
+                               "of one object. One object a line is a .jsonl file.")
     return rows, Source(str(path), [path])
 
+def _no_row(rows) -> str:
+    "The first thing in `rows` that is no row, with its place; empty if all are."
+    if not isinstance(rows, list): return f"found {rows!r:.60}"
+    return next((f"row {i}: found {r!r:.60}" for i, r in enumerate(rows, 1) if not isinstance(r, dict)), "")
+
 # %% ../../nbs/data/02_formats.ipynb #3b4be038
-def _read_csv(path: Path) -> tuple[list[dict], Source]:
-    "Rows of a CSV file, every cell as text; a line that does not fit the header is named."
-    csv.field_size_limit(2**31 - 1) # the module stops at 131,072 characters a cell, shorter than a book's chapter
-    reader, lines, start = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True), {}, 1
+def _csv_lines(path: Path) -> dict[int, list[str]]: # line where a row begins: its cells
+    "The rows of a CSV file with their places, the column names first; a blank line has none."
+    csv.field_size_limit(2**31 - 1) # the csv module stops at 131,072 characters a cell, shorter than a book's chapter
+    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
+    lines, start = {}, 1
     try:
         for cells in reader:
-            if cells: lines[start] = cells # a blank line has none
+            if cells: lines[start] = cells
             start = reader.line_num + 1
-    except csv.Error as e: raise TinyTrainerError(f"{path}, line {start}: not readable as CSV ({e}). Put quotes around cells with commas, quotes or newlines, and double the quotes inside.") from None
-    (_, header), *body = lines.items() or [(1, [])]
-    if len(header) == 1 and (other := next((c for c in ";\t" if c in header[0]), "")): raise TinyTrainerError(f"{path}, line 1: its cells are separated by {other!r}, but they must be by commas. Save it with commas, or as JSONL.")
-    if len(set(header)) < len(header): raise TinyTrainerError(f"{path}: a column name stands twice, among {_listed(header)}. Each needs its own.")
-    for n, cells in body:
-        if len(cells) != len(header): raise TinyTrainerError(f"{path}, line {n}: {len(cells)} cells under {len(header)} column names ({_listed(header)}). Separate by commas, and put quotes around cells with commas in them.")
-    return [dict(zip(header, cells)) for _, cells in body], Source(str(path), [path], "line", [n for n, _ in body])
+    except csv.Error as e:
+        raise TinyTrainerError(f"{path}, line {start}: not readable as CSV ({e}). Put quotes around cells with commas, "
+                               "quotes or newlines, and double the quotes inside.") from None
+    return lines
 
+# %% ../../nbs/data/02_formats.ipynb #3dae747d
+def _read_csv(path: Path) -> tuple[list[dict], Source]:
+    "Rows of a CSV file, every cell as text; a line that does not fit the header is named."
+    (_, header), *body = _csv_lines(path).items() or [(1, [])]
+    _check_header(path, header)
+    for n, cells in body:
+        if len(cells) == len(header): continue
+        raise TinyTrainerError(f"{path}, line {n}: {len(cells)} cells under {len(header)} column names "
+                               f"({_listed(header)}). Separate by commas, "
+                               "and put quotes around cells with commas in them.")
+    rows = [dict(zip(header, cells)) for _, cells in body]
+    return rows, Source(str(path), [path], "line", [n for n, _ in body])
+
+def _check_header(path: Path, header: list[str]) -> None:
+    "Raise `TinyTrainerError` for column names that are not separated by commas, or that stand twice."
+    other = next((c for c in ";\t" if c in header[0]), "") if len(header) == 1 else ""
+    if other:
+        raise TinyTrainerError(f"{path}, line 1: its cells are separated by {other!r}, but they must be by commas. "
+                               "Save it with commas, or as JSONL.")
+    if len(set(header)) < len(header):
+        raise TinyTrainerError(f"{path}: a column name stands twice, among {_listed(header)}. Each needs its own.")
+
+# %% ../../nbs/data/02_formats.ipynb #3345524c
 def _read_parquet(path: Path) -> tuple[list[dict], Source]:
     "Rows of a Parquet file."
     try:
         table = pyarrow.parquet.ParquetFile(path).read()
-        if len(set(table.column_names)) < table.num_columns: raise ValueError(f"a column name stands twice, among {_listed(table.column_names)}")
+        if len(set(table.column_names)) < table.num_columns:
+            raise ValueError(f"a column name stands twice, among {_listed(table.column_names)}")
         return table.to_pylist(), Source(str(path), [path])
-    except Exception as e: raise TinyTrainerError(f"{path}: not readable as Parquet ({' '.join(str(e).split()):.160}). Write it again from its source.") from None
+    except Exception as e:
+        why = " ".join(str(e).split())
+        raise TinyTrainerError(f"{path}: not readable as Parquet ({why:.160}). "
+                               "Write it again from its source.") from None
 
-# %% ../../nbs/data/02_formats.ipynb #eb12c688
 TEXT_SUFFIXES = (".txt", ".md")
 READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
 
+# %% ../../nbs/data/02_formats.ipynb #eb12c688
 def _read_folder(path: Path) -> tuple[list[dict], Source]:
-    "A row for each text file below a folder; hidden files are passed over, others are told."
-    files = [f for f in sorted(path.rglob("*")) if f.is_file() and not any(p.startswith(".") for p in f.relative_to(path).parts)]
+    "A row for each text file below a folder. Hidden files are passed over; stderr says which others are left out."
+    files = [f for f in sorted(path.rglob("*")) if f.is_file() and not _hidden(f.relative_to(path))]
     texts = [f for f in files if f.suffix.lower() in TEXT_SUFFIXES]
-    others = [f.relative_to(path).as_posix() for f in files if f not in set(texts)]
-    more = f"{', '.join(others[:3])}{', ...' if len(others) > 3 else ''}"
-    if not texts: raise TinyTrainerError(f"{path}: no {' or '.join(TEXT_SUFFIXES)} file in this folder{f', only {more}' if others else ''}. Name a data file, or a folder of texts.")
-    if others: print(f"{path}: {len(others)} of {len(files)} files left out: not {' or '.join(TEXT_SUFFIXES)} ({more})", file=sys.stderr)
-    return [dict(text=_read_text(f)) for f in texts], Source(str(path), texts, "file", [f.relative_to(path).as_posix() for f in texts])
+    others = [f.relative_to(path).as_posix() for f in files if f.suffix.lower() not in TEXT_SUFFIXES]
+    kinds, more = " or ".join(TEXT_SUFFIXES), ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+    if not texts:
+        only = f", only {more}" if others else ""
+        raise TinyTrainerError(f"{path}: no {kinds} file in this folder{only}. Name a data file, or a folder of texts.")
+    if others: print(f"{path}: {len(others)} of {len(files)} files left out: not {kinds} ({more})", file=sys.stderr)
+    places = [f.relative_to(path).as_posix() for f in texts]
+    return [dict(text=_read_text(f)) for f in texts], Source(str(path), texts, "file", places)
 
-def read_rows(path: Path | str) -> tuple[list[dict], Source]: # rows, and where they came from
-    "Rows of a data file, or of all the text files of a folder; raises `TinyTrainerError` with file and place for what cannot be read."
+def _hidden(path: Path) -> bool:
+    "Whether a file, or a folder it lies in, begins with a dot."
+    return any(part.startswith(".") for part in path.parts)
+
+# %% ../../nbs/data/02_formats.ipynb #66b1b8eb
+def read_rows(
+    path: Path | str, # a data file, a text file, or a folder of text files
+) -> tuple[list[dict], Source]: # rows, and where they came from
+    "Rows of a file or folder. Raises `TinyTrainerError` with file and place for what cannot be read."
     path = Path(path)
     if path.is_dir(): return _read_folder(path)
     suffix = path.suffix.lower()
     if suffix in TEXT_SUFFIXES: return [dict(text=_read_text(path))], Source(str(path), [path])
-    if suffix not in READERS: raise TinyTrainerError(f"{path}: files ending in {suffix or 'nothing'} are not read. Known: {', '.join([*READERS, *TEXT_SUFFIXES])}.")
-    return READERS[suffix](path)
+    if suffix in READERS: return READERS[suffix](path)
+    raise TinyTrainerError(f"{path}: files ending in {suffix or 'nothing'} are not read. "
+                           f"Known: {', '.join([*READERS, *TEXT_SUFFIXES])}.")
 
 # %% ../../nbs/data/02_formats.ipynb #718dea4d
 ROLES = dict(human="user", user="user", gpt="assistant", assistant="assistant", model="assistant", system="system",
              function_call="function_call", observation="observation", tool="tool")
-SAID = ("assistant", "function_call") # what the model says, and learns to say
+SAID = ("assistant", "function_call") # roles of the model, whose turns it learns
 STYLES = (("role", "content"), ("from", "value"))
 
+def _role_and_text(turn) -> tuple:
+    "Role and text of a turn in one of `STYLES`; (None, None) if it is in neither."
+    for role, content in STYLES if isinstance(turn, dict) else ():
+        if turn.get(role) is not None and turn.get(content) is not None: return turn[role], turn[content]
+    return None, None
+
 def _turn(turn, column: str) -> dict:
-    "One turn as `role` and `content`, in whichever style it came; other fields of a turn, such as a date, are left behind."
-    if isinstance(turn, dict) and turn.get("tool_calls"): raise ValueError(f"field '{column}': a turn's 'tool_calls' are not read; write each call as a turn of its own, such as {{\"role\": \"function_call\", \"content\": \"multiply(17, 23)\"}}")
-    role, content = next(((turn[r], turn[c]) for r, c in STYLES if turn.get(r) is not None and turn.get(c) is not None), (None, None)) if isinstance(turn, dict) else (None, None)
-    if not isinstance(content, str): raise ValueError(f"field '{column}': a turn needs a role and a text, as 'role' and 'content' or 'from' and 'value', found {turn!r:.60}")
-    if role not in list(ROLES): raise ValueError(f"field '{column}': unknown role {role!r:.60}; known: {', '.join(ROLES)}")
+    "One turn as `role` and `content`; other fields of a turn, such as a date, are left behind."
+    if isinstance(turn, dict) and turn.get("tool_calls"):
+        raise ValueError(f"field '{column}': a turn's 'tool_calls' are not read; write each call as a turn of its own, "
+                         "such as {\"role\": \"function_call\", \"content\": \"multiply(17, 23)\"}")
+    role, content = _role_and_text(turn)
+    if not isinstance(content, str):
+        raise ValueError(f"field '{column}': a turn needs a role and a text, as 'role' and 'content' "
+                         f"or 'from' and 'value', found {turn!r:.60}")
+    if role not in list(ROLES): # a list, because the role may be unhashable
+        raise ValueError(f"field '{column}': unknown role {role!r:.60}; known: {', '.join(ROLES)}")
     return dict(role=ROLES[role], content=content)
 
+# %% ../../nbs/data/02_formats.ipynb #8b249e32
 def _turns(row: dict, column: str) -> list[dict]:
-    "The conversation in `row[column]`, roles under their usual names."
-    if not isinstance(row.get(column), list): raise ValueError(f"field '{column}': expected a list of turns, found {row.get(column)!r:.60}")
-    return [_turn(t, column) for t in row[column]]
+    "The conversation in `row[column]`, with our names of the roles."
+    if isinstance(row.get(column), list): return [_turn(t, column) for t in row[column]]
+    raise ValueError(f"field '{column}': expected a list of turns, found {row.get(column)!r:.60}")
 
 def _field(row: dict, column: str) -> str:
     "The text in `row[column]`."
-    if not isinstance(row.get(column), str): raise ValueError(f"field '{column}': expected text, found {row.get(column)!r:.60}")
-    return row[column]
+    if isinstance(row.get(column), str): return row[column]
+    raise ValueError(f"field '{column}': expected text, found {row.get(column)!r:.60}")
 
 def _chat(question: str, answer: str | None = None) -> list[dict]:
     "A conversation of one question and, if there is one, its answer."
-    return [dict(role="user", content=question)] + ([] if answer is None else [dict(role="assistant", content=answer)])
+    asked = [dict(role="user", content=question)]
+    return asked if answer is None else [*asked, dict(role="assistant", content=answer)]
 
 # %% ../../nbs/data/02_formats.ipynb #2ed1b889
 def _asked(row: dict, column: str) -> list[dict]:
     "The turns of a conversation; a prompt may also be a text, which a user says."
-    return _chat(_field(row, column)) if column == "prompt" and not isinstance(row.get(column), list) else _turns(row, column)
+    if column == "prompt" and not isinstance(row.get(column), list): return _chat(_field(row, column))
+    return _turns(row, column)
 
 def _answer(row: dict, column: str, asked: list[dict]) -> str:
     "The text of an answer to the conversation `asked`."
@@ -165,62 +233,89 @@ def _answer(row: dict, column: str, asked: list[dict]) -> str:
     if not isinstance(value, dict | list): raise ValueError(f"field '{column}': expected text, found {value!r:.60}")
     turns = _turns({column: [value] if isinstance(value, dict) else value}, column)
     if turns[:len(asked)] == asked: turns = turns[len(asked):]
-    if [t["role"] in SAID for t in turns] != [True]: raise ValueError(f"field '{column}': expected one assistant's turn, with nothing or the very conversation before it, found roles {[t['role'] for t in turns]}")
-    return turns[0]["content"]
+    if len(turns) == 1 and turns[0]["role"] in SAID: return turns[0]["content"]
+    raise ValueError(f"field '{column}': expected one assistant's turn, with nothing or the very conversation "
+                     f"before it, found roles {[t['role'] for t in turns]}")
 
 # %% ../../nbs/data/02_formats.ipynb #923cc721
+_INSTRUCTION = re.compile(r"\s*### Instruction:\s*(.*?)\s*(?:### Input:\s*(.*?)\s*)?### Response:\s*(.*?)\s*", re.S)
+
 def _text(row: dict) -> dict:
-    "A `text` row; `### Instruction: ... ### Input: ... ### Response: ...` becomes a conversation, the input may be missing."
-    found = re.fullmatch(r"\s*### Instruction:\s*(.*?)\s*(?:### Input:\s*(.*?)\s*)?### Response:\s*(.*?)\s*", _field(row, "text"), re.S)
-    return dict(messages=_chat("\n".join(filter(None, found.groups()[:2])), found[3])) if found else dict(text=row["text"])
+    "A `text` row; `### Instruction: ... ### Response: ...`, with or without an input, becomes a conversation."
+    found = _INSTRUCTION.fullmatch(_field(row, "text"))
+    if not found: return dict(text=row["text"])
+    instruction, given, response = found.groups()
+    return dict(messages=_chat("\n".join(filter(None, [instruction, given])), response))
 
-def _conversation(row: dict, column: str) -> dict:
-    "A conversation, with the row's `completion` as its last turn if nothing answers it yet. In a table that mixes both, a row may have a `text` instead."
-    if column == "messages" and row.get(column) is None and isinstance(row.get("text"), str): return _text(row)
-    asked, given = _asked(row, column), row.get("completion")
-    if given is None and column != "prompt": return dict(messages=asked)
-    if column != "prompt" and asked and asked[-1]["role"] in SAID: return dict(messages=asked, completion=given)
-    return dict(messages=asked + _chat("", _answer(row, "completion", asked))[1:])
-
-def _preference(row: dict, column: str) -> dict:
-    "A question with a better and a worse answer."
-    asked = _asked(row, column)
-    if asked and asked[-1]["role"] in SAID: raise ValueError(f"field '{column}': ends with an assistant's turn, but 'chosen' and 'rejected' are to answer it")
-    return dict(messages=asked, chosen=_answer(row, "chosen", asked), rejected=_answer(row, "rejected", asked))
-
-# %% ../../nbs/data/02_formats.ipynb #673a1b39
 def _instruction(row: dict) -> dict:
     "An instruction, its input on the next line if there is one, and the output."
     given = [_field(row, "input")] if row.get("input") else []
     return dict(messages=_chat("\n".join([_field(row, "instruction"), *given]), _field(row, "output")))
 
+# %% ../../nbs/data/02_formats.ipynb #3dbbf79d
+def _conversation(row: dict, column: str) -> dict:
+    "A conversation; the row's `completion` becomes its last turn if nothing answers it yet."
+    mixed = column == "messages" and row.get(column) is None # a table of both: this row may have a `text` instead
+    if mixed and isinstance(row.get("text"), str): return _text(row)
+    asked, given = _asked(row, column), row.get("completion")
+    if column != "prompt" and given is None: return dict(messages=asked)
+    answered = bool(asked) and asked[-1]["role"] in SAID
+    if column != "prompt" and answered: return dict(messages=asked, completion=given)
+    answer = dict(role="assistant", content=_answer(row, "completion", asked))
+    return dict(messages=[*asked, answer])
+
+def _preference(row: dict, column: str) -> dict:
+    "A question with a better and a worse answer."
+    asked = _asked(row, column)
+    if asked and asked[-1]["role"] in SAID:
+        raise ValueError(f"field '{column}': ends with an assistant's turn, "
+                         "but 'chosen' and 'rejected' are to answer it")
+    return dict(messages=asked, chosen=_answer(row, "chosen", asked), rejected=_answer(row, "rejected", asked))
+
+def _question_answer(row: dict) -> dict:
+    "A question and its answer."
+    return dict(messages=_chat(_field(row, "question"), _field(row, "answer")))
+
+def _prompt_alone(row: dict) -> dict:
+    "A prompt, which waits for an answer."
+    return dict(messages=_asked(row, "prompt"))
+
+# %% ../../nbs/data/02_formats.ipynb #673a1b39
 KINDS = [ # name, required columns, optional ones, row -> {"messages": ...} or {"text": ...}
-    *[("preference", (c, "chosen", "rejected"), (), partial(_preference, column=c)) for c in ("messages", "conversations", "prompt")],
+    *[("preference", (c, "chosen", "rejected"), (), partial(_preference, column=c))
+      for c in ("messages", "conversations", "prompt")],
     *[("chat", (c,), ("completion",), partial(_conversation, column=c)) for c in ("messages", "conversations")],
     ("prompt/completion", ("prompt", "completion"), (), partial(_conversation, column="prompt")),
     ("instruction", ("instruction", "output"), ("input",), _instruction),
-    ("question/answer", ("question", "answer"), (), lambda r: dict(messages=_chat(_field(r, "question"), _field(r, "answer")))),
+    ("question/answer", ("question", "answer"), (), _question_answer),
     ("text", ("text",), (), _text),
-    ("prompts", ("prompt",), (), lambda r: dict(messages=_asked(r, "prompt"))),
+    ("prompts", ("prompt",), (), _prompt_alone),
 ]
 KNOWN_COLUMNS = {c for _, needed, optional, _ in KINDS for c in needed + optional}
 
-def _which(columns: list[str]) -> str:
-    "How to say which columns are meant; those that differ from ours by case alone are found."
-    found = {c.lower(): c for c in columns}
-    fits = next((k[1] for k in KINDS if set(k[1]) <= found.keys()), None)
-    pairs = {c: found[c] for c in fits} if fits else {"prompt": "your_column"}
-    return f"{'Yours differ by case' if fits else 'Say which are yours'}: columns={pairs}, in a terminal --columns {','.join(f'{new}={old}' for new, old in pairs.items())}"
-
+# %% ../../nbs/data/02_formats.ipynb #83497e0d
 def find_kind(
     columns: list[str],      # of a table
     named: tuple = (),       # those that the user named: a kind that uses them goes before the others
     where: str = "the data", # for the error
-) -> tuple:
-    "The first of `KINDS` whose columns are all there; raises `TinyTrainerError` with the known ones if there is none."
+) -> tuple:                  # a row of `KINDS`
+    "The first of `KINDS` whose columns are all there. Raises `TinyTrainerError` with the known ones if there is none."
     fitting = [k for k in KINDS if set(k[1]) <= set(columns)]
-    if not fitting: raise TinyTrainerError(f"{where}: columns {_listed(columns)} are no known kind of data. Known: " + "; ".join(" + ".join(k[1]) for k in KINDS) + f". {_which(columns)}.")
-    return next((k for k in fitting if set(named) & KNOWN_COLUMNS <= {*k[1], *k[2]}), fitting[0])
+    if not fitting:
+        known = "; ".join(" + ".join(needed) for _, needed, _, _ in KINDS)
+        raise TinyTrainerError(f"{where}: columns {_listed(columns)} are no known kind of data. "
+                               f"Known: {known}. {_which(columns)}.")
+    wanted = set(named) & KNOWN_COLUMNS
+    return next((k for k in fitting if wanted <= {*k[1], *k[2]}), fitting[0])
+
+def _which(columns: list[str]) -> str:
+    "How to say which columns are meant; those that differ from ours by case alone are found."
+    found = {c.lower(): c for c in columns}
+    fits = next((needed for _, needed, _, _ in KINDS if set(needed) <= found.keys()), None)
+    pairs = {c: found[c] for c in fits} if fits else {"prompt": "your_column"}
+    flag = ",".join(f"{new}={old}" for new, old in pairs.items())
+    why = "Yours differ by case" if fits else "Say which are yours"
+    return f"{why}: columns={pairs}, in a terminal --columns {flag}"
 
 # %% ../../nbs/data/02_formats.ipynb #8c447661
 @dataclass
@@ -233,14 +328,21 @@ class Mapping:
 
 def _worked(prompt: str, steps: str, answer: str) -> dict:
     "A problem, its solution, and the answer on a line of its own."
-    return dict(prompt=prompt, completion="\n".join(filter(None, [steps, f"#### {answer}"])), reference_answer=answer)
+    completion = "\n".join(filter(None, [steps, f"#### {answer}"]))
+    return dict(prompt=prompt, completion=completion, reference_answer=answer)
 
 def _choices(question: str, labels: list[str], texts: list[str]) -> str:
     "A question with its choices, one a line."
     return "\n".join([question, *(f"{label}) {text}" for label, text in zip(labels, texts, strict=True))])
 
+def _with_context(question: str, context: str | None, answer: str) -> dict:
+    "A question, its context on the next line if there is one, and its answer."
+    return dict(prompt="\n".join(filter(None, [question, context])), completion=answer)
+
 # %% ../../nbs/data/02_formats.ipynb #7804b68a
-def _gsm8k(r: dict) -> dict: return dict(prompt=r["question"], completion=r["answer"], reference_answer=r["answer"][r["answer"].rindex("####") + 4:].strip())
+def _gsm8k(r: dict) -> dict:
+    final = r["answer"][r["answer"].rindex("####") + 4:].strip()
+    return dict(prompt=r["question"], completion=r["answer"], reference_answer=final)
 
 def _svamp(r: dict) -> dict:
     answer = str(r["Answer"]).removesuffix(".0")
@@ -250,76 +352,106 @@ def _arc(r: dict) -> dict:
     labels, texts, key = r["choices"]["label"], r["choices"]["text"], r["answerKey"]
     return _worked(_choices(r["question"], labels, texts), texts[labels.index(key)], key)
 
-def _boolq(r: dict) -> dict: return _worked(f"{r['passage']}\n{r['question']}? Yes or no?", "", {True: "yes", False: "no"}[r["answer"]])
+def _boolq(r: dict) -> dict:
+    answer = {True: "yes", False: "no"}[r["answer"]]
+    return _worked(f"{r['passage']}\n{r['question']}? Yes or no?", "", answer)
+
 def _aqua_rat(r: dict) -> dict: return _worked("\n".join([r["question"], *r["options"]]), r["rationale"], r["correct"])
 def _mathqa(r: dict) -> dict: return _worked(f"{r['Problem']}\n{r['options']}", r["Rationale"], r["correct"])
-def _with_context(question: str, context: str | None, answer: str) -> dict: return dict(prompt="\n".join(filter(None, [question, context])), completion=answer)
+def _alpaca(r: dict) -> dict: return _with_context(r["instruction"], r["input"], r["output"])
+def _dolly(r: dict) -> dict: return _with_context(r["instruction"], r["context"], r["response"])
+def _mathinstruct(r: dict) -> dict: return _with_context(r["instruction"], None, r["output"])
 
 # %% ../../nbs/data/02_formats.ipynb #c6b4c4a6
 MAPPINGS = {
-    "alpaca": Mapping("tatsu-lab/alpaca", None, ("instruction", "input", "output"), lambda r: _with_context(r["instruction"], r["input"], r["output"])),
-    "dolly": Mapping("databricks/databricks-dolly-15k", None, ("instruction", "context", "response"), lambda r: _with_context(r["instruction"], r["context"], r["response"])),
+    "alpaca": Mapping("tatsu-lab/alpaca", None, ("instruction", "input", "output"), _alpaca),
+    "dolly": Mapping("databricks/databricks-dolly-15k", None, ("instruction", "context", "response"), _dolly),
     "gsm8k": Mapping("openai/gsm8k", "main", ("question", "answer"), _gsm8k),
     "svamp": Mapping("ChilleD/SVAMP", None, ("Body", "Question", "Equation", "Answer"), _svamp),
     "arc": Mapping("allenai/ai2_arc", "ARC-Easy", ("question", "choices", "answerKey"), _arc),
     "boolq": Mapping("google/boolq", None, ("passage", "question", "answer"), _boolq),
     "aqua_rat": Mapping("deepmind/aqua_rat", "raw", ("question", "options", "rationale", "correct"), _aqua_rat),
     "mathqa": Mapping("allenai/math_qa", None, ("Problem", "Rationale", "options", "correct"), _mathqa),
-    "mathinstruct": Mapping("TIGER-Lab/MathInstruct", None, ("instruction", "output"), lambda r: _with_context(r["instruction"], None, r["output"])),
+    "mathinstruct": Mapping("TIGER-Lab/MathInstruct", None, ("instruction", "output"), _mathinstruct),
 }
 
 # %% ../../nbs/data/02_formats.ipynb #ab0350be
-def _need_columns(wanted: list[str], rows: list[dict], source: Source, whose: str) -> None:
-    "Raise `TinyTrainerError` for a column that no row has."
-    columns = list(dict.fromkeys(k for r in rows for k in r))
-    if missing := [c for c in wanted if c not in columns]: raise TinyTrainerError(f"{source.name}: no column {_listed(missing)}, which {whose} names. It has {_listed(columns)}.")
-
 def _pairs(columns) -> dict | str | None:
-    "`columns` with `prompt=question,completion=answer` as a dict; a mapping's name stays what it is."
+    "`columns`, with `prompt=question,completion=answer` turned into a dict; a mapping's name stays as it is."
     if not isinstance(columns, str) or "=" not in columns: return columns or None
     pairs = [[name.strip() for name in pair.split("=")] for pair in columns.split(",")]
-    if any(len(p) != 2 or not all(p) for p in pairs): raise TinyTrainerError(f"columns {columns}: expected NEW=OLD,..., such as prompt=question,completion=answer, or a mapping's name, such as arc.")
-    return dict(pairs)
+    if all(len(p) == 2 and all(p) for p in pairs): return dict(pairs)
+    raise TinyTrainerError(f"columns {columns}: expected NEW=OLD,..., such as prompt=question,completion=answer, "
+                           "or a mapping's name, such as arc.")
 
+def _column_names(rows) -> list[str]:
+    "The columns that any row has, in the order in which they come up."
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+def _need_columns(wanted: list[str], rows: list[dict], source: Source, whose: str) -> None:
+    "Raise `TinyTrainerError` for a column that no row has."
+    columns = _column_names(rows)
+    if missing := [c for c in wanted if c not in columns]:
+        raise TinyTrainerError(f"{source.name}: no column {_listed(missing)}, which {whose} names. "
+                               f"It has {_listed(columns)}.")
+
+# %% ../../nbs/data/02_formats.ipynb #bfced1b1
 def _rename(rows: list[dict], columns: dict, source: Source) -> list[dict]:
     "Rows with `columns` (new name: name in the data), the others untouched."
-    if not all(isinstance(name, str) for pair in columns.items() for name in pair): raise TinyTrainerError(f"columns={columns!r:.80}: expected names, such as {{'prompt': 'question'}}.")
+    if not all(isinstance(name, str) for pair in columns.items() for name in pair):
+        raise TinyTrainerError(f"columns={columns!r:.80}: expected names, such as {{'prompt': 'question'}}.")
     _need_columns(list(columns.values()), rows, source, "columns")
-    return [{**{k: v for k, v in r.items() if k not in columns.values()}, **{new: r.get(old) for new, old in columns.items()}} for r in rows]
+    used = columns.values()
+    others = [{k: v for k, v in row.items() if k not in used} for row in rows]
+    return [other | {new: row.get(old) for new, old in columns.items()} for other, row in zip(others, rows)]
 
 def _map(rows: list[dict], name: str, source: Source) -> list[dict]:
     "Rows by one of `MAPPINGS`; columns that it does not use are kept."
-    if name not in MAPPINGS: raise TinyTrainerError(f"columns={name!r}: no such mapping. Known: {', '.join(MAPPINGS)}; or give names, such as prompt=question.")
+    if name not in MAPPINGS:
+        raise TinyTrainerError(f"columns={name!r}: no such mapping. Known: {', '.join(MAPPINGS)}; "
+                               "or give names, such as prompt=question.")
     mapping, made = MAPPINGS[name], []
     _need_columns(mapping.columns, rows, source, f"the mapping {name}")
+    used = (*mapping.columns, "prompt", "completion", "text")
     for i, row in enumerate(rows, 1):
-        try: made.append(mapping.convert(row) | {k: v for k, v in row.items() if k not in (*mapping.columns, "prompt", "completion", "text")})
-        except (TypeError, ValueError, KeyError, AttributeError): raise TinyTrainerError(f"{source.name}, {source.at([i])}: not a row of {name}, found {row!r:.120}. Its columns are {', '.join(mapping.columns)}.") from None
+        try: made.append(mapping.convert(row) | {k: v for k, v in row.items() if k not in used})
+        except (TypeError, ValueError, KeyError, AttributeError):
+            raise TinyTrainerError(f"{source.name}, {source.at([i])}: not a row of {name}, found {row!r:.120}. "
+                                   f"Its columns are {', '.join(mapping.columns)}.") from None
     return made
 
 # %% ../../nbs/data/02_formats.ipynb #30f5dfef
-TURNS = List(dict(role=Value("string"), content=Value("string")))
-UNFIT = (ValueError, TypeError, OverflowError, NotImplementedError, RecursionError) # what `datasets` and `pyarrow` raise for values that make no column
-
 def _empty(row: dict) -> bool:
     "Whether a text of a converted row says nothing."
-    texts = [m["content"] for m in row.get("messages", [])] + [row[k] for k in ("text", "chosen", "rejected") if k in row]
-    return "messages" in row and not row["messages"] or not all(t.strip() for t in texts)
+    if "messages" in row and not row["messages"]: return True
+    turns = [m["content"] for m in row.get("messages", [])]
+    texts = [row[k] for k in ("text", "chosen", "rejected") if k in row]
+    return not all(t.strip() for t in turns + texts)
 
 def _convert(rows: list[dict], source: Source, named: tuple) -> tuple[dict[int, dict], list[int]]:
-    "Rows with `messages` or `text` by their number (from 1), and the numbers of those left out because a text was empty."
-    kind, needed, optional, convert = find_kind(list(dict.fromkeys(k for r in rows for k in r)), named, source.name)
+    "Rows with `messages` or `text` by their number (from 1), and the numbers of the rows that are empty."
+    kind = find_kind(_column_names(rows), named, source.name)
+    _, needed, optional, convert = kind
     kept, empty = {}, []
     for i, row in enumerate(rows, 1):
         try: new = convert(row)
         except ValueError as e:
-            other = f"; the data are read as {kind} ({' + '.join(needed)}), but this row has {_listed(k for k, v in row.items() if v is not None)}" if any(row.get(c) is None for c in needed) else ""
-            raise TinyTrainerError(f"{source.name}, {source.at([i])}, {e}{other}.") from None
-        if _empty(new): empty.append(i); continue
-        kept[i] = new | {k: v for k, v in row.items() if k not in (*needed, *optional, *new)}
+            raise TinyTrainerError(f"{source.name}, {source.at([i])}, {e}{_another_kind(row, kind)}.") from None
+        if _empty(new): empty.append(i)
+        else: kept[i] = new | {k: v for k, v in row.items() if k not in (*needed, *optional, *new)}
     return kept, empty
 
+def _another_kind(row: dict, kind: tuple) -> str:
+    "For an error: that a row lacks a column of its table's kind; empty if it has all."
+    name, needed, _, _ = kind
+    if all(row.get(c) is not None for c in needed): return ""
+    has = _listed(k for k, v in row.items() if v is not None)
+    return f"; the data are read as {name} ({' + '.join(needed)}), but this row has {has}"
+
 # %% ../../nbs/data/02_formats.ipynb #6ececa96
+TURNS = List(dict(role=Value("string"), content=Value("string")))
+UNFIT = (ValueError, TypeError, OverflowError, NotImplementedError, RecursionError) # for values that make no column
+
 def _column(name: str, values: list) -> Dataset:
     "A table of one column that gives `values` back as they are; raises one of `UNFIT` if there is none."
     if name == "messages": return Dataset.from_dict({name: values}, features=Features({name: TURNS}))
@@ -333,29 +465,37 @@ def _column(name: str, values: list) -> Dataset:
     if made[name][:] != values: raise ValueError("no column gives it back as it is")
     return made
 
+def _table(rows: dict[int, dict], source: Source) -> Dataset:
+    "Numbered rows as a table with the columns of all of them, None where a row lacks one."
+    columns = {name: [row.get(name) for row in rows.values()] for name in _column_names(rows.values())}
+    try: return concatenate_datasets([_column(name, values) for name, values in columns.items()], axis=1)
+    except UNFIT: raise _misfit(columns, list(rows), source) from None
+
+# %% ../../nbs/data/02_formats.ipynb #ae986610
 def _unfit(name: str, values: list) -> str:
     "Why no column can be made of `values`; empty if one can."
-    try: _column(name, values); return ""
+    try:
+        _column(name, values)
+        return ""
     except UNFIT as e: return " ".join(str(e).split())
-
-def _table(rows: dict[int, dict], source: Source) -> Dataset:
-    "Numbered rows as a table with the columns of all of them, None where a row lacks one; `datasets` alone would take those of the first row."
-    columns = {k: [r.get(k) for r in rows.values()] for k in dict.fromkeys(k for r in rows.values() for k in r)}
-    try: return concatenate_datasets([_column(k, v) for k, v in columns.items()], axis=1)
-    except UNFIT: raise _misfit(columns, list(rows), source) from None
 
 def _misfit(columns: dict, numbers: list[int], source: Source) -> TinyTrainerError:
     "The error that names the first value which does not go into one column with those before it."
     name, values = next((k, v) for k, v in columns.items() if _unfit(k, v))
-    fits = bisect.bisect_left(range(1, len(values)), True, key=lambda n: bool(_unfit(name, values[:n]))) # values before it
-    before = "" if _unfit(name, [values[fits]]) else " into one column with the rows before"
-    return TinyTrainerError(f"{source.name}, {source.at([numbers[fits]])}, field '{name}': found {values[fits]!r:.60}, which does not go{before or ' into a column'} "
-                            f"({_unfit(name, values[:fits + 1]):.160}). {'Give the field one type in every row' if before else 'Mend it or leave it out'}.")
+    unfit = lambda length: bool(_unfit(name, values[:length]))
+    first = bisect.bisect_left(range(1, len(values)), True, key=unfit) # index of the first value that does not fit
+    alone = _unfit(name, [values[first]])
+    where = "into a column" if alone else "into one column with the rows before"
+    cure = "Correct it or leave it out" if alone else "Give the field one type in every row"
+    place = f"{source.name}, {source.at([numbers[first]])}, field '{name}'"
+    why = _unfit(name, values[:first + 1])
+    return TinyTrainerError(f"{place}: found {values[first]!r:.60}, which does not go {where} ({why:.160}). {cure}.")
 
 def _say_left_out(source: Source, numbers: list[int], total: int, why: str) -> None:
     "One line on stderr, so that JSON on stdout stays JSON; the first five rows are named."
-    more = ", ..." if len(numbers) > 5 else ""
-    if numbers: print(f"{source.name}: {len(numbers)} of {total} rows left out: {why} ({source.at(numbers[:5])}{more})", file=sys.stderr)
+    if not numbers: return
+    places = source.at(numbers[:5]) + (", ..." if len(numbers) > 5 else "")
+    print(f"{source.name}: {len(numbers)} of {total} rows left out: {why} ({places})", file=sys.stderr)
 
 # %% ../../nbs/data/02_formats.ipynb #36540cb3
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -365,59 +505,78 @@ def _hub_id(data: str) -> tuple[str, str | None, str | None] | None: # (id, conf
     name, _, config = data.partition(":")
     known = name if name in MAPPINGS else next((k for k, m in MAPPINGS.items() if m.hub == name), None)
     if known: return MAPPINGS[known].hub, config or MAPPINGS[known].config, known
-    return (name, config or None, None) if HUB_ID.fullmatch(name) and Path(name).suffix.lower() not in (*READERS, *TEXT_SUFFIXES) else None
+    is_file = Path(name).suffix.lower() in (*READERS, *TEXT_SUFFIXES)
+    return (name, config or None, None) if HUB_ID.fullmatch(name) and not is_file else None
 
+# %% ../../nbs/data/02_formats.ipynb #0ae758db
 def _from_hub(name: str, config: str | None, split: str) -> tuple[list[dict], Source]:
     "Rows of a data set on the Hugging Face Hub."
     full = f"{name}:{config}" if config else name
-    hint = "Check the name, or get the file elsewhere and give its path; HF_HUB_OFFLINE=1 takes what was loaded before"
     try:
         if not constants.HF_HUB_OFFLINE: get_session().head(constants.ENDPOINT, timeout=5)
         return load_dataset(name, config, split=split).to_list(), Source(f"{full}, {split}")
-    except Exception as e: raise TinyTrainerError(f"{full}: not a file here, and not to be had from the Hub ({' '.join(str(e).split()):.160}). {hint}.") from None
+    except Exception as e:
+        why = " ".join(str(e).split())
+        raise TinyTrainerError(f"{full}: not a file here, and not to be had from the Hub ({why:.160}). "
+                               "Check the name, or get the file elsewhere and give its path; "
+                               "HF_HUB_OFFLINE=1 takes what was loaded before.") from None
 
 def _dicts(rows: list) -> list[dict]:
     "`rows`, if each is a dict of named fields."
     for i, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not all(isinstance(k, str) for k in row): raise TinyTrainerError(f"the data, row {i}: found {row!r:.60}, but each row must be a dict, such as {{'prompt': ..., 'completion': ...}}.")
+        if isinstance(row, dict) and all(isinstance(k, str) for k in row): continue
+        raise TinyTrainerError(f"the data, row {i}: found {row!r:.60}, but each row must be a dict, "
+                               "such as {'prompt': ..., 'completion': ...}.")
     return rows
 
 def _open(data, split: str) -> tuple[list[dict], Source, str | None]: # rows, where they came from, their mapping
     "Rows of anything that `load_examples` takes."
     if isinstance(data, Dataset): return data.to_list(), Source(), None
     if isinstance(data, list): return _dicts(data), Source(), None
-    if not isinstance(data, str | Path) or "\0" in str(data): raise TinyTrainerError(f"data {data!r:.60}: expected a file, a folder of texts, a Hub id, a list of dicts or a datasets.Dataset.")
+    if not isinstance(data, str | Path) or "\0" in str(data):
+        raise TinyTrainerError(f"data {data!r:.60}: expected a file, a folder of texts, a Hub id, a list of dicts "
+                               "or a datasets.Dataset.")
     if Path(data).exists(): return *read_rows(data), None
-    if not (hub := _hub_id(str(data))): raise TinyTrainerError(f"{data}: no such file or folder.")
-    return *_from_hub(*hub[:2], split), hub[2]
+    hub = _hub_id(str(data))
+    if not hub: raise TinyTrainerError(f"{data}: no such file or folder.")
+    name, config, mapping = hub
+    return *_from_hub(name, config, split), mapping
 
 # %% ../../nbs/data/02_formats.ipynb #43445408
 def load_examples(
     data,                              # a file, a folder of texts, a Hub id, a list of dicts, or a datasets.Dataset
-    columns: dict | str | None = None, # new name: name in the data, such as {"prompt": "question"} or "prompt=question"; or a mapping's name, such as "arc"
+    columns: dict | str | None = None, # {"prompt": "question"}, "prompt=question", or a mapping's name, such as "arc"
     split: str = "train",              # of a Hub data set, in the words of `datasets`: "test", "train[:1000]"
-) -> Dataset:                          # rows of `messages` or `text`, with `chosen` and `rejected` if they are preferences; other columns untouched
-    "Read training or evaluation data; raises `TinyTrainerError` with file, row and field for what cannot be read."
+) -> Dataset: # `messages` or `text`, with `chosen` and `rejected` if they are preferences; other columns untouched
+    "Read training or evaluation data. Raises `TinyTrainerError` with file, row and field for what cannot be read."
     columns, (rows, source, mapping) = _pairs(columns), _open(data, split)
-    if split != "train" and (source.files or source.name == "the data"): raise TinyTrainerError(f"{source.name}: split={split!r} is for data sets of the Hub. A file and a table are read whole.")
+    if split != "train" and (source.files or source.name == "the data"):
+        raise TinyTrainerError(f"{source.name}: split={split!r} is for data sets of the Hub. "
+                               "A file and a table are read whole.")
     if not rows: raise TinyTrainerError(f"{source.name}: no row in it. Fill it, or name another file.")
-    if isinstance(columns, dict): rows = _rename(rows, columns, source)
+    named = tuple(columns) if isinstance(columns, dict) else ()
+    if named: rows = _rename(rows, columns, source)
     elif columns or mapping: rows = _map(rows, columns or mapping, source)
-    kept, empty = _convert(rows, source, tuple(columns) if isinstance(columns, dict) else ())
-    if not kept: raise TinyTrainerError(f"{source.name}: no row left to use ({len(rows)} read, {len(empty)} with an empty text). Fill them, or name another file.")
+    kept, empty = _convert(rows, source, named)
+    if not kept:
+        raise TinyTrainerError(f"{source.name}: no row left to use ({len(rows)} read, "
+                               f"{len(empty)} with an empty text). Fill them, or name another file.")
     _say_left_out(source, empty, len(rows), "empty text")
     table = _table(kept, source)
-    asked = {} if isinstance(data, (Dataset, list)) else dict(asked=dict(data=str(data), columns=_as_flag(columns), split=split), fingerprint=table._fingerprint)
-    table.info.description = json.dumps(dict(name=source.name, files={str(f): file_hash(f) for f in source.files}, rows=len(rows), left_out_empty=len(empty), empty_rows=empty) | asked)
+    note = dict(name=source.name, files={str(f): file_hash(f) for f in source.files},
+                rows=len(rows), left_out_empty=len(empty), empty_rows=empty)
+    if not isinstance(data, (Dataset, list)): # then it can be read again
+        note["asked"] = dict(data=str(data), columns=_as_flag(columns), split=split)
+        note["fingerprint"] = table._fingerprint
+    table.info.description = json.dumps(note)
     return table
-
 def _as_flag(columns: dict | str | None) -> str:
     "Columns as a terminal has them: `prompt=question,completion=answer`."
     return ",".join(f"{new}={old}" for new, old in columns.items()) if isinstance(columns, dict) else columns or ""
 
 # %% ../../nbs/data/02_formats.ipynb #1fc0e618
 def _note(table: Dataset) -> dict:
-    "What `load_examples` noted in a table; empty for one made elsewhere."
+    "The note of `load_examples` in a table; empty for one made elsewhere."
     try: note = json.loads(table.info.description or "{}")
     except ValueError: return {}
     return note if isinstance(note, dict) and "empty_rows" in note else {}
@@ -430,20 +589,23 @@ class Sourced(list):
 
 def data_origin(
     data, # from `load_examples`, `load_prompts`, or made elsewhere
-) -> dict:
-    "Files, hashes and counts that were noted when `data` was read; empty if it was made elsewhere. `asked` says how to read it again, if no row was taken out or changed since."
+) -> dict: # `asked` says how to read it again, if no row was taken out or changed since
+    "Files, hashes and counts that were noted when `data` was read; empty if it was made elsewhere."
     if not isinstance(data, Dataset): return dict(getattr(data, "origin", {}))
     origin = {k: v for k, v in _note(data).items() if k != "empty_rows"}
-    if origin.pop("fingerprint", None) != data._fingerprint: origin.pop("asked", None)
+    unchanged = origin.pop("fingerprint", None) == data._fingerprint
+    if not unchanged: origin.pop("asked", None)
     return origin
 
+# %% ../../nbs/data/02_formats.ipynb #d0964e08
 def empty_rows(table: Dataset) -> list[int]:
-    "Numbers (from 1) of the rows that `load_examples` left out because a text was empty; none if rows were taken out of the table since."
+    "Numbers (from 1) of the rows that `load_examples` left out as empty; none if the table was cut since."
     note = _note(table)
-    return note["empty_rows"] if note and note["rows"] - note["left_out_empty"] == len(table) else []
+    whole = note and note["rows"] - note["left_out_empty"] == len(table)
+    return note["empty_rows"] if whole else []
 
 def as_examples(data) -> Dataset:
-    "`data` if it comes from `load_examples`, else what that makes of it."
+    "`data` if it comes from `load_examples`, else loaded by it. Raises `TinyTrainerError` as it does."
     return data if isinstance(data, Dataset) and _note(data) else load_examples(data)
 
 # %% ../../nbs/data/02_formats.ipynb #d28e56cf
@@ -452,13 +614,17 @@ def load_prompts(
     columns: dict | str | None = None, # new name: name in the data; or a mapping's name
     split: str = "train",              # of a Hub data set
 ) -> list[dict]:                       # {"messages": [...], "reference_answer": str | None, other columns}
-    "Conversations that end with a question; an answer at the end becomes `reference_answer`, unless the row has one. Raises `TinyTrainerError` if there is none."
+    "Conversations that end with a question, answers as `reference_answer`. Raises `TinyTrainerError` if none is left."
     if isinstance(data, Sourced) and not columns: return data # read already
     table = as_examples(data) if not columns and split == "train" else load_examples(data, columns, split)
-    if "messages" not in table.column_names: raise TinyTrainerError("plain text holds no prompts. Reinforcement learning needs prompts, questions or conversations.")
+    if "messages" not in table.column_names:
+        raise TinyTrainerError("plain text holds no prompts. "
+                               "Reinforcement learning needs prompts, questions or conversations.")
     rows = [_prompt(row) for row in table.to_list()]
     silent = [i for i, row in enumerate(rows, 1) if not row["messages"]]
-    if len(silent) == len(rows): raise TinyTrainerError(f"the prompts: no row left to use, none of {len(rows)} asks anything. Each needs a prompt, a question, or a user's turn before the answer.")
+    if len(silent) == len(rows):
+        raise TinyTrainerError(f"the prompts: no row left to use, none of {len(rows)} asks anything. "
+                               "Each needs a prompt, a question, or a user's turn before the answer.")
     _say_left_out(Source("the prompts"), silent, len(rows), "nothing is asked")
     return Sourced([row for row in rows if row["messages"]], data_origin(table))
 

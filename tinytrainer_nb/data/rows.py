@@ -13,10 +13,27 @@ from ..core import TinyTrainerError, progress
 from .formats import empty_rows
 from .tokens import encode_chat, encode_text
 
+# %% ../../nbs/data/04_rows.ipynb #4bbc5f43
+def _windows(tokenizer, example: dict, max_length: int, train_on_all: bool) -> list[dict]:
+    "The rows of one example: a conversation is one, a text may be several."
+    if example.get("messages") is None: return encode_text(tokenizer, example["text"], max_length)
+    try: return [encode_chat(tokenizer, example["messages"], train_on_all)]
+    except TinyTrainerError as e:
+        begins = example["messages"][0]["content"]
+        raise TinyTrainerError(f"the conversation that begins {begins!r:.60}: {e}") from None
+
+def _length(windows: list[dict]) -> int:
+    "Tokens of an example; a window repeats the last token of the one before."
+    return 1 + sum(len(w["input_ids"]) - 1 for w in windows)
+
+def _learned(windows: list[dict]) -> int:
+    "Tokens that the model is trained to say; a row's first token has nothing before it."
+    return sum(label != -100 for w in windows for label in w["labels"][1:])
+
 # %% ../../nbs/data/04_rows.ipynb #a5b085b6
 @dataclass
 class Reading:
-    "What was met while rows became tokens; rows are numbered from 1."
+    "Counts from turning examples into tokens; rows of the data are numbered from 1."
     max_length: int                                 # tokens a row may have
     lengths: list = field(default_factory=list)     # tokens of each row, left out or not; of a text before it was cut
     tokens: int = 0                                 # of the rows that are used
@@ -36,60 +53,77 @@ class Reading:
 
     def __str__(self) -> str:
         cut = f"{len(self.windows):,} into {sum(self.windows.values()):,}" if self.windows else "none"
-        return f"{self.rows:,} rows, {self.tokens:,} tokens, {self.learned:,} of them learned; left out: {self.reasons()}; cut into windows: {cut}; duplicates: {len(self.duplicates):,}"
+        return (f"{self.rows:,} rows, {self.tokens:,} tokens, {self.learned:,} of them learned; "
+                f"left out: {self.reasons()}; cut into windows: {cut}; duplicates: {len(self.duplicates):,}")
 
-# %% ../../nbs/data/04_rows.ipynb #4bbc5f43
-def _windows(tokenizer, row: dict, max_length: int, train_on_all: bool) -> list[dict]:
-    "Token rows of one row: a conversation is one, a text may be several."
-    if row.get("messages") is None: return encode_text(tokenizer, row["text"], max_length)
-    try: return [encode_chat(tokenizer, row["messages"], train_on_all)]
-    except TinyTrainerError as e: raise TinyTrainerError(f"the conversation that begins {row['messages'][0]['content']!r:.60}: {e}") from None
+# %% ../../nbs/data/04_rows.ipynb #fb61af12
+def _preferences(examples: Dataset) -> bool: return {"chosen", "rejected"} <= set(examples.column_names)
 
-def _learned(windows: list[dict]) -> int:
-    "Tokens that the model is trained to say; a row's first token has nothing before it."
-    return sum(t != -100 for w in windows for t in w["labels"][1:])
+def _unusable(windows: list[dict], max_length: int) -> str | None:
+    "Why an example is left out, None if it is used."
+    if not _learned(windows): return "nothing to learn"
+    return "too long" if len(windows[0]["input_ids"]) > max_length else None
 
+def _digest(windows: list[dict]) -> bytes:
+    "A hash of an example as the model sees it."
+    return hashlib.sha256(repr([w["input_ids"] for w in windows]).encode()).digest()
+
+# %% ../../nbs/data/04_rows.ipynb #cec5d54c
 def read_examples(
-    tokenizer,              # with a chat template
-    examples: Dataset,      # what `load_examples` returns
-    max_length: int,        # tokens
-    train_on_all: bool = False, # learn every token
-) -> tuple[list[dict], Reading]: # rows of input_ids and labels, maybe none; what was met
-    "Token rows for training. Of preferences, which name no answer to learn, none is left."
-    empty, seen = empty_rows(examples), {}
-    numbers = [i for i in range(1, len(examples) + len(empty) + 1) if i not in set(empty)] if empty else range(1, len(examples) + 1)
-    rows, reading = [], Reading(max_length, left_out={"empty text": empty} if empty else {})
-    preferences = {"chosen", "rejected"} <= set(examples.column_names)
-    for row, i in zip(progress(examples, desc="reading"), numbers):
-        windows = _windows(tokenizer, row, max_length, train_on_all)
-        reading.lengths.append(1 + sum(len(w["input_ids"]) - 1 for w in windows)) # a window repeats the last token of the one before
-        why = "nothing to learn" if preferences or not _learned(windows) else "too long" if len(windows[0]["input_ids"]) > max_length else None
-        if why: reading.left_out.setdefault(why, []).append(i); continue
-        reading.tokens += reading.lengths[-1]; reading.learned += _learned(windows)
-        if len(windows) > 1: reading.windows[i] = len(windows)
-        first = seen.setdefault(hashlib.sha256(repr([w["input_ids"] for w in windows]).encode()).digest(), i)
-        if first != i: reading.duplicates[i] = first
+    tokenizer,                   # with a chat template
+    examples: Dataset,           # what `load_examples` returns
+    max_length: int,             # tokens a row
+    train_on_all: bool = False,  # learn every token
+) -> tuple[list[dict], Reading]: # rows of input_ids and labels, maybe none; the counts
+    "Token rows for training, none of preferences. Raises `TinyTrainerError` if a template refuses a conversation."
+    empty, preferences = empty_rows(examples), _preferences(examples)
+    rows, seen = [], {}
+    reading = Reading(max_length, left_out={"empty text": empty} if empty else {})
+    for example, number in zip(progress(examples, desc="reading"), _numbers(examples, empty)):
+        windows = _windows(tokenizer, example, max_length, train_on_all)
+        reading.lengths.append(_length(windows))
+        why = "nothing to learn" if preferences else _unusable(windows, max_length)
+        if why:
+            reading.left_out.setdefault(why, []).append(number)
+            continue
+        reading.tokens += reading.lengths[-1]
+        reading.learned += _learned(windows)
+        if len(windows) > 1: reading.windows[number] = len(windows)
+        first = seen.setdefault(_digest(windows), number)
+        if first != number: reading.duplicates[number] = first
         rows += windows
     return rows, reading
 
-def encode_rows(
-    tokenizer,              # with a chat template
-    examples: Dataset,      # what `load_examples` returns
-    max_length: int,        # tokens
-    train_on_all: bool = False, # learn every token
-) -> tuple[list[dict], Reading]: # rows of input_ids and labels; what was met
-    "Token rows for training; raises `TinyTrainerError` if none is left."
-    rows, reading = read_examples(tokenizer, examples, max_length, train_on_all)
-    hint = "To learn the better of two answers, read the data with columns={'completion': 'chosen'}, in a terminal --columns completion=chosen" if {"chosen", "rejected"} <= set(examples.column_names) else "Raise max_length, or bring rows with an answer"
-    if not rows: raise TinyTrainerError(f"no row is left of {reading.rows}: {reading.reasons()}, with max_length={max_length}. {hint}.")
-    return rows, reading
+def _numbers(examples: Dataset, empty: list[int]) -> list[int]:
+    "The number of each example in the data as it was read, where empty rows counted, too."
+    left_out, total = set(empty), len(examples) + len(empty)
+    return [number for number in range(1, total + 1) if number not in left_out]
 
+# %% ../../nbs/data/04_rows.ipynb #ccee30ff
+def encode_rows(
+    tokenizer,                   # with a chat template
+    examples: Dataset,           # what `load_examples` returns
+    max_length: int,             # tokens a row
+    train_on_all: bool = False,  # learn every token
+) -> tuple[list[dict], Reading]: # rows of input_ids and labels; the counts
+    "Token rows for training. Raises `TinyTrainerError` if none is left."
+    rows, reading = read_examples(tokenizer, examples, max_length, train_on_all)
+    if rows: return rows, reading
+    hint = "Raise max_length, or bring rows with an answer"
+    if _preferences(examples):
+        hint = ("To learn the better of two answers, read the data with columns={'completion': 'chosen'}, "
+                "in a terminal --columns completion=chosen")
+    raise TinyTrainerError(f"no row is left of {reading.rows}: {reading.reasons()}, "
+                           f"with max_length={max_length}. {hint}.")
+
+# %% ../../nbs/data/04_rows.ipynb #3d0d0f1b
 def hold_out(
     examples: Dataset, # all rows
-    rows: int,         # to hold back, at most a tenth
+    rows: int,         # to hold out, at most a tenth of all
     seed: int,         # which ones
 ) -> tuple[Dataset, Dataset]: # (train, held out)
-    "Split rows at random."
-    order = list(range(len(examples))); random.Random(seed).shuffle(order)
+    "Split rows at random; both parts keep the order of the data."
+    order = list(range(len(examples)))
+    random.Random(seed).shuffle(order)
     held = min(rows, len(order) // 10)
     return examples.select(sorted(order[held:])), examples.select(sorted(order[:held]))

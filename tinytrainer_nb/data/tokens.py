@@ -19,27 +19,41 @@ DEFAULT_TEMPLATE = """{{ bos_token }}{% for m in messages %}### {{ m['role'].cap
 {% endif %}"""
 
 def ensure_template(tokenizer):
-    "Give `tokenizer` the default chat template if it has none; returns it."
-    if tokenizer.eos_token is None: raise TinyTrainerError("the tokenizer has no end token (eos_token), so a model could never learn to stop. Set tokenizer.eos_token.")
+    "`tokenizer`, with the default chat template if it had none. Raises `TinyTrainerError` if it has no end token."
+    if tokenizer.eos_token is None:
+        raise TinyTrainerError("the tokenizer has no end token (eos_token), so a model could never learn to stop. "
+                               "Set tokenizer.eos_token.")
     if tokenizer.chat_template is None: tokenizer.chat_template = DEFAULT_TEMPLATE
     return tokenizer
 
-# %% ../../nbs/data/03_tokens.ipynb #c8d5abae
+# %% ../../nbs/data/03_tokens.ipynb #761cd40a
 def _apply(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
-    "What the chat template makes of `messages`."
+    "The text of `messages` by the chat template; raises `TinyTrainerError` if it refuses them."
     try: return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except Exception as e: raise TinyTrainerError(f"the chat template refuses this conversation ({e}); its roles are {[m['role'] for m in messages]}.") from None
+    except Exception as e:
+        raise TinyTrainerError(f"the chat template refuses this conversation ({e}); "
+                               f"its roles are {[m['role'] for m in messages]}.") from None
 
-SHOWN_AS = dict(function_call="assistant", observation="tool") # roles of data in the words of chat templates
+def _end_of(content: str, text: str, start: int) -> int:
+    "Where `content` ends in `text`, looked for from `start` on, as it is or as JSON; -1 if it is not there."
+    for written in (content.strip(), json.dumps(content, ensure_ascii=False)[1:-1]):
+        at = text.find(written, start)
+        if at >= 0: return at + len(written)
+    return -1
 
 def _missing(text: str, messages: list[dict]) -> int | None:
-    "Index of the first turn whose content does not stand in `text` after those before it."
-    at = 0
+    "Index of the first turn whose content is not in `text` behind those before it."
+    end = 0
     for i, m in enumerate(messages):
-        plain, quoted = m["content"].strip(), json.dumps(m["content"], ensure_ascii=False)[1:-1]
-        found = next((j + len(c) for c in (plain, quoted) if (j := text.find(c, at)) >= 0), None)
-        if found is None: return i
-        at = found
+        end = _end_of(m["content"], text, end)
+        if end < 0: return i
+
+# %% ../../nbs/data/03_tokens.ipynb #c8d5abae
+SHOWN_AS = dict(function_call="assistant", observation="tool") # roles of data in the words of chat templates
+
+def _numbered(turns: list[dict]) -> list[dict]:
+    "The same roles with the contents `<0>`, `<1>`, ..., which stand nowhere else in a text."
+    return [m | dict(content=f"<{i}>") for i, m in enumerate(turns)]
 
 def shown(
     tokenizer,            # with a chat template
@@ -48,25 +62,28 @@ def shown(
     "A conversation in the roles of a chat template; tools speak as users where the template has no role for them."
     turns = [m | dict(role=SHOWN_AS.get(m["role"], m["role"])) for m in messages]
     if not any(m["role"] == "tool" for m in turns): return turns
-    probe = [m | dict(content=f"<{i}>") for i, m in enumerate(turns)]
+    probe = _numbered(turns)
     try: dropped = _missing(_apply(tokenizer, probe), probe) is not None
     except TinyTrainerError: dropped = True
     return [m | dict(role="user") if dropped and m["role"] == "tool" else m for m in turns]
 
+# %% ../../nbs/data/03_tokens.ipynb #c488ec09
 def _rendered(tokenizer, turns: list[dict], add_generation_prompt: bool = False) -> str:
-    "The text of `turns`, all of them; raises `TinyTrainerError` for one that the template passes over."
-    text, probe = _apply(tokenizer, turns, add_generation_prompt), [m | dict(content=f"<{i}>") for i, m in enumerate(turns)]
+    "The text of `turns`, all of them; raises `TinyTrainerError` for one that the template leaves out."
+    text, probe = _apply(tokenizer, turns, add_generation_prompt), _numbered(turns)
     lost = _missing(_apply(tokenizer, probe), probe) # "a" stands in many a heading, "<3>" in none
     if lost is None: lost = _missing(text, turns)
     if lost is None: return text
-    raise TinyTrainerError(f"the chat template leaves out turn {lost + 1} of {len(turns)}, of the role {turns[lost]['role']}: {turns[lost]['content']!r:.60}. Use another template, or take such turns out of the data.")
+    role, content = turns[lost]["role"], turns[lost]["content"]
+    raise TinyTrainerError(f"the chat template leaves out turn {lost + 1} of {len(turns)}, of the role {role}: "
+                           f"{content!r:.60}. Use another template, or take such turns out of the data.")
 
 def render(
     tokenizer,                           # with a chat template
     messages: list[dict],                # of "role" and "content"
     add_generation_prompt: bool = False, # end with the words after which the assistant speaks
 ) -> str:
-    "A conversation as the text that the model sees; raises `TinyTrainerError` if the template refuses it or leaves out a turn."
+    "A conversation as the model sees it. Raises `TinyTrainerError` if the template refuses it or leaves out a turn."
     return _rendered(tokenizer, shown(tokenizer, messages), add_generation_prompt)
 
 # %% ../../nbs/data/03_tokens.ipynb #8dab657f
@@ -74,40 +91,54 @@ def prompt_ids(
     tokenizer,          # with a chat template, if `prompt` is a conversation
     prompt: str | list, # raw text, or messages of "role" and "content"
 ) -> list[int]:
-    "Token ids that a model continues."
+    "Token ids that a model continues. Raises `TinyTrainerError` if the template refuses the conversation."
     if isinstance(prompt, str): return tokenizer(prompt).input_ids
     return tokenizer(render(tokenizer, prompt, add_generation_prompt=True), add_special_tokens=False).input_ids
 
-# %% ../../nbs/data/03_tokens.ipynb #457a898c
+# %% ../../nbs/data/03_tokens.ipynb #14c162c7
 def _answer_spans(tokenizer, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
     "The conversation's text, and (start, end) in characters of every answer with its end token."
     turns = shown(tokenizer, messages)
     text, spans = _rendered(tokenizer, turns), []
     for i, turn in enumerate(turns):
         if turn["role"] != "assistant": continue
-        before, upto = _apply(tokenizer, turns[:i], add_generation_prompt=True) if i else "", _apply(tokenizer, turns[:i + 1]).rstrip()
+        before = _apply(tokenizer, turns[:i], add_generation_prompt=True) if i else ""
+        upto = _apply(tokenizer, turns[:i + 1]).rstrip()
         if not (text.startswith(before) and text.startswith(upto)):
-            raise TinyTrainerError("the chat template rewrites earlier turns, so the answers cannot be told apart. Use another template or single-turn rows.")
-        spans.append((len(before) if i else text.index(turn["content"].strip()), len(upto)))
-    if spans and spans[-1][1] == len(text.rstrip()) and not text.rstrip().endswith(tokenizer.eos_token) and not _ends_special(tokenizer, text):
-        text = text.rstrip() + tokenizer.eos_token
-        spans[-1] = (spans[-1][0], len(text))
-    return text, spans
+            raise TinyTrainerError("the chat template rewrites earlier turns, so the answers cannot be told apart. "
+                                   "Use another template or single-turn rows.")
+        start = len(before) if i else text.index(turn["content"].strip())
+        spans.append((start, len(upto)))
+    return _with_end(tokenizer, text, spans)
 
-def _ends_special(tokenizer, text: str) -> bool:
-    "Whether `text` ends with one of the tokenizer's special tokens, such as `<|im_end|>`."
-    return text.rstrip().endswith(tuple(map(str, tokenizer.all_special_tokens)))
+def _with_end(tokenizer, text: str, spans: list[tuple[int, int]]) -> tuple[str, list[tuple[int, int]]]:
+    "Text and spans, with an end token behind the last answer if the template ends there without one."
+    whole = text.rstrip()
+    special = tuple(map(str, tokenizer.all_special_tokens)) # such as `<|im_end|>`
+    answer_is_last = bool(spans) and spans[-1][1] == len(whole)
+    if not answer_is_last or whole.endswith((tokenizer.eos_token, *special)): return text, spans
+    whole += tokenizer.eos_token
+    return whole, [*spans[:-1], (spans[-1][0], len(whole))]
+
+# %% ../../nbs/data/03_tokens.ipynb #457a898c
+def _in_answer(text: str, start: int, end: int, spans: list[tuple[int, int]]) -> bool:
+    "Whether the token `text[start:end]` lies inside an answer."
+    for first, last in spans:
+        begins_inside = first <= start or (first < end and text[start:first].isspace())
+        if begins_inside and end <= last: return True
+    return False
 
 def encode_chat(
     tokenizer,                   # a fast tokenizer with a chat template
     messages: list[dict],        # the conversation
     train_on_all: bool = False,  # learn every token instead of the answers alone
 ) -> dict:                       # {"input_ids": [...], "labels": [...]}, -100 where nothing is learned
-    "A conversation as token ids and labels."
+    "A conversation as token ids and labels. Raises `TinyTrainerError` if the template refuses it or leaves out a turn."
     text, spans = _answer_spans(tokenizer, messages)
-    rows = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    inside = [train_on_all or any((s <= a or s < b and text[a:s].isspace()) and b <= e for s, e in spans) for a, b in rows.offset_mapping]
-    return dict(input_ids=rows.input_ids, labels=[t if learn else -100 for t, learn in zip(rows.input_ids, inside)])
+    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    learned = [train_on_all or _in_answer(text, start, end, spans) for start, end in tokens.offset_mapping]
+    labels = [token if learn else -100 for token, learn in zip(tokens.input_ids, learned)]
+    return dict(input_ids=tokens.input_ids, labels=labels)
 
 # %% ../../nbs/data/03_tokens.ipynb #b3cf05a9
 def encode_text(
@@ -115,26 +146,30 @@ def encode_text(
     text: str,        # a document
     max_length: int,  # tokens a window
 ) -> list[dict]:      # rows of {"input_ids", "labels"}
-    "A document as one or more windows of at most `max_length` tokens; every token but the first is predicted exactly once."
+    "A document as windows of at most `max_length` tokens; every token but the first is predicted exactly once."
     ids = tokenizer(text).input_ids
     if not ids or ids[-1] != tokenizer.eos_token_id: ids = ids + [tokenizer.eos_token_id]
-    windows = [ids[i:i + max_length] for i in range(0, max(1, len(ids) - 1), max_length - 1)]
+    starts = range(0, max(1, len(ids) - 1), max_length - 1)
+    windows = [ids[i:i + max_length] for i in starts]
     return [dict(input_ids=w, labels=[-100] + w[1:]) for w in windows]
 
 # %% ../../nbs/data/03_tokens.ipynb #a5a9abc9
 def pack_row(
     rows: list[dict],   # of "input_ids" and "labels"
     multiple: int = 64, # T is a multiple of it
-) -> dict:              # tensors of one packed row of T tokens
-    "Documents laid end to end: `input_ids`, `position_ids` (1, T), `document_lengths`, `logits_to_keep` and `shift_labels` (learned tokens)."
-    if fill := -sum(len(r["input_ids"]) for r in rows) % multiple: rows = [*rows, dict(input_ids=[0] * fill, labels=[-100] * fill)]
+) -> dict: # `input_ids`, `position_ids` (1, T); `logits_to_keep`, `shift_labels` (learned tokens,); `document_lengths`
+    "Documents laid end to end in one row of T tokens."
+    fill = -sum(len(r["input_ids"]) for r in rows) % multiple
+    if fill: rows = [*rows, dict(input_ids=[0] * fill, labels=[-100] * fill)]
     lengths = [len(r["input_ids"]) for r in rows]
-    ids = torch.tensor([t for r in rows for t in r["input_ids"]])
-    positions = torch.cat([torch.arange(n) for n in lengths])
-    shifted = torch.tensor([t for r in rows for t in [*r["labels"][1:], -100]]) # what comes next (T,)
-    keep = (shifted != -100).nonzero().flatten()
-    return dict(input_ids=ids[None], position_ids=positions[None], document_lengths=lengths, logits_to_keep=keep, shift_labels=shifted[keep])
+    ids = torch.tensor([t for r in rows for t in r["input_ids"]])               # (T,)
+    positions = torch.cat([torch.arange(n) for n in lengths])                   # (T,)
+    shifted = torch.tensor([t for r in rows for t in [*r["labels"][1:], -100]]) # the label of the next token (T,)
+    keep = (shifted != -100).nonzero().flatten()                                # (learned tokens,)
+    return dict(input_ids=ids[None], position_ids=positions[None], document_lengths=lengths,
+                logits_to_keep=keep, shift_labels=shifted[keep])
 
+# %% ../../nbs/data/03_tokens.ipynb #05264b46
 def micro_batches(
     rows: list[dict],  # one optimiser step's documents
     max_tokens: int,   # budget of real tokens a micro-batch; a longer document gets one of its own
@@ -142,35 +177,25 @@ def micro_batches(
     "Cut a batch into groups of whole documents of at most `max_tokens` tokens."
     groups, used = [], max_tokens
     for row in rows:
-        if used + len(row["input_ids"]) > max_tokens: groups.append([]); used = 0
-        groups[-1].append(row); used += len(row["input_ids"])
+        length = len(row["input_ids"])
+        if used + length > max_tokens:
+            groups.append([])
+            used = 0
+        groups[-1].append(row)
+        used += length
     return groups
 
+# %% ../../nbs/data/03_tokens.ipynb #d0fcc5ca
 class Collator:
-    "Turns the rows of one optimiser step into packed micro-batches, with the step's counts of learned and of real tokens."
+    "Turns the rows of one optimiser step into packed micro-batches, and counts its learned and its real tokens."
     def __init__(self, max_tokens: int): self.max_tokens = max_tokens # real tokens a micro-batch
+
     def __call__(self, rows: list[dict]) -> dict:
         packed = [pack_row(group) for group in micro_batches(rows, self.max_tokens)]
-        return dict(micro_batches=packed, num_items=sum(len(p["shift_labels"]) for p in packed), num_tokens=sum(len(r["input_ids"]) for r in rows))
+        learned = sum(len(p["shift_labels"]) for p in packed)
+        return dict(micro_batches=packed, num_items=learned, num_tokens=sum(len(r["input_ids"]) for r in rows))
 
 # %% ../../nbs/data/03_tokens.ipynb #d173864b
-def pack_trees(
-    rows: list[dict],   # of `prompt`, `completion` (token ids) and `group`; those of a group, which share their prompt, stand together
-    multiple: int = 64, # T is a multiple of it
-) -> dict:              # tensors of one row of T tokens, as from `pack_row`
-    "Every prompt once and its completions behind it, end to end; a tree's entry in `document_lengths` is a tuple."
-    ids, positions, lengths, keep = [], [], [], []
-    for group in _trees(rows):
-        prompt, branches = group[0]["prompt"], [row["completion"] for row in group]
-        end = len(ids) + len(prompt)                       # where the prompt ends
-        ids += prompt; positions += range(len(prompt)); lengths.append((len(prompt), *map(len, branches)))
-        for branch in branches:
-            keep += [end - 1, *range(len(ids), len(ids) + len(branch) - 1)]
-            ids += branch; positions += range(len(prompt), len(prompt) + len(branch))
-    if fill := -len(ids) % multiple: ids += [0] * fill; positions += range(fill); lengths.append(fill)
-    labels = [t for row in rows for t in row["completion"]]
-    return dict(input_ids=torch.tensor([ids]), position_ids=torch.tensor([positions]), document_lengths=lengths, logits_to_keep=torch.tensor(keep), shift_labels=torch.tensor(labels))
-
 def _trees(rows: list[dict]) -> list[list[dict]]:
     "Rows that stand together and share a group."
     found = []
@@ -179,15 +204,44 @@ def _trees(rows: list[dict]) -> list[list[dict]]:
         found[-1].append(row)
     return found
 
+def pack_trees(
+    rows: list[dict],   # of `prompt`, `completion` (token ids), `group`; a group shares its prompt and stands together
+    multiple: int = 64, # T is a multiple of it
+) -> dict:              # tensors of one row of T tokens, as from `pack_row`
+    "Every prompt once and its completions behind it, end to end; a tree's entry in `document_lengths` is a tuple."
+    ids, positions, lengths, keep = [], [], [], []
+    for group in _trees(rows):
+        prompt, completions = group[0]["prompt"], [row["completion"] for row in group]
+        prompt_end = len(ids) + len(prompt)
+        ids += prompt
+        positions += range(len(prompt))
+        lengths.append((len(prompt), *map(len, completions)))
+        for completion in completions:
+            keep += [prompt_end - 1, *range(len(ids), len(ids) + len(completion) - 1)]
+            ids += completion
+            positions += range(len(prompt), len(prompt) + len(completion))
+    if fill := -len(ids) % multiple:
+        ids += [0] * fill
+        positions += range(fill)
+        lengths.append(fill)
+    labels = [t for row in rows for t in row["completion"]]
+    return dict(input_ids=torch.tensor([ids]), position_ids=torch.tensor([positions]), document_lengths=lengths,
+                logits_to_keep=torch.tensor(keep), shift_labels=torch.tensor(labels))
+
+# %% ../../nbs/data/03_tokens.ipynb #cd89a221
 def micro_trees(
     rows: list[dict],  # one optimiser step's rows, for `pack_trees`
     max_tokens: int,   # budget of real tokens a micro-batch
 ) -> list[list[dict]]: # groups of rows, in order
-    "Cut rows into groups of at most `max_tokens` tokens; a prompt is counted, and computed, once in every group where it stands."
+    "Cut rows into groups of at most `max_tokens` tokens; a prompt is counted once in every group where it stands."
     groups, used, before = [], max_tokens, None
     for row in rows:
-        own = len(row["completion"])
-        cost = own + (len(row["prompt"]) if row["group"] != before else 0)
-        if used + cost > max_tokens: groups.append([]); used, cost = 0, own + len(row["prompt"])
-        groups[-1].append(row); used += cost; before = row["group"]
+        prompt, completion = len(row["prompt"]), len(row["completion"])
+        cost = completion + (prompt if row["group"] != before else 0)
+        if used + cost > max_tokens:
+            groups.append([])
+            used, cost = 0, completion + prompt
+        groups[-1].append(row)
+        used += cost
+        before = row["group"]
     return groups

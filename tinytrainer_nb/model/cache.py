@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['cache_folder', 'cache_limit', 'CacheEntry', 'cache_entries', 'keep_tensors', 'find_tensors', 'known_hash',
-           'clear_cache', 'base_hash']
+           'base_hash', 'clear_cache']
 
 # %% ../../nbs/model/04_cache.ipynb #385eb5ba
 import contextlib, json, math, os, re, shutil, sys, time
@@ -17,7 +17,7 @@ from ..core import TinyTrainerError, file_hash, patiently, plain, read_json, syn
 
 # %% ../../nbs/model/04_cache.ipynb #af9321b9
 def cache_folder() -> Path:
-    "What TINYTRAINER_CACHE says, else `tinytrainer_nb` in the system's folder for caches."
+    "The folder in TINYTRAINER_CACHE, else `tinytrainer_nb` in the system's folder for caches."
     if asked := os.environ.get("TINYTRAINER_CACHE"): return Path(asked).expanduser()
     if os.name == "nt": caches = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
     elif sys.platform == "darwin": caches = Path.home() / "Library" / "Caches"
@@ -25,11 +25,12 @@ def cache_folder() -> Path:
     return Path(caches) / "tinytrainer_nb"
 
 def cache_limit() -> int: # bytes
-    "What may lie in the cache: TINYTRAINER_CACHE_GB, else 10 GB. Raises `TinyTrainerError` for what is no such number."
+    "How much the cache may hold: TINYTRAINER_CACHE_GB, else 10 GB. Raises `TinyTrainerError` if it is no size."
     text = os.environ.get("TINYTRAINER_CACHE_GB") or "10"
     with contextlib.suppress(ValueError):
         if 0 <= float(text) < math.inf: return int(float(text) * 1e9)
-    raise TinyTrainerError(f"TINYTRAINER_CACHE_GB={text!r} is not allowed: it must be a number of gigabytes, such as 10; 0 keeps nothing.")
+    raise TinyTrainerError(
+        f"TINYTRAINER_CACHE_GB={text!r} is not allowed: it must be a number of gigabytes, such as 10; 0 keeps nothing.")
 
 # %% ../../nbs/model/04_cache.ipynb #a7683a2e
 @dataclass
@@ -41,31 +42,50 @@ class CacheEntry:
 
     @property
     def about(self) -> dict:
-        "What it is of, from the file's header; empty if it cannot be read."
+        "What the entry holds, from the file's header; empty if it cannot be read."
         try:
-            with safe_open(self.path, "pt") as f: return json.loads((f.metadata() or {}).get("about", "{}"))
-        except Exception: return {} # truncated, or gone at this moment
+            with safe_open(self.path, "pt") as f: header = f.metadata() or {}
+            return json.loads(header.get("about", "{}"))
+        except Exception: return {} # truncated, or removed at this moment
 
 def _entry_path(key: str) -> Path: return cache_folder() / f"weights-{key}.safetensors"
 
 def cache_entries() -> list[CacheEntry]: # least recently used first
-    "What lies in the cache; files of other names are not looked at."
+    "What the cache holds; files of other names are ignored."
     found = []
     for path in cache_folder().glob("weights-*.safetensors"):
+        if not re.fullmatch(r"weights-[0-9a-f]{64}", path.stem): continue
         with contextlib.suppress(FileNotFoundError): # another process removed it
-            if re.fullmatch(r"weights-[0-9a-f]{64}", path.stem): found.append(CacheEntry(path, (s := path.stat()).st_size, s.st_mtime))
+            stat = path.stat()
+            found.append(CacheEntry(path, stat.st_size, stat.st_mtime))
     return sorted(found, key=lambda e: e.used)
 
-def _remove(path: Path) -> bool:
-    "Take one file away; one that another process holds (Windows) stays for now."
-    with contextlib.suppress(OSError): path.unlink(missing_ok=True); return True
-    return False
+# %% ../../nbs/model/04_cache.ipynb #fc855ada
+def _write_entry(path: Path, tensors: dict[str, torch.Tensor], about: dict) -> None:
+    "Write an entry whole or not at all."
+    # a folder, for safetensors first writes under another name
+    beside = path.with_name(f".{path.stem}.{os.getpid()}.partial")
+    written = beside / path.name
+    try:
+        beside.mkdir(exist_ok=True)
+        save_file(tensors, written, metadata=dict(about=json.dumps(plain(about))))
+        # safetensors writes for the owner alone; whoever shares the folder shares the files in it
+        written.chmod(path.parent.stat().st_mode & 0o666)
+        with open(written, "rb+") as f: os.fsync(f.fileno())
+        patiently(os.replace, written, path)
+    finally: shutil.rmtree(beside, ignore_errors=True)
+    sync_folder(path.parent)
 
 # %% ../../nbs/model/04_cache.ipynb #65802794
-_FORMATS = {"U8": torch.uint8, "I8": torch.int8, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16} # all that quantized models hold
+def _remove(path: Path) -> bool: # whether it is gone
+    "Remove a file; one that another process holds (Windows) stays for now."
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+        return True
+    return False
 
-def _make_room(size: int) -> None:
-    "Remove what was not used for the longest time until `size` bytes fit, and what processes that died have left."
+def _make_room(size: int) -> None: # bytes
+    "Remove the least recently used entries until `size` bytes fit, and leftovers of processes that died."
     for left in cache_folder().glob(".weights-*.partial"):
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime > 3600: shutil.rmtree(left)
@@ -75,27 +95,32 @@ def _make_room(size: int) -> None:
         if total + size <= cache_limit(): break
         if _remove(e.path): total -= e.bytes
 
+# %% ../../nbs/model/04_cache.ipynb #9db28650
+_FORMATS = { # all that quantized models hold
+    "U8": torch.uint8, "I8": torch.int8, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+}
+
 def keep_tensors(
     key: str,                         # 64 hexadecimal digits
     tensors: dict[str, torch.Tensor], # by name, on a CPU, none of them sharing memory
     **about,                          # what they are, for `cache_entries`
 ) -> None:
-    "Add an entry, or replace it. Raises `TinyTrainerError` if there is no room, `OSError` or `SafetensorError` if it cannot be written."
+    """Add an entry, or replace it.
+
+    Raises `TinyTrainerError` if there is no room, `OSError` or `SafetensorError` if it cannot be written."""
     assert all(t.dtype in _FORMATS.values() for t in tensors.values()), "a number format that is not read back"
-    path, size = _entry_path(key), sum(t.numel() * t.element_size() for t in tensors.values()) + 2**20 # a header
-    if size > cache_limit(): raise TinyTrainerError(f"{size / 1e9:.2f} GB are more than TINYTRAINER_CACHE_GB allows, {cache_limit() / 1e9:.2f}")
+    path = _entry_path(key)
+    size = sum(t.numel() * t.element_size() for t in tensors.values()) + 2**20 # a header
+    if size > cache_limit():
+        raise TinyTrainerError(
+            f"{size / 1e9:.2f} GB are more than TINYTRAINER_CACHE_GB allows, {cache_limit() / 1e9:.2f}")
     path.parent.mkdir(parents=True, exist_ok=True)
     _make_room(size)
-    if (free := shutil.disk_usage(path.parent).free) < 2 * size: raise TinyTrainerError(f"the disk has only {free / 1e9:.2f} GB free, and {size / 1e9:.2f} GB would be kept")
-    beside = path.with_name(f".{path.stem}.{os.getpid()}.partial") # a folder, for safetensors writes a file of another name first
-    try:
-        beside.mkdir(exist_ok=True)
-        save_file(tensors, beside / path.name, metadata=dict(about=json.dumps(plain(about | dict(tensors=len(tensors))))))
-        (beside / path.name).chmod(path.parent.stat().st_mode & 0o666) # safetensors writes for the owner alone; who shares the folder shares what is in it
-        with open(beside / path.name, "rb+") as f: os.fsync(f.fileno())
-        patiently(os.replace, beside / path.name, path)
-    finally: shutil.rmtree(beside, ignore_errors=True)
-    sync_folder(path.parent)
+    free = shutil.disk_usage(path.parent).free
+    if free < 2 * size:
+        raise TinyTrainerError(
+            f"the disk has only {free / 1e9:.2f} GB free, and {size / 1e9:.2f} GB would be kept")
+    _write_entry(path, tensors, about | dict(tensors=len(tensors)))
 
 # %% ../../nbs/model/04_cache.ipynb #4cd47211
 def _read(path: Path) -> dict[str, torch.Tensor]:
@@ -106,26 +131,32 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
         data.seek(8 + int.from_bytes(data.read(8), "little")) # the length of the header, and the header
         for name in f.offset_keys():
             part = f.get_slice(name)
-            t = tensors[name] = torch.empty(part.get_shape(), dtype=_FORMATS[part.get_dtype()])
-            into = memoryview(t.view(-1).view(torch.uint8).numpy()) if t.numel() else memoryview(b"")
-            while len(into): into = into[_some(data.readinto(into)):] # a single read ends at two gigabytes
+            tensors[name] = torch.empty(part.get_shape(), dtype=_FORMATS[part.get_dtype()])
+            _read_into(tensors[name], data)
     if len(tensors) != told: raise EOFError(f"{len(tensors)} of {told} tensors")
     return tensors
 
-def _some(count: int) -> int:
-    if not count: raise EOFError("the file has ended")
-    return count
+def _read_into(tensor: torch.Tensor, data) -> None: # data: an open file
+    "Fill `tensor` with the next bytes; raises `EOFError` if there are too few."
+    if not tensor.numel(): return
+    into = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    while len(into): # a single read ends at two gigabytes
+        count = data.readinto(into)
+        if not count: raise EOFError("the file has ended")
+        into = into[count:]
 
+# %% ../../nbs/model/04_cache.ipynb #61d070aa
 def find_tensors(key: str) -> dict[str, torch.Tensor] | None:
     "The tensors of an entry, marked as used now; None if there is none, or a damaged one, which is removed."
     path = _entry_path(key)
     if not path.exists(): return None
     try: tensors = _read(path)
-    except (SafetensorError, EOFError, KeyError, TypeError, ValueError): _remove(path); return None # the file is cut, or of something else
+    except (SafetensorError, EOFError, KeyError, TypeError, ValueError): # the file is cut, or of something else
+        _remove(path)
+        return None
     except OSError: return None
     with contextlib.suppress(OSError): os.utime(path)
     return tensors
-
 
 # %% ../../nbs/model/04_cache.ipynb #05de20b8
 def _mark(path: Path) -> list[int]:
@@ -134,37 +165,50 @@ def _mark(path: Path) -> list[int]:
     return [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev]
 
 def _remembered(memo: Path) -> dict:
+    "Marks and hashes by path; empty if they cannot be read."
     with contextlib.suppress(OSError, TinyTrainerError):
-        if isinstance(known := read_json(memo), dict): return {path: entry for path, entry in known.items() if isinstance(entry, dict)}
+        known = read_json(memo)
+        if isinstance(known, dict):
+            return {path: entry for path, entry in known.items() if isinstance(entry, dict)}
     return {}
 
+# %% ../../nbs/model/04_cache.ipynb #cc5b04f4
 def known_hash(path: Path | str) -> str:
-    "SHA-256 of a file; of one above 64 MB it is remembered until the file changes."
+    "SHA-256 of a file; that of a file above 64 MB is remembered until the file changes."
     path, memo = Path(path).resolve(), cache_folder() / "hashes.json"
     mark, now = _mark(path), time.time_ns()
-    if mark[0] < 64e6 or not cache_limit(): return file_hash(path)
-    if (known := _remembered(memo).get(str(path))) and known.get("mark") == mark: return known["sha256"]
+    size, changed = mark[0], max(mark[1:3])
+    if size < 64e6 or not cache_limit(): return file_hash(path)
+    known = _remembered(memo).get(str(path))
+    if known and known.get("mark") == mark: return known["sha256"]
     sha256 = file_hash(path)
-    if _mark(path) == mark and now - max(mark[1:3]) > 2e9:
-        with contextlib.suppress(OSError): write_json(memo, dict([*_remembered(memo).items()][-99:]) | {str(path): dict(mark=mark, sha256=sha256)})
+    if _mark(path) == mark and now - changed > 2e9:
+        last = dict(list(_remembered(memo).items())[-99:])
+        with contextlib.suppress(OSError):
+            write_json(memo, last | {str(path): dict(mark=mark, sha256=sha256)})
     return sha256
-
-# %% ../../nbs/model/04_cache.ipynb #01766fca
-def clear_cache() -> int: # bytes that were freed
-    "Remove everything that is kept. Raises `TinyTrainerError` if something cannot be removed."
-    folder, freed = cache_folder(), 0
-    partial = list(folder.glob(".weights-*.partial")) # of processes that died
-    for path in [*(e.path for e in cache_entries()), *(f for p in partial for f in p.glob("*")), folder / "hashes.json"]:
-        try:
-            size = path.stat().st_size
-            path.unlink(); freed += size
-        except (FileNotFoundError, NotADirectoryError): pass # not there, or no longer
-        except OSError as e: raise TinyTrainerError(f"{path}: cannot be removed ({e.strerror}). Is it of another user, or in use by another program?") from None
-    for path in partial: shutil.rmtree(path, ignore_errors=True)
-    return freed
 
 # %% ../../nbs/model/04_cache.ipynb #122f6ed8
 def base_hash(path: str) -> str:
     "SHA-256 over the weight files of a local model, in order of their names; empty for a Hub id."
     files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
     return "+".join(known_hash(f) for f in files)
+
+# %% ../../nbs/model/04_cache.ipynb #01766fca
+def clear_cache() -> int: # bytes that were freed
+    "Remove everything that is kept. Raises `TinyTrainerError` if something cannot be removed."
+    folder, freed = cache_folder(), 0
+    partial = list(folder.glob(".weights-*.partial")) # of processes that died
+    left = [file for p in partial for file in p.glob("*")]
+    for path in [*(e.path for e in cache_entries()), *left, folder / "hashes.json"]:
+        try:
+            size = path.stat().st_size
+            path.unlink()
+            freed += size
+        except (FileNotFoundError, NotADirectoryError): pass # not there, or no longer
+        except OSError as e:
+            raise TinyTrainerError(
+                f"{path}: cannot be removed ({e.strerror}). "
+                "Does it belong to another user, or is another program using it?") from None
+    for path in partial: shutil.rmtree(path, ignore_errors=True)
+    return freed

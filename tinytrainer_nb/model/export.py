@@ -17,42 +17,53 @@ from ..runs.run import Run
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM
 
+# %% ../../nbs/model/09_export.ipynb #39f362ba
+def _merged_weight(layer: BaseTunerLayer) -> torch.Tensor: # (out, in) in fp32
+    "A layer's weight with its active adapters; DoRA scales the rows of base and correction (Liu et al. 2024, eq. 5)."
+    weight = base = written_out(layer.get_base_layer()).float()
+    for name in layer.active_adapters:
+        if name not in layer.r or name in layer.merged_adapters: continue
+        correction = layer.get_delta_weight(name).float()
+        weight = weight + correction
+        if name in getattr(layer, "lora_magnitude_vector", {}):
+            lengths = (base + correction).norm(dim=1) # (out,)
+            weight = weight * (layer.lora_magnitude_vector[name].weight / lengths)[:, None]
+    return weight
+
+# %% ../../nbs/model/09_export.ipynb #2bb16628
+def _empty(base: nn.Module, dtype: torch.dtype):
+    "A model of the same architecture on the CPU, its weights not yet filled in; nothing is quantized."
+    with torch.device("meta"): plain = AutoModelForCausalLM.from_config(base.config, dtype=dtype)
+    plain.config.quantization_config = None # so that there is one to delete
+    del plain.config.quantization_config
+    plain.to_empty(device="cpu")
+    plain.tie_weights()
+    return plain
+
+def _fill(module: nn.Module, into: nn.Module, dtype: torch.dtype) -> None:
+    "Copy what `module` itself holds, quantized weights written out."
+    for kind, p in module.named_parameters(recurse=False):
+        whole = written_out(module) if kind == "weight" else p
+        getattr(into, kind).data = whole.detach().to("cpu", dtype)
+    for kind, b in module.named_buffers(recurse=False): getattr(into, kind).copy_(b)
+
 # %% ../../nbs/model/09_export.ipynb #78df088a
 @torch.no_grad()
 def merged(
     model,                               # with an adapter; it stays as it is
     dtype: torch.dtype = torch.bfloat16, # of the result
 ):                                       # an ordinary `transformers` model, on the CPU
-    "A copy of `model` in 16 or 32 bits with its active adapters merged into the weights. Beside the copy it takes the memory of one layer in fp32."
+    """A copy of `model` in 16 or 32 bits with its active adapters merged into the weights.
+
+    Raises `TinyTrainerError` for a kind of layer whose weight cannot be written out."""
     base = plain_model(model)
     plain = _empty(base, dtype)
     for name, into in plain.named_modules():
         module = base.get_submodule(name)
         _fill(plain_layer(module), into, dtype)
-        if isinstance(module, BaseTunerLayer): into.weight.data = _sum(module).to("cpu", dtype)
+        if isinstance(module, BaseTunerLayer):
+            into.weight.data = _merged_weight(module).to("cpu", dtype)
     return plain.eval()
-
-def _empty(base: nn.Module, dtype: torch.dtype):
-    "A model of the same architecture on the CPU, its weights not yet filled in; nothing is quantized."
-    with torch.device("meta"): plain = AutoModelForCausalLM.from_config(base.config, dtype=dtype)
-    plain.config.quantization_config = None; del plain.config.quantization_config
-    plain.to_empty(device="cpu"); plain.tie_weights()
-    return plain
-
-def _fill(module: nn.Module, into: nn.Module, dtype: torch.dtype) -> None:
-    "Copy what `module` itself holds, quantized weights written out."
-    for kind, p in module.named_parameters(recurse=False): getattr(into, kind).data = (written_out(module) if kind == "weight" else p).detach().to("cpu", dtype)
-    for kind, b in module.named_buffers(recurse=False): getattr(into, kind).copy_(b)
-
-def _sum(layer: BaseTunerLayer) -> torch.Tensor: # (out, in) in fp32
-    "The weight of a layer with its active adapters; those of DoRA are scaled by the lengths of the rows of base and correction (Liu et al. 2024, eq. 5)."
-    base = written_out(layer.get_base_layer()).float()
-    weight = base
-    for name in (a for a in layer.active_adapters if a in layer.r and a not in layer.merged_adapters):
-        correction = layer.get_delta_weight(name).float()
-        weight = weight + correction
-        if name in getattr(layer, "lora_magnitude_vector", {}): weight = weight * (layer.lora_magnitude_vector[name].weight / (base + correction).norm(dim=1))[:, None]
-    return weight
 
 # %% ../../nbs/model/09_export.ipynb #8e851b55
 def save_merged(
@@ -60,13 +71,18 @@ def save_merged(
     folder: str | Path,    # for the model; must not exist, or be empty
     dtype: str = "bf16",   # of the weights: bf16, fp16 or fp32
 ) -> Path:                 # `folder`
-    "Write a run's result as one model with its tokenizer. Raises `TinyTrainerError` if the run has none yet, or `folder` holds something."
+    """Write a run's result as one model, with its tokenizer.
+
+    Raises `TinyTrainerError` if the run has none yet, or `folder` holds something."""
     run, folder = run if isinstance(run, Run) else Run.open(run), Path(folder)
-    if dtype not in DTYPES: raise TinyTrainerError(f"dtype={dtype!r} is not allowed: it must be one of {', '.join(DTYPES)}.")
-    if folder.is_file() or folder.is_dir() and any(folder.iterdir()): raise TinyTrainerError(f"{folder}: something is here already. Name a new folder.")
+    if dtype not in DTYPES:
+        raise TinyTrainerError(f"dtype={dtype!r} is not allowed: it must be one of {', '.join(DTYPES)}.")
+    if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
+        raise TinyTrainerError(f"{folder}: something is here already. Name a new folder.")
     model, tokenizer = load_model(run.folder, device="cpu", verbose=False)
     with whole_folder(folder) as staging, quiet():
         plain = merged(model, DTYPES[dtype])
         plain.config.use_cache, plain.config.pad_token_id = True, tokenizer.pad_token_id
-        plain.save_pretrained(staging); tokenizer.save_pretrained(staging)
+        plain.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
     return folder

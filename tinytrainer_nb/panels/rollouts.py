@@ -20,18 +20,25 @@ def groups_of(
     run: Run,                # of any recipe that writes samples
     step: int | None = None, # None: the newest that has samples
 ) -> list[dict]:             # of each prompt: `step`, `prompt`, `of` (completions it had, None if unknown), `rows`
-    "The completions written down at a step, those of a prompt together; a sample that names no group is one of its own."
-    samples, found = [e for e in run.events if e["kind"] == "sample"], {}
+    "The completions written down at a step, those of a prompt together."
+    samples = [e for e in run.events if e["kind"] == "sample"]
     if step is None and samples: step = samples[-1]["step"]
-    for i, e in enumerate(e for e in samples if e["step"] == step): found.setdefault(e.get("group", -1 - i), []).append(e)
+    found = {}
+    for i, e in enumerate(e for e in samples if e["step"] == step):
+        found.setdefault(e.get("group", -1 - i), []).append(e)
     of = run.info["settings"].get("num_generations")
-    return [dict(step=step, prompt=events[0]["prompt"], of=of, rows=[_row(e) for e in events]) for events in found.values()]
+    return [dict(step=step, prompt=group[0]["prompt"], of=of, rows=list(map(_row, group))) for group in found.values()]
 
 def _row(sample: dict) -> dict:
-    "What a table shows of a completion, by column; parts are called as in the journal's figures, so none is taken for another column."
-    parts = {f"reward/{name}": value for name, value in sample.get("parts", {}).items()}
-    return dict(index=sample.get("index"), reward=sample.get("reward")) | parts | dict(
-        advantage=sample.get("advantage"), tokens=sample.get("tokens"), ended=sample.get("finished"), completion=sample["completion"])
+    "What a table shows of a completion, by column."
+    row = dict(index=sample.get("index"), reward=sample.get("reward"))
+    for name, value in sample.get("parts", {}).items(): row[f"reward/{name}"] = value # none is taken for a column below
+    return row | dict(
+        advantage=sample.get("advantage"),
+        tokens=sample.get("tokens"),
+        ended=sample.get("finished"),
+        completion=sample["completion"],
+    )
 
 # %% ../../nbs/panels/04_rollouts.ipynb #66d3d82d
 def ordered(
@@ -41,35 +48,49 @@ def ordered(
 ) -> list[dict]:
     "Rows by a column; ties stay as they were, rows without a value come last."
     known = [row for row in rows if row.get(column) is not None]
-    return sorted(known, key=lambda row: row[column], reverse=descending) + [row for row in rows if row.get(column) is None]
+    unknown = [row for row in rows if row.get(column) is None]
+    return sorted(known, key=lambda row: row[column], reverse=descending) + unknown
 
 def columns_of(groups: list[dict]) -> list[str]:
     "The columns of which at least one row has a value."
     rows = [row for group in groups for row in group["rows"]]
-    return [c for c in dict.fromkeys(c for row in rows for c in row) if any(row.get(c) is not None for row in rows)]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [name for name in names if any(row.get(name) is not None for row in rows)]
 
 # %% ../../nbs/panels/04_rollouts.ipynb #4e42c5a3
 def spread(group: dict) -> str: # from `groups_of`
     "How far a group's rewards lie apart, and whether it gave a signal, in words."
     rows, of = group["rows"], group["of"] or len(group["rows"])
-    counted = f"{len(rows)} completion{'s' * (len(rows) != 1)}" if len(rows) == of else f"{len(rows)} of {of} completions"
-    rewards, moved = [[row[c] for row in rows if row.get(c) is not None] for c in ("reward", "advantage")]
+    whole = len(rows) == of
+    counted = f"{len(rows)} completion{'s' * (len(rows) != 1)}" if whole else f"{len(rows)} of {of} completions"
+    rewards = [row["reward"] for row in rows if row.get("reward") is not None]
     if not rewards: return f"{counted}, not judged."
     low, high = min(rewards), max(rewards)
-    earned = f"reward {low:.4g} to {high:.4g}, mean {mean(rewards):.4g}" if low < high else f"reward {low:.4g}" + " each" * (len(rows) > 1)
-    signal = " It moves the policy." if any(moved) else " No signal: nothing to learn from it." if moved and len(rows) == of else ""
-    return f"{counted}, {earned}.{signal}"
+    if low < high: earned = f"reward {low:.4g} to {high:.4g}, mean {mean(rewards):.4g}"
+    else: earned = f"reward {low:.4g}" + " each" * (len(rows) > 1)
+    return f"{counted}, {earned}.{_signal(rows, whole)}"
+
+def _signal(rows: list[dict], whole: bool) -> str:
+    "Whether the group moves the policy; empty if nobody knows."
+    advantages = [row["advantage"] for row in rows if row.get("advantage") is not None]
+    if any(advantages): return " It moves the policy."
+    return " No signal: nothing to learn from it." if advantages and whole else ""
 
 # %% ../../nbs/panels/04_rollouts.ipynb #e765d76e
 _STYLE = """<style>
 .tinytrainer-groups {line-height: 1.35; container-type: inline-size}
-.tinytrainer-groups .prompt {white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext; max-height: 8em; overflow: auto; margin-top: 1em; padding-left: 8px; border-left: 3px solid}
+.tinytrainer-groups .prompt {
+  white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext;
+  max-height: 8em; overflow: auto; margin-top: 1em; padding-left: 8px; border-left: 3px solid
+}
 .tinytrainer-groups table {border-collapse: collapse; width: 100%}
 .tinytrainer-groups tr {border-top: 1px solid #8888}
 .tinytrainer-groups th, .tinytrainer-groups td {padding: 2px 8px 2px 0}
 .tinytrainer-groups th {overflow-wrap: break-word; max-width: 8em}
 .tinytrainer-groups td:not(:last-child) {white-space: nowrap !important; font-variant-numeric: tabular-nums}
-.tinytrainer-groups td:last-child {display: block; min-width: 14em; max-height: 12em; overflow: auto; overflow-wrap: anywhere}
+.tinytrainer-groups td:last-child {
+  display: block; min-width: 14em; max-height: 12em; overflow: auto; overflow-wrap: anywhere
+}
 @container (max-width: 60em) {
 .tinytrainer-groups table {display: grid; grid-template-columns: repeat(var(--numbers), auto)}
 .tinytrainer-groups tbody {display: contents}
@@ -77,7 +98,9 @@ _STYLE = """<style>
 .tinytrainer-groups :is(th, td):last-child {grid-column: 1 / -1; max-width: 100cqi}
 }
 </style>"""
-_HEADS = dict(index="#")
+
+# %% ../../nbs/panels/04_rollouts.ipynb #c4e81f60
+_HEADS = dict(index="#") # columns that a page calls by another name
 
 def groups_html(
     groups: list[dict],       # from `groups_of`
@@ -85,11 +108,22 @@ def groups_html(
     descending: bool = True,
 ) -> str:
     "A step's groups, a table each; every text escaped."
+    if not groups: return ""
     columns, sign = columns_of(groups), " ▼" if descending else " ▲"
-    heads = [re.sub(r"(.{5,}?[/_])", r"\1\n", _HEADS.get(c, c)) + sign * (c == column) for c in columns] # a long name in several lines
-    cells = lambda row: [{True: "yes", False: "no"}.get(row[c]) if c == "ended" else row.get(c) for c in columns]
-    told = lambda i, g: f"<div class='prompt'>{escaped(g['prompt'])}</div>{small(spread(g))}{table_html(heads, [cells(row) for row in ordered(g['rows'], column, descending)], f'completions of prompt {i}')}"
-    return f"{_STYLE}<div class='tinytrainer-groups' style='--numbers:{len(columns) - 1}'><b>step {groups[0]['step']}</b>{''.join(told(i, g) for i, g in enumerate(groups, start=1))}</div>" if groups else ""
+    broken = lambda name: re.sub(r"(.{5,}?[/_])", r"\1\n", _HEADS.get(name, name))
+    heads = [broken(name) + sign * (name == column) for name in columns]
+    parts = []
+    for i, group in enumerate(groups, start=1):
+        rows = [_cells(row, columns) for row in ordered(group["rows"], column, descending)]
+        prompt = f"<div class='prompt'>{escaped(group['prompt'])}</div>"
+        parts.append(prompt + small(spread(group)) + table_html(heads, rows, f"completions of prompt {i}"))
+    around = f"<div class='tinytrainer-groups' style='--numbers:{len(columns) - 1}'>"
+    return f"{_STYLE}{around}<b>step {groups[0]['step']}</b>{''.join(parts)}</div>"
+
+def _cells(row: dict, columns: list[str]) -> list:
+    "The cells of a completion; whether it ended is a word."
+    words = {True: "yes", False: "no"}
+    return [words.get(row[name]) if name == "ended" else row.get(name) for name in columns]
 
 # %% ../../nbs/panels/04_rollouts.ipynb #45050cbb
 class RolloutPanel(Panel):
@@ -99,50 +133,71 @@ class RolloutPanel(Panel):
         run,                # a `Run`, or what has one as its `run`, None before it begins
         every: float = 1.0, # seconds between two looks, at least
     ):
-        self.source, self._seen, self._rung, self._drawing = run, None, None, threading.Lock()
+        self.source, self._drawing = run, threading.Lock()
+        self._seen = self._rung = None # the newest event, and the alarms, that are shown
         self.alarms, self.table = widgets.VBox(), widgets.HTML(layout=widgets.Layout(width="100%"))
-        choice = lambda name, first: widgets.Dropdown(description=name, options=[(first, first)], style=dict(description_width="initial"), layout=widgets.Layout(width="15em", max_width="100%"))
-        self.step, self.sort = choice("step", "newest"), choice("sort by", "reward")
-        self.descending = widgets.Checkbox(True, description="descending", indent=False, layout=widgets.Layout(width="auto"))
-        for chosen in (self.step, self.sort, self.descending): chosen.observe(lambda change: change.new is None or self.draw(), "value")
-        above = wrapped(self.step, self.sort, self.descending)
-        super().__init__([self.alarms, above, scrolled(self.table)], every)
+        self.step, self.sort = _choice("step", "newest"), _choice("sort by", "reward")
+        self.descending = widgets.Checkbox(
+            True, description="descending", indent=False, layout=widgets.Layout(width="auto"))
+        choices = self.step, self.sort, self.descending
+        for chosen in choices: chosen.observe(lambda change: change.new is None or self.draw(), "value")
+        super().__init__([self.alarms, wrapped(*choices), scrolled(self.table)], every)
         self.wake()
 
     @property
     def run(self) -> Run | None: return self.source if isinstance(self.source, Run) else self.source.run
 
-    def draw(self) -> None:
-        "Show the step that is chosen, sorted as is chosen."
-        with self._drawing:
-            if self.run is None: self.table.value = small("No run yet: its rollouts appear here when it has begun."); return
-            groups = groups_of(self.run, None if self.step.value == "newest" else self.step.value)
-            self.table.value = groups_html(groups, self.sort.value, self.descending.value) or small(_why_none(self.run))
-
     def twin(self) -> str:
         if self.run is None: return small("No run was started.")
-        return "".join(f"<p>{small(line)}</p>" for line in alarm_lines(self.run).values()) + (groups_html(groups_of(self.run)) or small(_why_none(self.run)))
+        alarms = "".join(f"<p>{small(line)}</p>" for line in alarm_lines(self.run).values())
+        return alarms + (groups_html(groups_of(self.run)) or small(_why_none(self.run)))
+
+def _choice(name: str, first: str) -> widgets.Dropdown:
+    style, layout = dict(description_width="initial"), widgets.Layout(width="15em", max_width="100%")
+    return widgets.Dropdown(description=name, options=[(first, first)], style=style, layout=layout)
+
+# %% ../../nbs/panels/04_rollouts.ipynb #37a9d5c1
+@patch_to(RolloutPanel)
+def draw(self) -> None:
+    "Show the step that is chosen, sorted as is chosen."
+    with self._drawing:
+        if self.run is None:
+            self.table.value = small("No run yet: its rollouts appear here when it has begun.")
+            return
+        groups = groups_of(self.run, None if self.step.value == "newest" else self.step.value)
+        page = groups_html(groups, self.sort.value, self.descending.value)
+        self.table.value = page or small(_why_none(self.run))
 
 def _why_none(run: Run) -> str:
     "Why there is nothing to see."
     every = run.info["settings"].get("sample_steps")
-    return f"No samples yet: the first are written after step {every}." if every else "This run writes no samples (sample_steps=0)."
+    if every: return f"No samples yet: the first are written after step {every}."
+    return "This run writes no samples (sample_steps=0)."
 
 # %% ../../nbs/panels/04_rollouts.ipynb #f855389d
 @patch_to(RolloutPanel)
 def look(self) -> bool: # whether there may be more to see
     "Bring steps, columns, alarms and groups up to date."
     run, follows = self.run, not isinstance(self.source, Run) # whoever has a run may begin another one
-    if run is None: self.draw(); return True
+    if run is None:
+        self.draw()
+        return True
     going, events = run.is_active, run.events # the status first: what was written before it is then among the events
-    if self._seen != (seen := (run, events[-1:])):
-        steps = list(dict.fromkeys(e["step"] for e in events if e["kind"] == "sample"))
-        _offer(self.step, [("newest", "newest"), *((f"step {step}", step) for step in steps)])
-        _offer(self.sort, [(visible(_HEADS.get(c, c)), c) for c in columns_of(groups_of(run))] or [("reward", "reward")])
-        self._ring({e["name"]: e["step"] for e in events if e["kind"] == "alarm"}, steps)
+    seen = run, events[-1:]
+    if self._seen != seen:
+        self._update(run, events)
         self.draw()
         self._seen = seen
     return going or follows
+
+@patch_to(RolloutPanel)
+def _update(self, run: Run, events: list[dict]) -> None:
+    "Offer the steps and columns that there are, and show the alarms."
+    steps = list(dict.fromkeys(e["step"] for e in events if e["kind"] == "sample"))
+    _offer(self.step, [("newest", "newest"), *((f"step {step}", step) for step in steps)])
+    columns = [(visible(_HEADS.get(name, name)), name) for name in columns_of(groups_of(run))]
+    _offer(self.sort, columns or [("reward", "reward")])
+    self._ring({e["name"]: e["step"] for e in events if e["kind"] == "alarm"}, steps)
 
 def _offer(dropdown: widgets.Dropdown, options: list[tuple]) -> None: # (label, value)
     "Other options; what was chosen stays chosen as long as it is there."
@@ -153,25 +208,29 @@ def _offer(dropdown: widgets.Dropdown, options: list[tuple]) -> None: # (label, 
         dropdown.options = options
         dropdown.value = chosen if chosen in values else values[0]
 
+# %% ../../nbs/panels/04_rollouts.ipynb #e60d2b94
 @patch_to(RolloutPanel)
 def _ring(self, rang: dict, steps: list[int]) -> None: # rang: the step at which each alarm rang last, by name
     "A line for each alarm, with a button that leads to the samples nearest to it."
-    near = {name: min(steps, key=lambda step: abs(step - at), default=None) for name, at in rang.items()}
-    told = [(line, name, near[name]) for name, line in alarm_lines(self.run).items()]
+    nearest = {name: min(steps, key=lambda step: abs(step - at), default=None) for name, at in rang.items()}
+    told = [(line, name, nearest[name]) for name, line in alarm_lines(self.run).items()]
     if told == self._rung: return
     close_inside(self.alarms)
-    self._rung, self.alarms.children = told, [self._alarm(*t) for t in told]
+    self._rung, self.alarms.children = told, [self._alarm(*alarm) for alarm in told]
 
 @patch_to(RolloutPanel)
 def _alarm(self, line: str, name: str, step: int | None) -> widgets.Box:
     "An alarm in words, and the way to its samples if there are any."
+    text = f"<div style='line-height:1.35'>{small(line)}</div>"
+    words = widgets.HTML(text, layout=widgets.Layout(flex="1 1 20em", width="auto"))
+    if step is None: return wrapped(words)
     def jump(): self.step.value = step
-    doors = [button(visible(f"{name.replace('_', ' ')}: step {step}"), "search", "show the samples nearest to where it rang last", jump, "auto")] if step is not None else []
-    return widgets.Box([*doors, widgets.HTML(f"<div style='line-height:1.35'>{small(line)}</div>", layout=widgets.Layout(flex="1 1 20em", width="auto"))], layout=widgets.Layout(flex_flow="row wrap"))
+    label = visible(f"{name.replace('_', ' ')}: step {step}")
+    return wrapped(button(label, "search", "show the samples nearest to where it rang last", jump, "auto"), words)
 
 def rollout_panel(
     run,                # a `Run`, or what has one as its `run`, None before it begins
     every: float = 1.0, # seconds between two looks, at least
 ) -> RolloutPanel:      # show it as a cell's last line
-    "The rollouts of a run, group by group."
+    "The rollouts of a run, group by group. Raises `TinyTrainerError` if there is no such run."
     return RolloutPanel(source_of(run), every)

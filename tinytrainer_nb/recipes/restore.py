@@ -31,15 +31,18 @@ def at_start(run: Run) -> tuple: # (model, tokenizer)
 def _whole_at_start(record: LoadRecord, start: Path) -> tuple:
     "A model of which all weights are trained, in fp32: drawn again from its seed, or loaded."
     tokenizer = AutoTokenizer.from_pretrained(start)
-    if record.base.startswith("new:"): model = new_model(record.base.removeprefix("new:"), record.seed, record.dtype, record.device)
+    if record.base.startswith("new:"):
+        model = new_model(record.base.removeprefix("new:"), record.seed, record.dtype, record.device)
     else: model = load_recorded(record, quantization="none")[0].float() # small steps would be lost in 16 bits
     return model.requires_grad_(True), tokenizer
 
 # %% ../../nbs/recipes/02_restore.ipynb #27e01211
 def load_trained(model: nn.Module, path: Path) -> None:
-    "Copy tensors saved by name into the trained parameters of `model`. Raises `TinyTrainerError` if they are not the same ones."
+    "Copy tensors saved by name into the trained parameters of `model`. Raises `TinyTrainerError` if the names differ."
     saved, now = load_file(path), trainable(model)
-    if saved.keys() != now.keys(): raise TinyTrainerError(f"{path}: holds other tensors than this model trains ({len(saved)} against {len(now)}).")
+    if saved.keys() != now.keys():
+        raise TinyTrainerError(
+            f"{path}: holds other tensors than this model trains ({len(saved)} against {len(now)}).")
     with torch.no_grad():
         for name, p in now.items(): p.copy_(saved[name])
 
@@ -49,15 +52,17 @@ def take_step(
     model,            # a language model, with an adapter or trained whole
     checkpoint: Path, # folder, such as `run.last_checkpoint()[0]`
 ) -> None:
-    "Copy a checkpoint's numbers into the trained parameters; a value head's are left out."
-    saved = {name.removeprefix("policy."): p for name, p in load_file(checkpoint / "trained.safetensors").items()}
+    "Copy a checkpoint's numbers into the trained parameters; those of a value head are left out."
+    saved = load_file(checkpoint / "trained.safetensors")
+    saved = {name.removeprefix("policy."): p for name, p in saved.items()}
     for name, p in trainable(model).items(): p.copy_(saved[name])
 
+# %% ../../nbs/recipes/02_restore.ipynb #443b54c3
 def at_checkpoint(
     run: Run,         # of any recipe that trains a language model
     checkpoint: Path, # folder, such as `run.last_checkpoint()[0]`
 ) -> tuple:           # (model, tokenizer)
-    "A run's model as it was at a checkpoint, in evaluation mode, and its tokenizer."
+    "A run's model at a checkpoint, in evaluation mode, and its tokenizer. Raises `TinyTrainerError` like `at_start`."
     model, tokenizer = at_start(run)
     take_step(model, checkpoint)
     return model.eval(), tokenizer
@@ -65,7 +70,7 @@ def at_checkpoint(
 # %% ../../nbs/recipes/02_restore.ipynb #e24d648e
 @contextlib.contextmanager
 def lent(params: list[nn.Parameter]):
-    "Whatever is put into these parameters inside is gone afterwards: they are what they were, bit for bit."
+    "A context in which these parameters may be overwritten: afterwards they are what they were, bit for bit."
     now = [p.detach().clone() for p in params]
     try: yield
     finally:
@@ -73,10 +78,12 @@ def lent(params: list[nn.Parameter]):
             for p, was in zip(params, now): p.copy_(was)
         torch.clear_autocast_cache() # it may hold 16-bit copies of what was lent
 
+# %% ../../nbs/recipes/02_restore.ipynb #ea0f6ffb
 @contextlib.contextmanager
 def as_handed_over(run: Run, model):
     "Inside, `model` is what it was when the run began."
-    start, names = run.folder / "start", saved_adapters(run.folder / "start")
+    start = run.folder / "start"
+    names = saved_adapters(start)
     folder = start if len(names) == 1 else start / names[-1]
     with lent(list(trainable(model).values())):
         set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"), names[-1])
@@ -85,5 +92,5 @@ def as_handed_over(run: Run, model):
 
 # %% ../../nbs/recipes/02_restore.ipynb #0955d4ac
 def trains_here(run: Run) -> bool:
-    "Whether `run.model` is the model of this run as it is now: trained in this process, and by no other one since."
+    "Whether `run.model` is the run's present model: trained in this process, and by no other one since."
     return run.model is not None and run.info["process"]["pid"] == os.getpid()

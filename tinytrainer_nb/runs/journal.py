@@ -9,94 +9,73 @@ __all__ = ['Journal']
 import contextlib, json, os, threading, time
 from itertools import islice
 from pathlib import Path
-from ..core import plain, write_whole
+from ..core import patch_to, plain, write_whole
 
 # %% ../../nbs/runs/01_journal.ipynb #6f1908c3
 class Journal:
     "An append-only file of events; reading is incremental, so asking often costs little."
-    def __init__(self, path: Path): self.path, self._lock = Path(path), threading.Lock(); self._forget()
-
-    def _forget(self) -> None: self._events, self._kinds, self._read = [], {}, 0
+    def __init__(self, path: Path):
+        self.path, self._lock = Path(path), threading.Lock()
+        self._forget()
 
     def append(self, kind: str, step: int, **values) -> dict:
         "Write one event; returns it."
         event = plain(dict(time=round(time.time(), 3), step=step, kind=kind, **values))
+        line = json.dumps(event, ensure_ascii=False) + "\n"
         with self._lock:
             if not self.path.exists(): write_whole(self.path, "")
             with open(self.path, "rb+") as f:
-                data_end = f.seek(0, os.SEEK_END)
-                if data_end and not self._ends_whole(f, data_end): f.truncate(self._last_newline(f, data_end)); f.seek(0, os.SEEK_END)
-                f.write((json.dumps(event, ensure_ascii=False) + "\n").encode("utf8"))
+                _cut_torn_line(f)
+                f.write(line.encode("utf8"))
         return event
 
-    @staticmethod
-    def _ends_whole(f, end: int) -> bool: f.seek(end - 1); return f.read(1) == b"\n"
-
-    @staticmethod
-    def _last_newline(f, end: int) -> int:
-        "Position behind the last whole line."
-        f.seek(0); return f.read(end).rfind(b"\n") + 1
-
     def sync(self) -> None:
-        "Force what was written to the disk."
-        if self.path.exists():
-            with open(self.path, "rb+") as f: os.fsync(f.fileno())
-
-    def events(self) -> list[dict]:
-        "All events that count, oldest first."
-        with self._lock: self._catch_up(); return list(self._events)
-
-    def names(self, kind: str) -> list[str]:
-        "Names of all figures that one kind of event has."
-        with self._lock: self._catch_up(); return [name for name, column in self._columns(kind).items() if column.is_figure()]
-
-    def column(self, kind: str, name: str) -> tuple[list[int], list[float]]: # steps, values
-        "One figure of one kind of event; what is not a number (None among it) is left out."
-        with self._lock: self._catch_up(); return column.read() if (column := self._columns(kind).get(name)) else ([], [])
-
-    def _catch_up(self) -> None:
-        "Read what was written since."
+        "Force the file to the disk."
         if not self.path.exists(): return
-        if self.path.stat().st_size < self._read: self._forget() # a torn line was cut off
-        with open(self.path, "rb") as f:
-            f.seek(self._read); data = f.read()
-        whole = data[:data.rfind(b"\n") + 1]
-        self._read += len(whole)
-        for event in _parsed(whole.splitlines()):
-            if event["kind"] == "status" and event.get("value") == "running" and any(e["step"] > event["step"] for e in reversed(self._events)):
-                self._events, self._kinds = [e for e in self._events if e["step"] <= event["step"]], {}
-            self._events.append(event)
+        with open(self.path, "rb+") as f: os.fsync(f.fileno())
 
-    def _columns(self, kind: str) -> dict:
-        "The columns of one kind of event by name, with those that have come since."
-        known = self._kinds.setdefault(kind, _Kind())
-        new, names = [e for e in islice(self._events, known.seen, None) if e["kind"] == kind], {}
-        known.seen = len(self._events); known.events += new
-        for event in new: names.update(event)
-        for name in names:
-            if name not in ("time", "step", "kind"): known.columns.setdefault(name, _Column(known.events, name))
-        return known.columns
+    def _forget(self) -> None:
+        "Start reading from the beginning."
+        self._events, self._kinds, self._read = [], {}, 0
 
-class _Kind:
-    "The events of one kind, and its columns as far as they were asked for: a picture wants two of a step's ten figures."
-    def __init__(self): self.events, self.columns, self.seen = [], {}, 0 # seen: events of all kinds
+def _cut_torn_line(f) -> None:
+    "Go to the end of a file, and first cut off a last line without a newline."
+    end = f.seek(0, os.SEEK_END)
+    if not end: return
+    f.seek(end - 1)
+    if f.read(1) == b"\n": return
+    f.seek(0)
+    f.truncate(f.read(end).rfind(b"\n") + 1)
+    f.seek(0, os.SEEK_END)
 
-class _Column:
-    "One figure of some events; what was read is kept."
-    def __init__(self, events: list[dict], name: str): self.events, self.name, self.steps, self.values, self.seen, self.looked, self.figure = events, name, [], [], 0, 0, False
+# %% ../../nbs/runs/01_journal.ipynb #1b76d6fc
+@patch_to(Journal)
+def events(self) -> list[dict]:
+    "All events that count, oldest first."
+    with self._lock:
+        self._catch_up()
+        return list(self._events)
 
-    def read(self) -> tuple[list[int], list[float]]: # steps, values
-        "All its numbers so far."
-        found = [(e["step"], e[self.name]) for e in islice(self.events, self.seen, None) if type(e.get(self.name)) in (int, float)]
-        self.steps += [step for step, _ in found]; self.values += [value for _, value in found]
-        self.seen = len(self.events)
-        return list(self.steps), list(self.values)
+@patch_to(Journal)
+def _catch_up(self) -> None:
+    "Read the lines that were written since."
+    if not self.path.exists(): return
+    if self.path.stat().st_size < self._read: self._forget() # a torn line was cut off
+    with open(self.path, "rb") as f:
+        f.seek(self._read)
+        data = f.read()
+    whole = data[:data.rfind(b"\n") + 1]
+    self._read += len(whole)
+    for event in _parsed(whole.splitlines()):
+        if event["kind"] == "status" and event.get("value") == "running": self._drop_after(event["step"])
+        self._events.append(event)
 
-    def is_figure(self) -> bool:
-        "Whether there is a number in it; looks no further than to the first."
-        while not self.figure and self.looked < len(self.events):
-            self.figure = type(self.events[self.looked].get(self.name)) in (int, float); self.looked += 1
-        return self.figure
+@patch_to(Journal)
+def _drop_after(self, step: int) -> None:
+    "Drop the events of later steps: the run goes on from `step`."
+    if not any(e["step"] > step for e in reversed(self._events)): return
+    self._events = [e for e in self._events if e["step"] <= step]
+    self._kinds = {}
 
 def _parsed(lines: list[bytes]):
     "The events of some lines, all at once, which is twice as fast; one by one if a line among them is broken."
@@ -104,3 +83,66 @@ def _parsed(lines: list[bytes]):
     except ValueError:
         for line in lines:
             with contextlib.suppress(ValueError): yield json.loads(line)
+
+# %% ../../nbs/runs/01_journal.ipynb #f54af3cb
+class _Column:
+    "One figure of some events; the numbers read so far are kept."
+    def __init__(self, events: list[dict], name: str):
+        self.events, self.name = events, name
+        self.steps, self.values, self.seen = [], [], 0 # seen: events that were read
+        self.figure, self.looked = False, 0            # looked: events that were looked at for a number
+
+    def read(self) -> tuple[list[int], list[float]]: # steps, values
+        "All its numbers so far."
+        new = [e for e in islice(self.events, self.seen, None) if _is_number(e.get(self.name))]
+        self.steps += [e["step"] for e in new]
+        self.values += [e[self.name] for e in new]
+        self.seen = len(self.events)
+        return list(self.steps), list(self.values)
+
+    def is_figure(self) -> bool:
+        "Whether there is a number in it; looks no further than to the first."
+        while not self.figure and self.looked < len(self.events):
+            self.figure = _is_number(self.events[self.looked].get(self.name))
+            self.looked += 1
+        return self.figure
+
+def _is_number(value) -> bool: return type(value) in (int, float)
+
+# %% ../../nbs/runs/01_journal.ipynb #2d8b5c85
+class _Kind:
+    "The events of one kind, and their columns by name."
+    def __init__(self): self.events, self.columns, self.seen = [], {}, 0 # seen: events of all kinds
+
+    def catch_up(self, events: list[dict], kind: str) -> None:
+        "Take the events that have come since."
+        new = [e for e in islice(events, self.seen, None) if e["kind"] == kind]
+        self.seen = len(events)
+        self.events += new
+        names = {}
+        for event in new: names.update(event)
+        for name in names:
+            if name not in ("time", "step", "kind"): self.columns.setdefault(name, _Column(self.events, name))
+
+# %% ../../nbs/runs/01_journal.ipynb #3506dcf9
+@patch_to(Journal)
+def names(self, kind: str) -> list[str]:
+    "Names of all figures that one kind of event has."
+    with self._lock:
+        self._catch_up()
+        return [name for name, column in self._columns(kind).items() if column.is_figure()]
+
+@patch_to(Journal)
+def column(self, kind: str, name: str) -> tuple[list[int], list[float]]: # steps, values
+    "One figure of one kind of event; other values than numbers (such as None for NaN) are left out."
+    with self._lock:
+        self._catch_up()
+        found = self._columns(kind).get(name)
+        return found.read() if found else ([], [])
+
+@patch_to(Journal)
+def _columns(self, kind: str) -> dict[str, _Column]:
+    "The columns of one kind of event by name, with those that have come since."
+    known = self._kinds.setdefault(kind, _Kind())
+    known.catch_up(self._events, kind)
+    return known.columns

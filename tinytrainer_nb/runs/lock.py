@@ -12,16 +12,20 @@ import psutil
 from ..core import TinyTrainerError, write_json
 from filelock import FileLock
 
-# %% ../../nbs/runs/02_lock.ipynb #74c49297
+# %% ../../nbs/runs/02_lock.ipynb #3f2b1cb8
 def _me() -> dict:
     "This process, told apart from an earlier one with the same number."
     return dict(pid=os.getpid(), started=psutil.Process().create_time())
 
 def _alive(who: dict) -> bool:
-    "Whether the process that `_me` once described still runs; one that ended and was not cleared away yet (a zombie, common in containers) does not."
-    try: process = psutil.Process(who["pid"]); return abs(process.create_time() - who["started"]) < 1 and process.status() != psutil.STATUS_ZOMBIE
+    "Whether the process that `_me` once described still runs; a zombie, common in containers, does not."
+    try:
+        process = psutil.Process(who["pid"])
+        same = abs(process.create_time() - who["started"]) < 1 # second
+        return same and process.status() != psutil.STATUS_ZOMBIE
     except (psutil.Error, KeyError, TypeError): return False
 
+# %% ../../nbs/runs/02_lock.ipynb #74c49297
 class Lock:
     "A lock file that a dead process cannot hold."
     def __init__(self, path: Path): self.path = Path(path)
@@ -33,12 +37,15 @@ class Lock:
         return who if _alive(who) else None
 
     def take(self) -> None:
-        "Take the lock; raises `TinyTrainerError` if a living process holds it."
+        "Take the lock. Raises `TinyTrainerError` if a living process holds it."
         with FileLock(self.path.with_name(".taking")): # of two that find a dead process's lock, one comes first
-            if who := self.holder(): raise TinyTrainerError(f"{self.path.parent}: process {who['pid']} is training into this folder. Stop it first, or use another folder (out; in a terminal --out).")
+            if who := self.holder():
+                raise TinyTrainerError(f"{self.path.parent}: process {who['pid']} is training into this folder. "
+                                       "Stop it first, or use another folder (out; in a terminal --out).")
             write_json(self.path, _me())
 
     def release(self) -> None:
+        "Give the lock back."
         with contextlib.suppress(FileNotFoundError): self.path.unlink()
 
 # %% ../../nbs/runs/02_lock.ipynb #3ac910cc
@@ -47,16 +54,21 @@ class Turn:
     def __init__(self): self.run, self._lock = None, threading.Lock()
 
     def need(self) -> None:
-        "Raise `TinyTrainerError` if a run trains; one that has ended is waited for while it puts its things away."
+        "Raise `TinyTrainerError` if a run trains; one that has ended is waited for while it cleans up."
         while (run := self.run) is not None:
-            if run.is_active: raise TinyTrainerError(f"{run.folder} is being trained in this process, and a second run would change its random numbers. `run.stop()` and `run.wait()` first (in a panel: Stop), or train in another process.")
+            if run.is_active:
+                raise TinyTrainerError(f"{run.folder} is being trained in this process, and a second run would change "
+                                       "its random numbers. `run.stop()` and `run.wait()` first (in a panel: Stop), "
+                                       "or train in another process.")
             time.sleep(0.02)
 
     @contextlib.contextmanager
     def of(self, run):
-        "A context in which nobody but `run` trains in this process."
-        with self._lock: self.need(); self.run = run
+        "A context in which nobody but `run` trains in this process. Raises `TinyTrainerError` if another run trains."
+        with self._lock:
+            self.need()
+            self.run = run
         try: yield
         finally: self.run = None
 
-TURN = Turn()
+TURN = Turn() # of this process

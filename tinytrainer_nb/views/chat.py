@@ -7,7 +7,7 @@ __all__ = ['Chat', 'chat_loop']
 
 # %% ../../nbs/views/03_chat.ipynb #ee24c05b
 from contextlib import closing
-from ..core import TinyTrainerError
+from ..core import TinyTrainerError, patch_to
 from ..hardware import mix_seed
 from ..compute.decode import Decoder
 from ..compute.arguments import GenerateArgs
@@ -27,23 +27,14 @@ class Chat:
         seed: int = 0,             # of the draws
     ):
         self.model, self.tokenizer, self.system = model, ensure_template(tokenizer), system
-        self.args, self.decoder = GenerateArgs(temperature=temperature, max_new_tokens=max_new_tokens, seed=seed), None
+        self.args = GenerateArgs(temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
+        self.decoder = None # made at the first question
         self.reset()
 
     def reset(self) -> None:
         "Begin a new conversation."
-        self.messages, self.forgotten, self.tokens = ([dict(role="system", content=self.system)] if self.system else []), 0, 0
-
-    def pieces(self, text: str):
-        "Yield the model's answer piece by piece, as it comes; then it joins the conversation, and so does the beginning of one that is closed before its end. Raises `TinyTrainerError` if the question alone is too long."
-        shown, forgotten = self._window([*self.messages, dict(role="user", content=text)])
-        self.decoder, answer = self.decoder or Decoder(self.model, None, rows=1), ""
-        with closing(stream(self.model, self.tokenizer, shown, self.args, mix_seed(self.args.seed, len(self.messages)), decoder=self.decoder)) as pieces:
-            try:
-                for piece in pieces: answer += piece; yield piece
-            except GeneratorExit: pass # nobody listens any more
-        self.add(text, answer)
-        self.forgotten, self.tokens = forgotten, len(prompt_ids(self.tokenizer, [*shown, self.messages[-1]]))
+        self.messages = [dict(role="system", content=self.system)] if self.system else []
+        self.forgotten = self.tokens = 0
 
     def add(self, text: str, answer: str) -> None:
         "A turn joins the conversation."
@@ -54,23 +45,42 @@ class Chat:
         return "".join(self.pieces(text))
 
 # %% ../../nbs/views/03_chat.ipynb #12acc63b
+@patch_to(Chat)
 def _window(self, messages: list[dict]) -> tuple[list[dict], int]:
-    "The newest messages that leave room for an answer, behind the system message; and how many were left out."
+    "The system message and the newest others that leave room for an answer; how many were left out."
     first, turns = messages[:bool(self.system)], messages[bool(self.system):]
-    room = self.model.config.max_position_embeddings - self.args.max_new_tokens
+    room = self.model.config.max_position_embeddings - self.args.max_new_tokens # tokens
     left_out = 0
     while len(turns) - left_out > 1 and len(prompt_ids(self.tokenizer, first + turns[left_out:])) > room: left_out += 2
     return first + turns[left_out:], left_out
 
-Chat._window = _window
+# %% ../../nbs/views/03_chat.ipynb #b1e85f37
+@patch_to(Chat)
+def pieces(self, text: str):
+    """Yield the model's answer piece by piece; at its end, or when it is closed, the turn joins the conversation.
+    Raises `TinyTrainerError` if the question alone is too long."""
+    shown, forgotten = self._window([*self.messages, dict(role="user", content=text)])
+    self.decoder = self.decoder or Decoder(self.model, None, rows=1)
+    seed, answer = mix_seed(self.args.seed, len(self.messages)), ""
+    with closing(stream(self.model, self.tokenizer, shown, self.args, seed, decoder=self.decoder)) as coming:
+        try:
+            for piece in coming:
+                answer += piece
+                yield piece
+        except GeneratorExit: pass # nobody listens any more
+    self.add(text, answer)
+    self.forgotten, self.tokens = forgotten, len(prompt_ids(self.tokenizer, [*shown, self.messages[-1]]))
 
 # %% ../../nbs/views/03_chat.ipynb #30e740db
+@patch_to(Chat)
 def _repr_markdown_(self) -> str:
-    "The conversation, as quoted text: nothing in it is taken for markup."
+    "The conversation, as quoted text."
     quote = lambda text: "\n".join("    " + line for line in text.splitlines())
-    return "\n\n".join(f"**{m['role']}**\n\n{quote(m['content'])}" for m in self.messages) or "*an empty conversation*"
+    turns = (f"**{m['role']}**\n\n{quote(m['content'])}" for m in self.messages)
+    return "\n\n".join(turns) or "*an empty conversation*"
 
-Chat._repr_markdown_ = _repr_markdown_
+@patch_to(Chat)
+def __repr__(self) -> str: return f"Chat of {len(self.messages)} messages, {self.tokens} tokens of context"
 
 # %% ../../nbs/views/03_chat.ipynb #6453a43c
 def chat_loop(
@@ -88,13 +98,18 @@ def chat_loop(
     except EOFError: write("")
     return chat
 
+# %% ../../nbs/views/03_chat.ipynb #52f1c0b8
 def _turn(chat: Chat, text: str, write) -> None:
-    "One line of the user."
-    if text == "/reset": chat.reset(); return write("(a new conversation)")
+    "Answer one line of the user."
+    if text == "/reset":
+        chat.reset()
+        return write("(a new conversation)")
     before, pieces = chat.forgotten, chat.pieces(text)
     try: first = next(pieces, "")
     except TinyTrainerError as e: return write(f"({e})")
     write(f"model> {first}", end="", flush=True)
     for piece in pieces: write(piece, end="", flush=True)
     write("")
-    if chat.forgotten > before: write(f"(the context is full: the model no longer sees the first {chat.forgotten} messages; /reset begins anew)")
+    if chat.forgotten > before:
+        lost = f"the model no longer sees the first {chat.forgotten} messages"
+        write(f"(the context is full: {lost}; /reset begins anew)")
