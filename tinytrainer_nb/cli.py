@@ -10,6 +10,7 @@ __all__ = ['COMMANDS', 'Parser', 'add_settings', 'read_settings', 'with_config',
 # %% ../nbs/91_cli.ipynb #6dbdfd67
 import argparse, contextlib, difflib, json, logging, os, sys, time, warnings
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from . import __version__
 from .core import TinyTrainerError, read_json
@@ -25,23 +26,26 @@ def _near(word: str, known) -> str:
     return f" Did you mean {' or '.join(found)}?" if found else ""
 
 class Parser(argparse.ArgumentParser):
-    "`argparse` with errors of one line; abbreviated flags are not guessed, and a flag that was not given leaves no value."
+    "`argparse` with one-line errors and without abbreviated flags; a flag that was not given leaves no value."
     def __init__(self, command: str = "", description: str = ""):
-        super().__init__(prog=f"tinytrainer {command}".strip(), description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=100))
+        def layout(prog): return argparse.HelpFormatter(prog, max_help_position=28, width=100)
+        super().__init__(prog=f"tinytrainer {command}".strip(), description=description, formatter_class=layout,
+                         allow_abbrev=False, argument_default=argparse.SUPPRESS)
 
     def error(self, message: str):
+        "Say what is wrong, in one line, and exit with status 2."
         end = "" if message.endswith((".", "?")) else "."
         print(f"error: {message}{end} `{self.prog} --help` shows what there is.", file=sys.stderr)
         raise SystemExit(2)
 
     def parse(self, argv: list[str]) -> dict: # the values given, by name
-        "The flags as a dict; an unknown one is an error that names its neighbours."
+        "The flags as a dict; an unknown one is an error that names similar ones."
         given, unknown = self.parse_known_args(argv)
         if unknown:
             flag = unknown[0].partition("=")[0]
             if not flag.startswith("--"): self.error(f"{flag!r} is one word too many.")
-            self.error(f"unknown flag {flag}.{suggestion(flag.replace('-', '_').replace('__', '--', 1), self._option_string_actions)}")
+            written = flag.replace("-", "_").replace("__", "--", 1) # as our flags are
+            self.error(f"unknown flag {flag}.{suggestion(written, self._option_string_actions)}")
         return vars(given)
 
 # %% ../nbs/91_cli.ipynb #a3626b12
@@ -51,110 +55,136 @@ def add_settings(
     title: str,       # heading in the help
     prefix: str = "", # in front of every flag, such as lora_
     without: tuple = (), # names that get no flag
-    **defaults: str,  # what is taken if a setting is not given, in words, where the dataclass does not say it
+    **defaults: str,  # what is used if a setting is not given, in words, where the dataclass does not say it
 ) -> None:
-    "A flag for each field: help, what is allowed, default, unit."
+    "Add a flag for each field, whose help says what is allowed, the default and the unit."
     group = parser.add_argument_group(title)
     for f in fields(cls):
         if f.name in without: continue
+        kind = field_type(f)
         unit = f" {f.metadata['unit']}" if f.metadata.get("unit") else ""
-        words = f"{f.metadata['help']}; {allowed(f)} (default {defaults.get(f.name, f.default if f.default != '' else 'none')}{unit})"
-        switch = dict(nargs="?", const=as_text(True)) if field_type(f) is bool else {}
-        metavar = {int: "N", float: "X", bool: "BOOL"}.get(field_type(f), "TEXT")
+        default = defaults.get(f.name, "none" if f.default == "" else f.default)
+        words = f"{f.metadata['help']}; {allowed(f)} (default {default}{unit})"
+        switch = dict(nargs="?", const=as_text(True)) if kind is bool else {}
+        metavar = {int: "N", float: "X", bool: "BOOL"}.get(kind, "TEXT")
         group.add_argument(f"--{prefix}{f.name}", metavar=metavar, help=words.replace("%", "%%"), **switch)
 
+# %% ../nbs/91_cli.ipynb #894cbf0d
 def read_settings(cls: type, values: dict, prefix: str = ""):
-    "An instance of `cls` from flags (text) and configuration (typed), by name; other names are left alone."
+    """An instance of `cls` from flags (text) and configuration (typed), by name; other names are ignored.
+    Raises `TinyTrainerError` for a value that is not allowed."""
     named = {f: values[prefix + f.name] for f in fields(cls) if prefix + f.name in values}
     try: return cls(**{f.name: parse_value(f, v) if isinstance(v, str) else v for f, v in named.items()})
     except TinyTrainerError as e: raise TinyTrainerError(f"{prefix}{e}") from None
 
 # %% ../nbs/91_cli.ipynb #cd26a6c1
 def with_config(parser: Parser, given: dict) -> dict:
-    "The values of `--config`, overwritten by the flags; an unknown name in the file is an error."
+    "The values of `--config`, overwritten by the flags. Raises `TinyTrainerError` for a file that does not fit."
     if "config" not in given: return given
-    if not Path(given["config"]).is_file(): raise TinyTrainerError(f"{given['config']}: no such file. --config takes a JSON file of values by flag name.")
-    values, known = read_json(given["config"]), {a.dest for a in parser._actions} - {"help", "config"}
-    if not isinstance(values, dict): raise TinyTrainerError(f"{given['config']}: expected a JSON object, such as {{\"max_steps\": 50}}.")
+    file = given["config"]
+    if not Path(file).is_file():
+        raise TinyTrainerError(f"{file}: no such file. --config takes a JSON file of values by flag name.")
+    values, known = read_json(file), {a.dest for a in parser._actions} - {"help", "config"}
+    if not isinstance(values, dict):
+        raise TinyTrainerError(f"{file}: expected a JSON object, such as {{\"max_steps\": 50}}.")
     for name in values:
-        if name not in known: raise TinyTrainerError(f"{given['config']}: unknown setting {name}.{suggestion(name, known)} Known: {', '.join(sorted(known))}.")
+        if name in known: continue
+        raise TinyTrainerError(f"{file}: unknown setting {name}.{suggestion(name, known)} "
+                               f"Known: {', '.join(sorted(known))}.")
     return values | given
 
 # %% ../nbs/91_cli.ipynb #ab7ed466
 def recipe_flags(recipe: Recipe, parser: Parser) -> None:
-    "All flags of a recipe."
+    "Add all flags of a recipe."
     parser.usage = "%(prog)s [--FLAG VALUE]..."
     parser.add_argument("--config", metavar="FILE", help="JSON file of values by flag name; flags win over it")
+    own_data = f"the project's own {recipe.data}" if recipe.data else "must be named"
     add_settings(parser, LoadArgs, "the base", without=("quantization",) if recipe.whole else ())
-    add_settings(parser, DataArgs, "the data", data=f"the project's own {recipe.data}" if recipe.data else "must be named")
-    if recipe.rounds: parser.add_argument("--reward", help="NAME[=WEIGHT],... of built-in rewards, or file.py:function (default exact_answer)")
+    add_settings(parser, DataArgs, "the data", data=own_data)
+    if recipe.rounds:
+        words = "NAME[=WEIGHT],... of built-in rewards, or file.py:function (default exact_answer)"
+        parser.add_argument("--reward", help=words)
     add_settings(parser, recipe.settings_class, f"settings of {recipe.name}")
     if not recipe.whole: add_settings(parser, LoraArgs, "the adapter, if the base has none yet", prefix="lora_")
 
 # %% ../nbs/91_cli.ipynb #4de41d0e
 def read_data_settings(values: dict) -> DataArgs:
-    "Which data the flags name; columns may come from a configuration as an object."
+    "Which data the flags name. Columns may come from a configuration as an object."
     columns = values.get("columns", "")
     if isinstance(columns, dict): columns = ",".join(f"{new}={old}" for new, old in columns.items())
     return read_settings(DataArgs, values | dict(columns=columns))
 
 # %% ../nbs/91_cli.ipynb #31a5d8cc
 def report(run) -> None:
-    "Say how a run ended and where everything is."
+    "Print how a run ended and where everything is."
     from tinytrainer_nb.views.terminal import summary_line
     print(summary_line(run))
     made = {"adapter": "what was trained", "model": "what was trained", "figure.png": "the curves",
             "summary.json": "the figures", "events.jsonl": "the journal"}
     for name, words in made.items():
         if (run.folder / name).exists(): print(f"  {str(run.folder / name):40} {words}")
-    print(f"next: {run.how_to_resume().strip('`')}" if run.status == "stopped" else f"next: tinytrainer chat {run.folder}")
+    go_on = run.how_to_resume().strip("`") if run.status == "stopped" else f"tinytrainer chat {run.folder}"
+    print(f"next: {go_on}")
 
 def _begun_here(out: Path):
     "The run at `out`, or beside it, that this process began; None if there is none."
     from tinytrainer_nb.runs.run import Run
-    runs = [Run(p) for p in (out, *out.parent.glob(f"{out.name}-*")) if (p / "run.json").exists()]
+    folders = (out, *out.parent.glob(f"{out.name}-*"))
+    runs = [Run(folder) for folder in folders if (folder / "run.json").exists()]
     found = [run for run in runs if run.info["process"]["pid"] == os.getpid()]
     return max(found, key=lambda run: run.info["created"], default=None)
 
-def train_command(recipe: Recipe, parser: Parser, given: dict) -> int:
-    "A recipe's command."
-    values = with_config(parser, given)
-    args, load, data = read_settings(recipe.settings_class, values), read_settings(LoadArgs, values), read_data_settings(values)
-    lora = read_settings(LoraArgs, values, "lora_")
-    if Path(args.out).is_file(): raise TinyTrainerError(f"{args.out}: is a file, so no run can be made there. Choose another --out.")
-    try: report(_trained(recipe, args, load, data, lora, values.get("reward", "exact_answer")))
-    except TinyTrainerError as e:
-        run = _begun_here(Path(args.out))
-        raise TinyTrainerError(f"{e} The run so far is {run.folder}: {run.how_to_resume()} goes on with it.") if run else e from None
-    except KeyboardInterrupt:
-        run = _begun_here(Path(args.out))
-        print(f"\ninterrupted: {run.how_to_resume()} goes on." if run else "\ninterrupted before the run began.", file=sys.stderr)
-        return 130
-    return 0
-
+# %% ../nbs/91_cli.ipynb #c1dc4e79
 def _trained(recipe: Recipe, args, load: LoadArgs, data: DataArgs, lora: LoraArgs, reward: str):
-    "The run, with a reward that is looked up once: a misspelled one is told before anything is loaded, and a file is executed once."
+    "The finished run."
     from tinytrainer_nb.recipes.rewards import find_reward
     from tinytrainer_nb.recipes.train import train
     quiet_bars()
     return train(recipe, args, load, data, lora, find_reward(reward) if recipe.rounds else None)
+
+def train_command(recipe: Recipe, parser: Parser, given: dict) -> int: # exit status
+    "Train by a recipe. Raises `TinyTrainerError` for settings, data or bases that cannot work."
+    values = with_config(parser, given)
+    args, load = read_settings(recipe.settings_class, values), read_settings(LoadArgs, values)
+    data, lora = read_data_settings(values), read_settings(LoraArgs, values, "lora_")
+    out = Path(args.out)
+    if out.is_file():
+        raise TinyTrainerError(f"{args.out}: is a file, so no run can be made there. Choose another --out.")
+    try: report(_trained(recipe, args, load, data, lora, values.get("reward", "exact_answer")))
+    except TinyTrainerError as e:
+        run = _begun_here(out)
+        if not run: raise e from None
+        so_far = f"The run so far is {run.folder}: {run.how_to_resume()} goes on with it."
+        raise TinyTrainerError(f"{e} {so_far}") from None
+    except KeyboardInterrupt:
+        run = _begun_here(out)
+        left = f": {run.how_to_resume()} goes on." if run else " before the run began."
+        print(f"\ninterrupted{left}", file=sys.stderr)
+        return 130
+    return 0
 
 # %% ../nbs/91_cli.ipynb #e96090d7
 def _resume_flags(parser: Parser) -> None:
     parser.add_argument("folder", metavar="DIR", help="a run's folder")
     parser.add_argument("--reward", help="of PPO and GRPO: needed again if it was file.py:function or a function")
 
-def resume_command(parser: Parser, given: dict) -> int:
-    "Go on with an interrupted run; a finished one says so."
+def resume_command(parser: Parser, given: dict) -> int: # exit status
+    "Go on with an interrupted run; a finished one says so. Raises `TinyTrainerError` if the run cannot go on."
     from tinytrainer_nb.runs.run import Run
     folder = Path(given["folder"])
     run = Run.open(folder)
-    if run.status == "finished": print(f"{folder}: this run is finished, there is nothing to resume. `tinytrainer chat {folder}` talks to what it made; `--base {folder}` trains on from it."); return 0
-    if "reward" in given and "reward" not in run.info: raise TinyTrainerError(f"{folder}: a run of {run.info['recipe']} has no reward. Leave out --reward.")
+    if run.status == "finished":
+        print(f"{folder}: this run is finished, there is nothing to resume. "
+              f"`tinytrainer chat {folder}` talks to what it made; `--base {folder}` trains on from it.")
+        return 0
+    if "reward" in given and "reward" not in run.info:
+        raise TinyTrainerError(f"{folder}: a run of {run.info['recipe']} has no reward. Leave out --reward.")
     from tinytrainer_nb.recipes import train # noqa: F401, adds `resume` to a run
     quiet_bars()
     try: report(run.resume(reward=given.get("reward")))
-    except KeyboardInterrupt: print(f"\ninterrupted: {run.how_to_resume()} goes on.", file=sys.stderr); return 130
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: {run.how_to_resume()} goes on.", file=sys.stderr)
+        return 130
     return 0
 
 # %% ../nbs/91_cli.ipynb #9fe5dda0
@@ -166,13 +196,16 @@ def _count(text: str) -> int:
 def _evaluate_flags(parser: Parser) -> None:
     add_settings(parser, LoadArgs, "the model")
     add_settings(parser, DataArgs, "the data", data="the project's own heldout.jsonl")
-    parser.add_argument("--task", help="loss, or a reward: exact_answer, flexible_answer, reference_overlap, length, format, repetition, file.py:function (default exact_answer)")
+    parser.add_argument("--task", help="loss, or a reward: exact_answer, flexible_answer, reference_overlap, length, "
+                                       "format, repetition, file.py:function (default exact_answer)")
     parser.add_argument("--limit", type=_count, metavar="N", help="only the first N rows (default 0: all)")
     parser.add_argument("--max_new_tokens", type=int, metavar="N", help="longest answer (default 256 tokens)")
-    parser.add_argument("--json", action="store_true", help="one line of JSON: task, score, n; of a reward its 95 %% interval and the other parts, too")
+    parser.add_argument("--json", action="store_true", help="one line of JSON: task, score, n; "
+                                                            "of a reward its 95 %% interval and the other parts, too")
 
-def evaluate_command(parser: Parser, given: dict) -> int:
-    "Score a model."
+# %% ../nbs/91_cli.ipynb #bbd5b650
+def evaluate_command(parser: Parser, given: dict) -> int: # exit status
+    "Score a model. Raises `TinyTrainerError` for an unknown task, and for data or a model that cannot be read."
     load, data, task = read_settings(LoadArgs, given), read_data_settings(given), given.get("task", "exact_answer")
     from tinytrainer_nb.core import data_file
     from tinytrainer_nb.data.formats import load_examples
@@ -181,9 +214,10 @@ def evaluate_command(parser: Parser, given: dict) -> int:
     from tinytrainer_nb.recipes.rewards import find_reward
     quiet_bars()
     examples = load_examples(data.data or str(data_file("heldout.jsonl")), data.columns or None, data.split)
-    reward = task if task == "loss" else find_reward(task) # a misspelled one is told before anything is loaded
+    reward = task if task == "loss" else find_reward(task) # a misspelled one is reported before anything is loaded
     model, tokenizer = load_model(load.base, load.quantization, load.dtype, verbose=not given.get("json"))
-    found = evaluate(model, tokenizer, examples, reward, **{k: given[k] for k in ("limit", "max_new_tokens") if k in given})
+    how = {name: given[name] for name in ("limit", "max_new_tokens") if name in given}
+    found = evaluate(model, tokenizer, examples, reward, **how)
     print(json.dumps(found.to_dict()) if given.get("json") else found)
     return 0
 
@@ -195,83 +229,99 @@ def _chat_flags(parser: Parser) -> None:
     parser.add_argument("--temperature", type=float, metavar="T", help="0: always the likeliest token (default 0)")
     parser.add_argument("--max_new_tokens", type=int, metavar="N", help="longest answer (default 256 tokens)")
 
-def chat_command(parser: Parser, given: dict) -> int:
-    "Talk to a model."
+def chat_command(parser: Parser, given: dict) -> int: # exit status
+    "Talk to a model. Raises `TinyTrainerError` for a model that cannot be read."
     load = read_settings(LoadArgs, given)
     from tinytrainer_nb.model.load import load_model
     from tinytrainer_nb.views.chat import chat_loop
     quiet_bars()
     model, tokenizer = load_model(load.base, load.quantization, load.dtype)
-    chat_loop(model, tokenizer, **{k: given[k] for k in ("system", "temperature", "max_new_tokens") if k in given})
+    how = {name: given[name] for name in ("system", "temperature", "max_new_tokens") if name in given}
+    chat_loop(model, tokenizer, **how)
     return 0
 
 # %% ../nbs/91_cli.ipynb #7751e0a0
 def _cache_flags(parser: Parser) -> None:
     parser.add_argument("--clear", action="store_true", help="remove everything that is kept")
 
-def cache_command(parser: Parser, given: dict) -> int:
-    "List or clear what is kept."
+def cache_command(parser: Parser, given: dict) -> int: # exit status
+    "List or clear the kept weights."
     from tinytrainer_nb.model.cache import cache_entries, cache_folder, cache_limit, clear_cache
     from tinytrainer_nb.core import visible
-    if given.get("clear"): print(f"{cache_folder()}: {clear_cache() / 1e9:.2f} GB removed"); return 0
+    if given.get("clear"):
+        print(f"{cache_folder()}: {clear_cache() / 1e9:.2f} GB removed")
+        return 0
     entries = cache_entries()
-    print(f"{cache_folder()}: {sum(e.bytes for e in entries) / 1e9:.2f} of at most {cache_limit() / 1e9:.2f} GB")
+    used, limit = sum(e.bytes for e in entries) / 1e9, cache_limit() / 1e9
+    print(f"{cache_folder()}: {used:.2f} of at most {limit:.2f} GB")
     for e in reversed(entries):
         about = {"base": "unreadable", "quantization": "", "dtype": ""} | e.about
-        print(f"  {visible(about['base']):40} {about['quantization']:5} {about['dtype']:5} {e.bytes / 1e9:6.2f} GB   last used {time.strftime('%Y-%m-%d %H:%M', time.localtime(e.used))}")
+        model = f"{visible(about['base']):40} {about['quantization']:5} {about['dtype']:5}"
+        last = time.strftime("%Y-%m-%d %H:%M", time.localtime(e.used))
+        print(f"  {model} {e.bytes / 1e9:6.2f} GB   last used {last}")
     return 0
 
 # %% ../nbs/91_cli.ipynb #b13990e7
 def _out_flag(parser: Parser, default: str) -> None:
-    parser.add_argument("--out", metavar="DIR", help=f"folder for the executed notebook and its runs (default {default}; if it exists, a new one beside it)")
+    parser.add_argument("--out", metavar="DIR", help="folder for the executed notebook and its runs "
+                                                     f"(default {default}; if it exists, a new one beside it)")
 
 def _run_flags(parser: Parser) -> None:
-    parser.add_argument("notebook", metavar="NOTEBOOK", help="a shipped notebook's name, such as quickstart, or the path of an .ipynb file")
-    parser.add_argument("-p", nargs=2, action="append", metavar=("NAME", "VALUE"), help="a parameter; may be given many times")
+    parser.add_argument("notebook", metavar="NOTEBOOK", help="a shipped notebook's name, such as quickstart, "
+                                                             "or the path of an .ipynb file")
+    parser.add_argument("-p", nargs=2, action="append", metavar=("NAME", "VALUE"),
+                        help="a parameter; may be given many times")
     parser.add_argument("-f", metavar="FILE", help="YAML or JSON file of parameters; -p wins over it")
     _out_flag(parser, "the notebook's name")
 
-def _interrupted_notebook(folder: Path) -> int:
+def _interrupted_notebook(folder: Path) -> int: # exit status
     "Say what is left of a notebook that was interrupted."
     from tinytrainer_nb.runs.run import Run
-    left = [Run(p.parent) for p in folder.glob("**/run.json") if Run(p.parent).status != "finished"]
-    hints = "".join(f" {run.how_to_resume()} goes on with its training." for run in left)
+    runs = [Run(file.parent) for file in folder.glob("**/run.json")]
+    hints = "".join(f" {run.how_to_resume()} goes on with its training." for run in runs if run.status != "finished")
     print(f"\ninterrupted: the notebook as far as it came is in {folder}.{hints}", file=sys.stderr)
     return 130
 
-def notebook_command(parser: Parser, given: dict) -> int:
-    "Run a notebook, follow it, and tell what came out."
+# %% ../nbs/91_cli.ipynb #d3234542
+def notebook_command(parser: Parser, given: dict) -> int: # exit status
+    "Run a notebook, follow it, and print its results. Raises `TinyTrainerError` for wrong names and failing cells."
     from tinytrainer_nb.views.quickstart import accuracy_text, samples_text
     from tinytrainer_nb.notebooks import read_parameters, run_notebook
     from tinytrainer_nb.core import read_json
     from tinytrainer_nb.runs.run import Run
     from tinytrainer_nb.views.terminal import summary_line
     values = (read_parameters(given["f"]) if "f" in given else {}) | dict(given.get("p", []))
-    try: target, runs = run_notebook(given["notebook"], values, given.get("out"))
+    try: target, folder = run_notebook(given["notebook"], values, given.get("out"))
     except KeyboardInterrupt as e:
         if not e.args: raise
         return _interrupted_notebook(Path(e.args[0]))
-    found = sorted((Run(p.parent) for p in runs.glob("**/run.json")), key=lambda run: run.info["created"])
-    summary = read_json(runs / "summary.json") if (runs / "summary.json").exists() else {}
-    if "accuracy" in summary: print("\nshare of held-out problems answered right\n" + accuracy_text(summary))
-    if summary.get("samples"): print("\nbefore and after (the base in the better of its two forms)\n" + samples_text(summary))
+    runs = sorted((Run(file.parent) for file in folder.glob("**/run.json")), key=lambda run: run.info["created"])
+    summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else {}
+    if "accuracy" in summary:
+        print("\nshare of held-out problems answered right\n" + accuracy_text(summary))
+    if summary.get("samples"):
+        print("\nbefore and after (the base in the better of its two forms)\n" + samples_text(summary))
     print("\nsaved")
     print(f"  {str(target):40} the executed notebook")
-    for run in found: print(f"  {str(run.folder):40} {summary_line(run) if run.summary else run.status}")
-    if found: print(f"next: tinytrainer chat {found[-1].folder}")
+    for run in runs: print(f"  {str(run.folder):40} {summary_line(run) if run.summary else run.status}")
+    if runs: print(f"next: tinytrainer chat {runs[-1].folder}")
     return 0
 
 # %% ../nbs/91_cli.ipynb #b46aa28a
+def _quickstart(parser: Parser, given: dict) -> int: # exit status
+    return notebook_command(parser, given | dict(notebook="quickstart"))
+
 COMMANDS = { # name: what it does, its flags, what to call
     "quickstart": ("Fine-tune the embedded base and improve it by PPO, in some minutes, offline.",
-                   lambda p: _out_flag(p, "quickstart"), lambda p, g: notebook_command(p, g | dict(notebook="quickstart"))),
+                   partial(_out_flag, default="quickstart"), _quickstart),
     "run": ("Execute a notebook with other parameters.", _run_flags, notebook_command),
-    **{row.name: (row.help, lambda p, row=row: recipe_flags(row, p), lambda p, g, row=row: train_command(row, p, g))
+    **{row.name: (row.help, partial(recipe_flags, row), partial(train_command, row))
        for row in RECIPES.values() if row.command},
     "evaluate": ("Score a model on data that it has not seen.", _evaluate_flags, evaluate_command),
     "resume": ("Go on with an interrupted run, exactly where it was.", _resume_flags, resume_command),
     "chat": ("Talk to a model in the terminal.", _chat_flags, chat_command),
-    "cache": ("List the quantized weights that are kept for the next load, or clear them.", _cache_flags, cache_command),
+    "cache": ("List the quantized weights that are kept for the next load, or clear them.",
+              _cache_flags, cache_command),
 }
 
 def _overview() -> Parser:
@@ -288,7 +338,8 @@ def _overview() -> Parser:
 @contextlib.contextmanager
 def quiet_libraries():
     "Keep other libraries' bars, warnings and log lines out of the terminal; errors still come through."
-    os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_DATASETS_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false", BITSANDBYTES_NOWELCOME="1")
+    os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+                      TOKENIZERS_PARALLELISM="false", BITSANDBYTES_NOWELCOME="1")
     logging.disable(logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -299,33 +350,27 @@ def quiet_bars() -> None:
     "Switch off the bars of `transformers`; downloads from the Hub keep theirs."
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging as transformers_logging
-    transformers_logging.disable_progress_bar(); enable_progress_bars()
-
-# %% ../nbs/91_cli.ipynb #af72bf03
-def main(
-    argv: list[str] | None = None, # None: what the shell gave
-) -> int:                          # exit status
-    "The `tinytrainer` command."
-    argv = sys.argv[1:] if argv is None else list(argv)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace") # a terminal without UTF-8 shows ? and goes on
-    try:
-        with quiet_libraries(), _one_speaks(): return _command(argv)
-    except SystemExit as e: return e.code or 0
-    except KeyboardInterrupt: print("\ninterrupted.", file=sys.stderr); return 130
+    transformers_logging.disable_progress_bar()
+    enable_progress_bars()
 
 @contextlib.contextmanager
 def _one_speaks():
     "Of several processes that train together, process 0 speaks; the others only name their errors."
-    if os.environ.get("RANK", "0") == "0": yield; return
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere): yield
+    if os.environ.get("RANK", "0") == "0":
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
 
+# %% ../nbs/91_cli.ipynb #af72bf03
 def _complain(error: Exception) -> None:
     "One line on stderr, from whichever process."
-    rank = os.environ.get("RANK", "0")
-    print(f"process {rank}: error:" if rank != "0" else "error:", " ".join(str(error).split()), file=sys.stderr if rank == "0" else sys.__stderr__)
+    rank, text = os.environ.get("RANK", "0"), " ".join(str(error).split())
+    if rank == "0": print("error:", text, file=sys.stderr)
+    else: print(f"process {rank}: error:", text, file=sys.__stderr__)
 
-def _command(argv: list[str]) -> int:
+def _command(argv: list[str]) -> int: # exit status
+    "Find the command, read its flags, call it."
     if not argv or argv[0].startswith("-"): _overview().parse(argv or ["--help"])
     if argv[0] not in COMMANDS: _overview().error(f"unknown command {argv[0]}.{_near(argv[0], COMMANDS)}")
     words, add_flags, call = COMMANDS[argv[0]]
@@ -333,7 +378,23 @@ def _command(argv: list[str]) -> int:
     add_flags(parser)
     given = parser.parse(argv[1:])
     try: return call(parser, given)
-    except TinyTrainerError as e: _complain(e); return 2
+    except TinyTrainerError as e:
+        _complain(e)
+        return 2
+
+def main(
+    argv: list[str] | None = None, # None: what the shell gave
+) -> int:                          # exit status
+    "The `tinytrainer` command."
+    argv = sys.argv[1:] if argv is None else list(argv)
+    for stream in (sys.stdout, sys.stderr): # a terminal without UTF-8 shows ? and goes on
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
+    try:
+        with quiet_libraries(), _one_speaks(): return _command(argv)
+    except SystemExit as e: return e.code or 0
+    except KeyboardInterrupt:
+        print("\ninterrupted.", file=sys.stderr)
+        return 130
 
 # %% ../nbs/91_cli.ipynb #b8845fb8
 if __name__ == "__main__" and "IPython" not in sys.modules: sys.exit(main())

@@ -30,15 +30,18 @@ def short_name(path: Path | str) -> str:
 
 def shipped_notebooks() -> dict[str, Path]: # short name: path
     "The tutorials and benchmarks of the project."
-    return {short_name(p): p for kind in ("tutorials", "benchmarks") for p in sorted((shipped("nbs") / kind).glob("*.ipynb"))}
+    folders = (shipped("nbs") / kind for kind in ("tutorials", "benchmarks"))
+    return {short_name(path): path for folder in folders for path in sorted(folder.glob("*.ipynb"))}
 
+# %% ../nbs/90_notebooks.ipynb #9573a9ee
 def find_notebook(name: str | Path) -> Path:
-    "The notebook with this path or short name; raises `TinyTrainerError` with those that there are."
+    "The notebook with this path or short name. Raises `TinyTrainerError` that lists the known ones."
     if Path(name).suffix == ".ipynb" and Path(name).is_file(): return Path(name)
     shipped = shipped_notebooks()
     if short_name(name) in shipped: return shipped[short_name(name)]
     near = difflib.get_close_matches(short_name(name), shipped, n=1)
-    raise TinyTrainerError(f"{name}: no such notebook.{f' Did you mean {near[0]}?' if near else ''} "
+    question = f" Did you mean {near[0]}?" if near else ""
+    raise TinyTrainerError(f"{name}: no such notebook.{question} "
                            f"Known: {', '.join(shipped) or 'none'}, or the path of an .ipynb file.")
 
 # %% ../nbs/90_notebooks.ipynb #c5e426e5
@@ -50,18 +53,23 @@ class Parameter:
     help: str       # the comment behind it
 
 def notebook_parameters(path: Path | str) -> dict[str, Parameter]:
-    "The parameters of a notebook by name; empty without a cell tagged `parameters`."
+    "A notebook's parameters by name; none without a cell tagged `parameters`. Raises `TinyTrainerError` if unreadable."
     try: cells = nbformat.read(path, as_version=4).cells
-    except Exception as e: raise TinyTrainerError(f"{path}: not readable as a notebook ({str(e).strip().splitlines()[0]:.120}).") from None
+    except Exception as e:
+        why = str(e).strip().splitlines()[0]
+        raise TinyTrainerError(f"{path}: not readable as a notebook ({why:.120}).") from None
     source = next((c.source for c in cells if "parameters" in c.metadata.get("tags", [])), "")
     try: lines = ast.parse(source).body
-    except SyntaxError as e: raise TinyTrainerError(f"{path}: its parameters cell is not readable as Python (line {e.lineno}).") from None
+    except SyntaxError as e:
+        raise TinyTrainerError(f"{path}: its parameters cell is not readable as Python (line {e.lineno}).") from None
     found = {}
     for node in lines:
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-        try: default = ast.literal_eval(node.value) if isinstance(target, ast.Name) else None
-        except (ValueError, TypeError): continue # computed, so nothing to be given from outside
-        if isinstance(target, ast.Name): found[target.id] = Parameter(target.id, default, source.splitlines()[node.end_lineno - 1].partition("#")[2].strip())
+        if not isinstance(target, ast.Name): continue
+        try: default = ast.literal_eval(node.value)
+        except (ValueError, TypeError): continue # computed, so it cannot be given from outside
+        comment = source.splitlines()[node.end_lineno - 1].partition("#")[2].strip()
+        found[target.id] = Parameter(target.id, default, comment)
     return found
 
 # %% ../nbs/90_notebooks.ipynb #ebfda4b0
@@ -71,49 +79,66 @@ def _from_text(text: str, kind: type):
     "`text` as a `kind`; raises ValueError."
     if kind in (bool, int, float, str): return from_text(text, kind)
     try: return ast.literal_eval(text)
-    except (ValueError, SyntaxError): return {"true": True, "false": False, "null": None}.get(text.lower(), text) # as YAML and JSON have them
+    except (ValueError, SyntaxError): # as YAML and JSON write them
+        return {"true": True, "false": False, "null": None}.get(text.lower(), text)
 
 def parameter_value(parameter: Parameter, value):
-    "`value` in the type of the parameter's default; raises `TinyTrainerError` that says what is allowed."
-    kind = type(parameter.default)
-    try: new = _from_text(value, kind) if isinstance(value, str) else float(value) if kind is float and type(value) is int else value
-    except ValueError: new = None
+    "`value` in the type of the parameter's default. Raises `TinyTrainerError` that says what is allowed."
+    kind, new = type(parameter.default), value
+    if isinstance(value, str):
+        try: new = _from_text(value, kind)
+        except ValueError: new = None
+    elif kind is float and type(value) is int: new = float(value)
     if kind in _KINDS and type(new) is not kind:
-        raise TinyTrainerError(f"parameter {parameter.name}={value!r} is not allowed: it must be {_KINDS[kind]}, such as {parameter.default!r}.")
+        raise TinyTrainerError(f"parameter {parameter.name}={value!r} is not allowed: "
+                               f"it must be {_KINDS[kind]}, such as {parameter.default!r}.")
     return new
 
 def check_parameters(path: Path, values: dict) -> dict: # by name, in their types
-    "Values for a notebook's parameters; an unknown name is an error that lists the known ones with their defaults."
+    "Values for a notebook's parameters. Raises `TinyTrainerError` for wrong values and for unknown names."
     known = notebook_parameters(path)
     if unknown := [name for name in values if name not in known]:
-        listed = ", ".join(f"{p.name} ({p.default!r})" for p in known.values()) or "none (no cell of it is tagged `parameters`)"
-        raise TinyTrainerError(f"{', '.join(unknown)}: no such parameter in {Path(path).name}. Known, with their defaults: {listed}.")
+        listed = ", ".join(f"{p.name} ({p.default!r})" for p in known.values())
+        raise TinyTrainerError(f"{', '.join(unknown)}: no such parameter in {Path(path).name}. Known, with their "
+                               f"defaults: {listed or 'none (no cell of it is tagged `parameters`)'}.")
     return {name: parameter_value(known[name], value) for name, value in values.items()}
 
+# %% ../nbs/90_notebooks.ipynb #dd9ba9f8
 def read_parameters(path: Path | str) -> dict:
-    "Values by name from a YAML or JSON file."
+    "Values by name from a YAML or JSON file. Raises `TinyTrainerError` if it holds none."
     try: values = yaml.safe_load(Path(path).read_text(encoding="utf8"))
     except OSError as e: raise TinyTrainerError(f"{path}: cannot be read ({e.strerror}).") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise TinyTrainerError(f"{path}: not readable as YAML or JSON ({str(e).splitlines()[0]}).") from None
-    if not isinstance(values, dict): raise TinyTrainerError(f"{path}: expected names with values, such as `max_steps: 50`.")
-    return values
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise TinyTrainerError(f"{path}: not readable as YAML or JSON ({str(e).splitlines()[0]}).") from None
+    if isinstance(values, dict): return values
+    raise TinyTrainerError(f"{path}: expected names with values, such as `max_steps: 50`.")
 
 # %% ../nbs/90_notebooks.ipynb #cd881347
+def _is_path(name: str, value) -> bool:
+    "Whether a parameter's value names something here, or something to be made."
+    if not isinstance(value, str): return False
+    if name == "out": return True
+    named = name in ("base", "data") and value not in ("", "tiny")
+    looks_so = named or "/" in value or os.sep in value or Path(value).suffix
+    return bool(looks_so and Path(value).exists())
+
 def anchor_paths(values: dict) -> dict:
     "`values` with paths that hold from anywhere."
-    looks_so = lambda name, v: name in ("base", "data") and v not in ("", "tiny") or "/" in v or os.sep in v or Path(v).suffix
-    is_path = lambda name, v: isinstance(v, str) and (name == "out" or looks_so(name, v) and Path(v).exists())
-    return {name: str(Path(v).resolve()) if is_path(name, v) else v for name, v in values.items()}
+    return {name: str(Path(v).resolve()) if _is_path(name, v) else v for name, v in values.items()}
 
 # %% ../nbs/90_notebooks.ipynb #f3d0614c
 def heading_above(nb, index: int) -> str:
     "The last heading before a cell."
-    found = [line for c in nb.cells[:index] if c.cell_type == "markdown" for line in c.source.splitlines() if re.match(r"#+ ", line)]
+    lines = [line for c in nb.cells[:index] if c.cell_type == "markdown" for line in c.source.splitlines()]
+    found = [line for line in lines if re.match(r"#+ ", line)]
     return found[-1].lstrip("# ").strip() if found else "running"
 
+# %% ../nbs/90_notebooks.ipynb #170d1683
 class WatchedClient(PapermillNotebookClient):
     "papermill's client, in this interpreter, telling a `Watch` what is going on."
-    def __init__(self, nb_man, watch: Watch, **kwargs): self.watch = watch; super().__init__(nb_man, **kwargs)
+    def __init__(self, nb_man, watch: Watch, **kwargs):
+        self.watch = watch
+        super().__init__(nb_man, **kwargs)
 
     def create_kernel_manager(self):
         km = super().create_kernel_manager()
@@ -125,15 +150,18 @@ class WatchedClient(PapermillNotebookClient):
         return super().execute_cell(cell, cell_index, **kwargs)
 
     def process_message(self, msg, cell, cell_index):
-        text = msg["content"].get("data", {}).get("text/plain", "") if msg["msg_type"] in ("display_data", "update_display_data") else ""
+        shows = msg["msg_type"] in ("display_data", "update_display_data")
+        text = msg["content"].get("data", {}).get("text/plain", "") if shows else ""
         if "%|" in text: self.watch.bar(text)
         return super().process_message(msg, cell, cell_index)
 
+# %% ../nbs/90_notebooks.ipynb #160d83f7
 class WatchedEngine(Engine):
     "What papermill calls to execute a notebook."
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name, watch=None, start_timeout=60, **kwargs):
-        path = os.pathsep.join(filter(None, [str(Path(tinytrainer_nb.__file__).resolve().parent.parent), os.environ.get("PYTHONPATH")]))
+        here = str(Path(tinytrainer_nb.__file__).resolve().parent.parent)
+        path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
         env = os.environ | dict(PYTHONPATH=path, PYDEVD_DISABLE_FILE_VALIDATION="1")
         client = WatchedClient(nb_man, watch, kernel_name="python3", startup_timeout=start_timeout, timeout=None)
         return client.execute(env=env, stderr=subprocess.DEVNULL)
@@ -141,46 +169,57 @@ class WatchedEngine(Engine):
 papermill_engines.register("watched", WatchedEngine)
 
 # %% ../nbs/90_notebooks.ipynb #dbcf8a4d
+_LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#|/)(?=[^)\s]+\))") # the place in front of a relative link's target
+
 @contextlib.contextmanager
 def _links_mended(source: Path, target: Path):
     "Afterwards the relative links of the executed notebook lead from its folder to what `source` meant."
     try: yield
     finally:
         if target.exists():
-            nb, base = nbformat.read(target, as_version=4), Path(os.path.relpath(source.parent, target.parent.resolve())).as_posix()
+            nb = nbformat.read(target, as_version=4)
+            base = Path(os.path.relpath(source.parent, target.parent.resolve())).as_posix()
             for cell in nb.cells:
-                if cell.cell_type == "markdown": cell.source = re.sub(r"(?<=\]\()(?![a-z]+:|#|/)(?=[^)\s]+\))", f"{base}/", cell.source)
+                if cell.cell_type == "markdown": cell.source = _LINK.sub(f"{base}/", cell.source)
             nbformat.write(nb, target)
 
+# %% ../nbs/90_notebooks.ipynb #1e458d5f
 def _execute(source: Path, target: Path, values: dict, folders: list[Path], stream) -> None:
-    "Run `source` into `target`; a failing cell is a `TinyTrainerError`."
+    "Run `source` into `target`. Raises `TinyTrainerError` for a failing cell."
+    how = dict(engine_name="watched", kernel_name="python3", language="python", progress_bar=False)
     with Watch(folders, stream) as watch, _links_mended(source, target):
         watch.say("starting a kernel")
-        try:
-            papermill.execute_notebook(source, target.resolve(), values, engine_name="watched", kernel_name="python3", language="python",
-                                       cwd=target.parent.resolve(), progress_bar=False, watch=watch)
+        where = dict(cwd=target.parent.resolve(), watch=watch)
+        try: papermill.execute_notebook(source, target.resolve(), values, **how, **where)
         except papermill.PapermillExecutionError as e:
             part = heading_above(nbformat.read(target, as_version=4), e.cell_index + 1)
             what = (e.evalue.strip().splitlines() or ["no message"])[-1].rstrip(".")
-            raise TinyTrainerError(f"{what if e.ename == 'TinyTrainerError' else f'{e.ename}: {what}'}. This ended the part '{part}' of {target}.") from None
+            if e.ename != "TinyTrainerError": what = f"{e.ename}: {what}"
+            raise TinyTrainerError(f"{what}. This ended the part '{part}' of {target}.") from None
         except DeadKernelError:
-            raise TinyTrainerError(f"the kernel died, most often because the memory was full. As far as it came, the notebook is {target}.") from None
+            raise TinyTrainerError("the kernel died, most often because the memory was full. "
+                                   f"As far as it came, the notebook is {target}.") from None
 
+# %% ../nbs/90_notebooks.ipynb #5b16193c
 def run_notebook(
     name: str | Path,               # short name of a shipped notebook, or a path
     parameters: dict | None = None, # values by name, text or typed
     out: Path | str | None = None,  # folder for what it makes; None: the notebook's name
     stream=None,                    # where to tell what is going on; None: stderr
 ) -> tuple[Path, Path]:             # the executed notebook, and the folder of its runs
-    "Execute a notebook into `notebook.ipynb` of a new folder, which is also its `out` unless that is given. Raises `TinyTrainerError` for unknown names, wrong values and failing cells."
+    """Execute a notebook into `notebook.ipynb` of a new folder, which is also its `out` unless that is given.
+    Raises `TinyTrainerError` for unknown names, wrong values and failing cells."""
     source = find_notebook(name).resolve()
     values = anchor_paths(check_parameters(source, parameters or {}))
-    folder = free_sibling(Path(out or short_name(source)))
+    wanted = Path(out or short_name(source))
+    folder = free_sibling(wanted)
     if "out" in notebook_parameters(source): values.setdefault("out", ".")
     try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise TinyTrainerError(f"{folder}: cannot be made ({e.strerror}). Choose another --out.") from None
+    except OSError as e:
+        raise TinyTrainerError(f"{folder}: cannot be made ({e.strerror}). Choose another --out.") from None
     target, runs = folder / "notebook.ipynb", folder / values.get("out", "")
-    if folder != Path(out or short_name(source)): print(f"{out or short_name(source)} is taken: everything goes to {folder}", file=stream or sys.stderr)
+    if folder != wanted:
+        print(f"{out or short_name(source)} is taken: everything goes to {folder}", file=stream or sys.stderr)
     try: _execute(source, target, values, [folder, runs], stream)
     except KeyboardInterrupt: raise KeyboardInterrupt(str(folder)) from None # so that whoever catches it knows where
     return target, runs
