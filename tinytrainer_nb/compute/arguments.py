@@ -29,5 +29,7 @@ class GenerateArgs(Settings):
         super().__post_init__()
 
     def check(self):
+        "Raise `TinyTrainerError` where a text to stop at is empty"
         if not all(isinstance(text, str) and text for text in self.stop):
-            raise TinyTrainerError(f"stop={self.stop!r} is not allowed: it must be a text or several, none of them empty.")
+            must = "it must be a text or several, none of them empty"
+            raise TinyTrainerError(f"stop={self.stop!r} is not allowed: {must}.")

@@ -65,8 +65,8 @@ def weight_forms(
 # %% ../../nbs/compute/06_decode.ipynb #9f12b31e
 def seconds_of(
     forward,        # of a layer
-    x: Tensor,      # its input
-    others: Tensor, # read between two tries
+    x: Tensor,      # its input (B, T, d_in)
+    others: Tensor, # (any shape) read between two tries
     tries: int = 3,
 ) -> float:         # seconds
     "The shortest of some tries, each after `others` went through the processor's cache."

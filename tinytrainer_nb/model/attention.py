@@ -232,7 +232,7 @@ def _decode_spread(
 
 # %% ../../nbs/model/02_attention.ipynb #4e87b208
 @patch_to(SharedCache)
-def keep(self, slots: Tensor) -> None: # (P', n') numbers of the slots to keep, those of a prompt in one row
+def keep(self, slots: Tensor) -> None: # slots (P, n) to keep, those of a prompt in one row
     "Let go of all other slots, and of prompts that have none left."
     prompts, flat = slots[:, 0] // self.n, slots.flatten()
     for layer, store in self.layers.items():

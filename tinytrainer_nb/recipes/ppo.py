@@ -124,7 +124,8 @@ class PPOTrainer(RolloutTrainer):
         plain = gae(rewards, batch.values, batch.mask, s.gamma, s.lam)
         batch.advantages, batch.returns = whiten(plain, batch.mask), plain + batch.values * batch.mask
 
-    def token_weights(self, mask: Tensor) -> Tensor: return mask / mask.sum() # the mean over a minibatch's tokens
+    def token_weights(self, mask: Tensor) -> Tensor: # (B, T), for the mean over a minibatch's tokens
+        return mask / mask.sum()
 
     def token_losses(self, batch: Round, flat, logp: Tensor, old: Tensor, values: Tensor) -> tuple[Tensor, dict]:
         "Loss and figures of each token (K,); `flat` takes these tokens out of a (B, T) tensor."

@@ -49,7 +49,7 @@ def policy_loss(
 # %% ../../nbs/recipes/11_rounds.ipynb #64eacdf1
 def kl_estimate(
     logprobs: Tensor,      # of tokens sampled from the first policy, any shape
-    ref_logprobs: Tensor,  # of the same tokens under the second
+    ref_logprobs: Tensor,  # of the same tokens under the second, any shape
     estimator: str = "k1", # k1 or k3
 ) -> Tensor:               # nats, of each token
     "KL divergence of two policies, from tokens of the first one (Schulman 2020, joschu.net/blog/kl-approx.html)."
