@@ -117,7 +117,7 @@ def test_an_exception_names_reward_prompt_and_completion(trl):
         return mine("", "")
 
     said = refused(both, mine_of_all if trl else mine)
-    line = mine.__code__.co_firstlineno
+    line = mine.__code__.co_firstlineno + 1
     assert (
         said.startswith(f"reward {'mine_of_all' if trl else 'mine'} (test_rewards.py, line {line}) raised KeyError")
         and "'Who?'" in said
