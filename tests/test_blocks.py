@@ -19,6 +19,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+import tinytrainer_nb.recipes.train  # noqa: F401 (gives runs their resume)
 import tinytrainer_nb.compute.blocks as blocks_module
 import tinytrainer_nb.compute.path as path_module
 import tinytrainer_nb.recipes.trainer as trainer_module

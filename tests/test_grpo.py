@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import tinytrainer_nb.recipes.train  # noqa: F401 (gives runs their resume)
 from tinytrainer_nb.core import TinyTrainerError, data_file
 from tinytrainer_nb.data.formats import load_prompts
 from tinytrainer_nb.data.tokens import micro_trees, pack_trees
@@ -324,7 +325,7 @@ def test_price_holds_the_policy(tmp_path):
 
 
 def test_a_reward_that_fails_ends_the_run_with_its_checkpoint(tmp_path):
-    "In the third round; what was trained until then is kept, and a resume with a mended reward goes on from there"
+    "In the third round; what was trained until then is kept, and a resume with the reward, mended, goes on from there"
     calls = []
 
     def breaks(prompt, completion, **row):

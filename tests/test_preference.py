@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from test_processes import COMMON, train
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+import tinytrainer_nb.recipes.train  # noqa: F401 (gives runs their resume)
 from tinytrainer_nb.cli import main
 from tinytrainer_nb.compute.arguments import GenerateArgs
 from tinytrainer_nb.core import TinyTrainerError, data_file

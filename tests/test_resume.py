@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+import tinytrainer_nb.recipes.train  # noqa: F401 (gives runs their resume)
 from tinytrainer_nb.runs.journal import Journal
 from tinytrainer_nb.runs.lock import _alive, _me
 

@@ -24,6 +24,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+import tinytrainer_nb.recipes.train  # noqa: F401 (gives runs their resume)
 from tinytrainer_nb.compute import lower_states as upper
 from tinytrainer_nb.compute.arguments import GenerateArgs
 from tinytrainer_nb.compute.generate import generate
