@@ -4,6 +4,7 @@ import atexit
 import gc
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -39,6 +40,19 @@ def pytest_collection_finish():
     need not go through it again"""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def no_run_goes_on():
+    """A test that fails while its run trains or is paused would keep the turn, and every later test of this process
+    would be refused. So the run is stopped, and only the test that left it fails."""
+    yield
+    if (lock := sys.modules.get("tinytrainer_nb.runs.lock")) is None or (run := lock.TURN.run) is None:
+        return
+    if run.is_active and run.folder.exists():
+        run.stop()
+        run.wait(120)
+        pytest.fail(f"the test left {run.folder} training")
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import gc
 import pytest
 import torch
 from live import adapter
+from safetensors.torch import load
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     LlamaConfig,
@@ -24,6 +25,7 @@ import tinytrainer_nb.compute.blocks as blocks_module
 import tinytrainer_nb.compute.path as path_module
 import tinytrainer_nb.recipes.trainer as trainer_module
 from tinytrainer_nb.compute.blocks import in_blocks, why_not
+from tinytrainer_nb.compute.onednn import has_blocks
 from tinytrainer_nb.compute.logprobs import Room, to_slope, token_loss
 from tinytrainer_nb.compute.path import choose_path, copied_bytes, kept_bytes
 from tinytrainer_nb.core import TinyTrainerError
@@ -31,7 +33,7 @@ from tinytrainer_nb.data.tokens import pack_row, pack_trees
 from tinytrainer_nb.hardware import DTYPES
 from tinytrainer_nb.model.arguments import LoraArgs, TinyLoraArgs
 from tinytrainer_nb.model.attention import attend_documents, document_attention
-from tinytrainer_nb.model.base import compute_context
+from tinytrainer_nb.model.base import LoadRecord, compute_context
 from tinytrainer_nb.model.layers import plain_model, trainable
 from tinytrainer_nb.model.load import load_model
 from tinytrainer_nb.model.lora import add_lora, using_adapters
@@ -489,7 +491,7 @@ def test_off_is_off(tmp_path, monkeypatch):
 )
 def test_a_run_goes_on_in_the_way_it_began(tmp_path, monkeypatch, found):
     """Even where the machine that resumes it would choose another; where its memory is scarcer, without what it has
-    no room for, which changes no bit"""
+    no room for. That changes no bit, but where oneDNN adds up a copy in an order of its own: there the run says so"""
 
     def train(out):
         model, tokenizer = load_model("tiny", quantization="nf4", verbose=False)
@@ -514,12 +516,13 @@ def test_a_run_goes_on_in_the_way_it_began(tmp_path, monkeypatch, found):
     monkeypatch.setattr(trainer_module, "choose_path", lambda *_: found | dict(why="as this machine would"))
     run = Run.open(tmp_path / "broken").resume()
     fast = run.info["fast"]
-    assert (
-        fast["blocks"]
-        and fast["copies"] != found["blocks"]
-        and fast["recompute"] == found["recompute"]
-        and adapter(run) == adapter(whole)
-    )
+    assert fast["blocks"] and fast["copies"] != found["blocks"] and fast["recompute"] == found["recompute"]
+    other_sums = not fast["copies"] and has_blocks(torch.device("cpu"), LoadRecord.of(run.info).torch_dtype)
+    notes = [e["message"] for e in run.events if e["kind"] == "note"]
+    assert other_sums == any("the last bits may differ" in note for note in notes)
+    if not other_sums: assert adapter(run) == adapter(whole)
+    one, other = load(adapter(run)), load(adapter(whole))
+    for name, value in other.items(): assert (one[name] - value).norm() < 0.01 * value.norm(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

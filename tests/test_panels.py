@@ -40,6 +40,7 @@ from tinytrainer_nb.panels.run_panel import (
     run_panel,
 )
 from tinytrainer_nb.recipes.rewards import find_reward
+from tinytrainer_nb.recipes.trainer import RunTrainer
 from tinytrainer_nb.settings import grouped
 from tinytrainer_nb.views.plots import LivePicture, run_html
 
@@ -64,13 +65,21 @@ def whole(tmp_path_factory) -> tuple:
     return result(train(tmp_path_factory.mktemp("whole") / "run"))
 
 
-def test_pause_and_continue_are_bit_for_bit(tmp_path, whole):
+def test_pause_and_continue_are_bit_for_bit(tmp_path, whole, monkeypatch):
+    pressed, usual = threading.Event(), RunTrainer.training_step
+
+    def held(self, *args, **kwargs):
+        if self.state.global_step == 3: assert pressed.wait(60)
+        return usual(self, *args, **kwargs)
+
+    monkeypatch.setattr(RunTrainer, "training_step", held)
     run = train(tmp_path / "run", live=True)
     panel = RunPanel(run, every=0.05)
     panel.pause_button.click()
+    pressed.set()
     until(lambda: run.status == "paused", "the pause")
     until(lambda: not panel.continue_button.disabled, "Continue can be pressed")
-    assert 0 <= run.step < 12 and "pause: took effect" in panel.asked.value
+    assert 0 <= run.step <= 4 and "pause: took effect" in panel.asked.value
     panel.continue_button.click()
     assert run.wait(120).status == "finished" and result(run) == whole
     panel.close()

@@ -16,6 +16,7 @@ from ..core import TinyTrainerError, builds, file_hash, patch_to, processes, pro
 from ..core import remove_whole, share, whole_folder, write_json
 from ..settings import check_value, may_change
 from ..hardware import peak_memory
+from ..compute.onednn import has_blocks
 from ..compute.path import choose_path, on_path
 from ..model.layers import count_trainable, keep_gradients, trainable
 from ..model.base import compute_context
@@ -482,10 +483,12 @@ def path(self) -> dict:
     if known and not _leaner(found, known): return known
     self.run.update_info(fast=found)
     tell(self.run, f"fast path: {found['why']}")
+    if known and known["copies"] and not found["copies"] and has_blocks(self.args.device, self.dtype):
+        tell(self.run, "there is no room for copies of the frozen weights now; without them the last bits may differ")
     return found
 
 def _leaner(path: dict, known: dict) -> bool:
-    "Whether a path takes less memory than the known one and gives the same numbers."
+    "Whether a path takes less memory than the known one and computes the same, but for the order of sums."
     without_copies = known["copies"] and not path["copies"]
     recomputes = path["recompute"] and not known["recompute"]
     return path["blocks"] and (without_copies or recomputes)
