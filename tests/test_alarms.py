@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from small import small_base
 
 from tinytrainer_nb.recipes.alarms import (
     LIMITS,
@@ -309,7 +310,7 @@ def test_a_planted_reward_rings_in_a_real_run(tmp_path):
     def letter_e(prompt, completion):
         return 10 * completion.count("e") / max(1, len(completion))
 
-    model, tokenizer = load_model("tiny", quantization="none", verbose=False)
+    model, tokenizer = load_model(small_base(), quantization="none", verbose=False)
     run = ppo(
         add_lora(model, LoraArgs(r=16)),
         tokenizer,

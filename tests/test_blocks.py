@@ -7,6 +7,7 @@ import pytest
 import torch
 from live import adapter
 from safetensors.torch import load
+from small import small_base
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     LlamaConfig,
@@ -20,13 +21,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-import tinytrainer_nb.recipes.train  # noqa: F401 (gives runs their resume)
 import tinytrainer_nb.compute.blocks as blocks_module
 import tinytrainer_nb.compute.path as path_module
+import tinytrainer_nb.recipes.train  # noqa: F401 (gives runs their resume)
 import tinytrainer_nb.recipes.trainer as trainer_module
 from tinytrainer_nb.compute.blocks import in_blocks, why_not
-from tinytrainer_nb.compute.onednn import has_blocks
 from tinytrainer_nb.compute.logprobs import Room, to_slope, token_loss
+from tinytrainer_nb.compute.onednn import has_blocks
 from tinytrainer_nb.compute.path import choose_path, copied_bytes, kept_bytes
 from tinytrainer_nb.core import TinyTrainerError
 from tinytrainer_nb.data.tokens import pack_row, pack_trees
@@ -494,7 +495,7 @@ def test_a_run_goes_on_in_the_way_it_began(tmp_path, monkeypatch, found):
     no room for. That changes no bit, but where oneDNN adds up a copy in an order of its own: there the run says so"""
 
     def train(out):
-        model, tokenizer = load_model("tiny", quantization="nf4", verbose=False)
+        model, tokenizer = load_model(small_base(), quantization="nf4", verbose=False)
         return sft(
             add_lora(model, LoraArgs(r=4), seed=0),
             tokenizer,
@@ -520,9 +521,11 @@ def test_a_run_goes_on_in_the_way_it_began(tmp_path, monkeypatch, found):
     other_sums = not fast["copies"] and has_blocks(torch.device("cpu"), LoadRecord.of(run.info).torch_dtype)
     notes = [e["message"] for e in run.events if e["kind"] == "note"]
     assert other_sums == any("the last bits may differ" in note for note in notes)
-    if not other_sums: assert adapter(run) == adapter(whole)
+    if not other_sums:
+        assert adapter(run) == adapter(whole)
     one, other = load(adapter(run)), load(adapter(whole))
-    for name, value in other.items(): assert (one[name] - value).norm() < 0.01 * value.norm(), name
+    for name, value in other.items():
+        assert (one[name] - value).norm() < 0.01 * value.norm(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

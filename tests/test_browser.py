@@ -330,10 +330,13 @@ def test_start_pause_talk_change_continue_stop(scene):
         and scene.step < 2000
         and (folder / "adapter" / "adapter_model.safetensors").exists()
     )
-    assert (
-        scene.button("Pause").is_disabled()
-        and scene.button("Stop").is_disabled()
-        and scene.button("Continue").is_enabled()
+    scene.wait(
+        lambda: (
+            scene.button("Pause").is_disabled()
+            and scene.button("Stop").is_disabled()
+            and scene.button("Continue").is_enabled()
+        ),
+        "the buttons follow the head",
     )
     assert not scene.page.locator("[data-mime-type='application/vnd.jupyter.error']").count(), "a cell shows an error"
     scene.picture("stopped")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from small import small_base
 
 from tinytrainer_nb.cli import main
 from tinytrainer_nb.core import data_file
@@ -19,7 +20,7 @@ from tinytrainer_nb.model.arguments import LoraArgs
 from tinytrainer_nb.recipes.table import RECIPES
 from tinytrainer_nb.runs.run import Run
 
-SMALL = "--batch_size 4 --eval_steps 0 --sample_steps 0 --save_steps 2 --lora_r 4".split()
+SMALL = f"--base {small_base()} --batch_size 4 --eval_steps 0 --sample_steps 0 --save_steps 2 --lora_r 4".split()
 
 
 def shell(*argv: str, cwd: Path, **kwargs) -> subprocess.CompletedProcess:

@@ -7,6 +7,7 @@ from html import unescape
 from html.parser import HTMLParser
 
 import pytest
+from small import small_base
 
 import tinytrainer_nb.panels.rollouts as room
 from tinytrainer_nb.core import data_file, visible
@@ -35,7 +36,7 @@ PARTS = {"reference_overlap": 1.0, "repetition": 0.5}
 def trained(out, recipe: str = "grpo", **settings) -> Run:
     "A few small rounds of the embedded base"
     learn, args = RECIPES[recipe]
-    model, tokenizer = load_model("tiny", quantization="none", dtype="fp32", verbose=False)
+    model, tokenizer = load_model(small_base(), quantization="none", dtype="fp32", verbose=False)
     common = dict(
         max_steps=2,
         batch_size=2,

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small import small_base
 
 import tinytrainer_nb.recipes.train  # noqa: F401 (gives runs their resume)
 from tinytrainer_nb.core import TinyTrainerError, data_file
@@ -28,7 +29,7 @@ PROMPTS = load_prompts(data_file("rl.jsonl"))[:8]
 
 def policy():
     "An adapter whose B is not zero: otherwise the gradient of A would be, whatever the formula"
-    model, tokenizer = load_model("tiny", quantization="none", dtype="fp32", verbose=False)
+    model, tokenizer = load_model(small_base(), quantization="none", dtype="fp32", verbose=False)
     model = add_lora(model, LoraArgs(r=4))
     for i, (name, p) in enumerate(trainable(model).items()):
         if "lora_B" in name:
@@ -214,7 +215,7 @@ def test_trl_says_the_same(tmp_path, monkeypatch, loss_type, beta):
     from trl import GRPOTrainer as Theirs
 
     model, batch, loss, gradient = one_round(tmp_path, monkeypatch, loss_type=loss_type, away=0.4, kl_coef=beta)
-    tokenizer = load_model("tiny", "none", "fp32", verbose=False)[1]
+    tokenizer = load_model(small_base(), "none", "fp32", verbose=False)[1]
     tokenizer.pad_token = tokenizer.eos_token
     config = GRPOConfig(
         output_dir=str(tmp_path / "trl"),
@@ -328,20 +329,23 @@ def test_a_reward_that_fails_ends_the_run_with_its_checkpoint(tmp_path):
     "In the third round; what was trained until then is kept, and a resume with the reward, mended, goes on from there"
     calls = []
 
-    def breaks(prompt, completion, **row):
-        calls.append(completion)
-        if len(calls) == 40:
-            raise ValueError("no such unit")
-        return letters(prompt, completion)
+    def reward(mended):
+        def breaks(prompt, completion, **row):
+            calls.append(completion)
+            if len(calls) == 40 and not mended:
+                raise ValueError("no such unit")
+            return letters(prompt, completion)
+
+        return breaks
 
     model, tokenizer = policy()
     with pytest.raises(
         TinyTrainerError, match=r"reward breaks.* raised ValueError: no such unit; prompt .*, completion"
     ):
-        grpo(model, tokenizer, PROMPTS, breaks, small(tmp_path / "grpo", max_steps=4))
+        grpo(model, tokenizer, PROMPTS, reward(mended=False), small(tmp_path / "grpo", max_steps=4))
     run = Run.open(tmp_path / "grpo")
     assert run.last_checkpoint()[1] == 2 and run.status == "failed"
-    run.resume(reward=letters)
+    run.resume(reward=reward(mended=True))
     assert run.status == "finished" and [e["step"] for e in run.events if e["kind"] == "metrics"] == [1, 2, 3, 4]
 
 
@@ -387,7 +391,7 @@ def test_an_alarm_is_heard_while_it_trains_and_named_in_the_end(tmp_path, capsys
 
 
 def test_an_adapter_that_was_not_taken_is_told(tmp_path):
-    model, tokenizer = load_model("tiny", quantization="none", dtype="fp32", verbose=False)
+    model, tokenizer = load_model(small_base(), quantization="none", dtype="fp32", verbose=False)
     add_lora(model, LoraArgs(r=4))
     with pytest.raises(TinyTrainerError, match=r"model = add_lora\(model"):
         grpo(model, tokenizer, PROMPTS, letters, small(tmp_path / "run"))

@@ -174,6 +174,10 @@ def test_every_settings_class_is_light():
         (["grpo", "--no_such_flag"], 2),
         (["resume", "nowhere"], 2),
         (["dpo", "--lora_r", "0"], 2),
+        (["sft", "--base", "nowhere"], 2),
+        (["sft", "--data", "nowhere.jsonl"], 2),
+        (["evaluate", "--base", "nowhere"], 2),
+        (["chat", "nowhere"], 2),
     ],
 )
 def test_help_and_refusals_come_at_once(argv, status):
@@ -358,6 +362,7 @@ def toy(tmp_path, monkeypatch):
 def test_a_toy_recipe_of_one_file_and_one_row(toy, tmp_path, monkeypatch, capsys):
     "It has a command with help, a form, a panel; it is killed and resumed, and repeated by its command"
     from live import adapter
+    from small import small_base
 
     from tinytrainer_nb import cli
     from tinytrainer_nb.all import Run, as_python, load_model, settings_form
@@ -370,7 +375,7 @@ def test_a_toy_recipe_of_one_file_and_one_row(toy, tmp_path, monkeypatch, capsys
     assert "louder" in form.inputs and as_python(form.value) == "ToyArgs()"
     words = (
         "toy --max_steps 12 --batch_size 4 --save_steps 2 --eval_steps 0 --sample_steps 0 --louder "
-        "--lora_r 2 --quantization none --out"
+        f"--lora_r 2 --base {small_base()} --quantization none --out"
     ).split()
     assert cli.main([*words, "whole"]) == 0
     killed = Script(BEGIN, *words, "dead")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from forked import forking
 from safetensors.torch import load_file
+from small import small_base
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 PHASES = ("elsewhere", "loading", "stepping", "saving", "evaluating", "rolling out", "scoring")
@@ -104,7 +105,7 @@ def work(recipe: str, out: str, resume: bool, now, began) -> None:
 
     if resume:
         return Run.open(out).resume()
-    model, tokenizer = load.load_model("tiny", quantization="nf4", verbose=False)
+    model, tokenizer = load.load_model(small_base(), quantization="nf4", verbose=False)
     model = add_lora(model, LoraArgs(r=4, dropout=0.1))
     if recipe != "sft":  # as after an SFT: the reference is a frozen copy
         for n, p in model.named_parameters():

@@ -15,6 +15,7 @@ import psutil
 import pytest
 from forked import Script
 from live import adapter, figures, until
+from small import small_base
 
 from tinytrainer_nb.all import (
     LoraArgs,
@@ -48,7 +49,7 @@ NASTY = "<script>window.pwned=1</script><img src=x onerror='window.pwned=2'>\x1b
 
 
 def train(out, live=False, examples=None, **changes):
-    model, tokenizer = load_model("tiny", quantization="none", verbose=False)
+    model, tokenizer = load_model(small_base(), quantization="none", verbose=False)
     settings = dict(max_steps=12, batch_size=4, save_steps=0, eval_steps=0, sample_steps=0, out=str(out)) | changes
     examples = load_examples(data_file("sft.jsonl")).select(range(200)) if examples is None else examples
     return sft(add_lora(model, LoraArgs(r=4), seed=0), tokenizer, examples, SFTArgs(**settings), live=live)
@@ -69,7 +70,8 @@ def test_pause_and_continue_are_bit_for_bit(tmp_path, whole, monkeypatch):
     pressed, usual = threading.Event(), RunTrainer.training_step
 
     def held(self, *args, **kwargs):
-        if self.state.global_step == 3: assert pressed.wait(60)
+        if self.state.global_step == 3:
+            assert pressed.wait(60)
         return usual(self, *args, **kwargs)
 
     monkeypatch.setattr(RunTrainer, "training_step", held)
@@ -305,7 +307,7 @@ def test_models_are_made_one_at_a_time():
                 sum(
                     p.double().abs().sum().item()
                     for p in add_lora(
-                        load_model("tiny", quantization="none", verbose=False)[0], LoraArgs(r=4), seed=0
+                        load_model(small_base(), quantization="none", verbose=False)[0], LoraArgs(r=4), seed=0
                     ).parameters()
                 )
             )

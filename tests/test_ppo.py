@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small import small_base
 
 from tinytrainer_nb.core import TinyTrainerError, data_file
 from tinytrainer_nb.data.formats import load_prompts
@@ -68,7 +69,7 @@ def test_clipped_value_loss():
 
 
 def tiny_policy(seed=0, dtype="fp32", quantization="none"):
-    model, tokenizer = load_model("tiny", quantization=quantization, dtype=dtype, verbose=False)
+    model, tokenizer = load_model(small_base(), quantization=quantization, dtype=dtype, verbose=False)
     return add_lora(model, LoraArgs(r=4), seed=seed), tokenizer
 
 

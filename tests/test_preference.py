@@ -11,6 +11,7 @@ import trl
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
+from small import small_base
 from test_processes import COMMON, train
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -64,7 +65,7 @@ def pairs(count: int = 24) -> list[dict]:
 
 def policy(trained: bool = False, dtype="fp32", quantization="none", **lora):
     "`tiny` with an adapter, fresh or as after an SFT"
-    model, tokenizer = load_model("tiny", quantization, dtype, verbose=False)
+    model, tokenizer = load_model(small_base(), quantization, dtype, verbose=False)
     model = add_lora(model, LoraArgs(r=4, **lora))
     if trained:
         for name, p in trainable(model).items():
@@ -79,7 +80,7 @@ def events(run: Run, kind: str) -> list[dict]:
 
 def plain(adapter=None, cls=AutoModelForCausalLM, **kwargs):
     "The base as `transformers` and PEFT load it"
-    model = cls.from_pretrained(data_file("tiny"), dtype=torch.float32, attn_implementation="eager", **kwargs)
+    model = cls.from_pretrained(small_base(), dtype=torch.float32, attn_implementation="eager", **kwargs)
     return (PeftModel.from_pretrained(model, adapter) if adapter else model).eval()
 
 

@@ -11,10 +11,22 @@ import pytest
 from forked import Command
 from live import until
 from safetensors.torch import load_file
+from small import small_base
 
 from tinytrainer_nb.runs.run import Run
 
-COMMON = ["--quantization", "none", "--dtype", "fp32", "--max_length", "160", "--warmup_steps", "0"]
+COMMON = [
+    "--base",
+    small_base(),
+    "--quantization",
+    "none",
+    "--dtype",
+    "fp32",
+    "--max_length",
+    "160",
+    "--warmup_steps",
+    "0",
+]
 RECIPES = {
     "sft": [
         *COMMON,

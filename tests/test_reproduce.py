@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from small import small_base
 
 from tinytrainer_nb.all import (
     DPOArgs,
@@ -56,7 +57,7 @@ def again(run: Run) -> Run:
 
 
 def model(quantization="none", **lora):
-    base, tokenizer = load_model("tiny", quantization=quantization, verbose=False)
+    base, tokenizer = load_model(small_base(), quantization=quantization, verbose=False)
     return add_lora(base, LoraArgs(r=4, **lora)), tokenizer
 
 
@@ -65,14 +66,14 @@ def test_data_columns_quantization_and_adapter():
     Path("lessons.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     examples = load_examples("lessons.jsonl", columns=dict(prompt="frage", completion="antwort"))
     run = sft(
-        *model("nf4", layers="3-6", alpha=8.0), examples, SFTArgs(max_steps=2, batch_size=4, out="runs/a", **SMALL)
+        *model("nf4", layers="1", alpha=8.0), examples, SFTArgs(max_steps=2, batch_size=4, out="runs/a", **SMALL)
     )
     command = as_command(run)
     for words in (
         "--data lessons.jsonl",
         "--columns prompt=frage,completion=antwort",
         "--quantization nf4",
-        "--lora_layers 3-6",
+        "--lora_layers 1",
         "--lora_alpha 8.0",
     ):
         assert words in command
@@ -156,7 +157,7 @@ def test_what_no_command_can_repeat_is_said():
     refused(sft(*model(), table.to_list()[:8], args("list")), "data, which were a list or a table in memory")
     refused(sft(*model(), table.select(range(40)), args("part")), "in memory")  # a part of the file is not the file
     refused(sft(*model(), table, args("seed", seed=3)), "drawn with seed 0, and a command draws it with the run's, 3")
-    base, tokenizer = load_model("tiny", quantization="none", verbose=False)
+    base, tokenizer = load_model(small_base(), quantization="none", verbose=False)
     refused(
         sft(add_tinylora(base, TinyLoraArgs()), tokenizer, table, args("few")),
         "its adapter is none that a command makes",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from small import small_base
 
 import tinytrainer_nb.recipes.train  # noqa: F401 (gives runs their resume)
 from tinytrainer_nb.runs.journal import Journal
@@ -50,7 +51,7 @@ def test_death_between_the_last_step_and_the_end(tmp_path, monkeypatch):
     from tinytrainer_nb.recipes.trainer import RunTrainer
 
     def train(out):
-        model, tokenizer = load_model("tiny", quantization="none", verbose=False)
+        model, tokenizer = load_model(small_base(), quantization="none", verbose=False)
         args = SFTArgs(
             max_steps=4, batch_size=3, save_steps=4, eval_steps=0, sample_steps=0, schedule="constant", out=str(out)
         )
@@ -88,7 +89,7 @@ def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path):
         sft,
     )
 
-    model, tokenizer = load_model("tiny", quantization="none", verbose=False)
+    model, tokenizer = load_model(small_base(), quantization="none", verbose=False)
     model = add_lora(model, LoraArgs(r=4))
     with pytest.raises(TinyTrainerError, match="no row is left"):
         sft(model, tokenizer, data_file("sft.jsonl"), SFTArgs(max_length=8, out=str(tmp_path / "run")))
@@ -125,7 +126,7 @@ def test_data_in_memory_and_a_reward_function(tmp_path):
     rows = [dict(prompt=f"How much is {i} + 1?", completion=str(i + 1), wanted=50) for i in range(12)]
 
     def policy():
-        model, tokenizer = load_model("tiny", quantization="none", verbose=False)
+        model, tokenizer = load_model(small_base(), quantization="none", verbose=False)
         return add_lora(model, LoraArgs(r=4)), tokenizer
 
     def train(recipe, out, live=False):
@@ -205,7 +206,7 @@ def test_the_form_of_a_question_is_kept(tmp_path, monkeypatch):
     )
 
     def train(out):
-        model, tokenizer = load_model("tiny", quantization="none", verbose=False)
+        model, tokenizer = load_model(small_base(), quantization="none", verbose=False)
         tokenizer.chat_template = form
         return sft(
             add_lora(model, LoraArgs(r=4)),
@@ -253,7 +254,7 @@ def test_pretraining_goes_on_in_32_bits_from_a_model_in_16(tmp_path, monkeypatch
     from tinytrainer_nb.all import PretrainArgs, Run, load_model, pretrain
 
     def train(out):
-        model, tokenizer = load_model("tiny", quantization="none", dtype="bf16", verbose=False)
+        model, tokenizer = load_model(small_base(), quantization="none", dtype="bf16", verbose=False)
         run = pretrain(
             model,
             tokenizer,

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from peft import AdaLoraConfig, get_peft_model
+from small import small_base
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -43,7 +44,7 @@ PROMPTS = [p["messages"] for p in load_prompts(data_file("rl.jsonl"))[:6]]
 
 def policy(quantization="none", dtype="fp32"):
     "The embedded base with an adapter that changes it"
-    model, tokenizer = load_model("tiny", quantization=quantization, dtype=dtype, verbose=False)
+    model, tokenizer = load_model(small_base(), quantization=quantization, dtype=dtype, verbose=False)
     model = add_lora(model, LoraArgs(r=4))
     for i, (name, p) in enumerate(trainable(model).items()):
         if "lora_B" in name:
@@ -297,7 +298,7 @@ def test_thirteen_numbers_decode(quantization, dtype):
     from tinytrainer_nb.model.arguments import TinyLoraArgs
     from tinytrainer_nb.model.tinylora import add_tinylora
 
-    model, tokenizer = load_model("tiny", quantization=quantization, dtype=dtype, verbose=False)
+    model, tokenizer = load_model(small_base(), quantization=quantization, dtype=dtype, verbose=False)
     model = add_tinylora(model, TinyLoraArgs(n_tie=4))
     for p in trainable(model).values():
         p.data.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
@@ -414,7 +415,7 @@ def test_a_linear_layer_with_a_forward_pass_of_its_own_keeps_it():
 
 
 def test_adalora_speaks_by_its_own_forward_pass():
-    model, tokenizer = load_model("tiny", "none", "fp32", verbose=False)
+    model, tokenizer = load_model(small_base(), "none", "fp32", verbose=False)
     before = sampled(model, tokenizer, temperature=0.0).completion_ids
     model = get_peft_model(
         model, AdaLoraConfig(target_modules=["q_proj"], total_step=10, tinit=1, tfinal=1, task_type="CAUSAL_LM")

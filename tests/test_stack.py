@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from small import small_base
 from transformers import AutoModelForCausalLM
 
 from tinytrainer_nb.all import (
@@ -43,8 +44,8 @@ IDS = torch.arange(3, 67).reshape(2, 32)
 QUICK = dict(warmup_steps=0, eval_steps=0, sample_steps=0, save_steps=0)
 
 
-def base(quantization="none"):
-    return load_model("tiny", quantization, "fp32", verbose=False)
+def base(quantization="none", folder=None):
+    return load_model(folder or small_base(), quantization, "fp32", verbose=False)
 
 
 def changed(model, seed: int):
@@ -58,7 +59,8 @@ def changed(model, seed: int):
 
 def stack(quantization="none", **top):
     "Two trained adapters on one base"
-    model = changed(add_lora(base(quantization)[0], LoraArgs(r=4)), 0)
+    folder = "tiny" if "layers" in top else small_base()
+    model = changed(add_lora(base(quantization, folder)[0], LoraArgs(r=4)), 0)
     return changed(stack_adapter(model, LoraArgs(**dict(r=2) | top)), 1).eval()
 
 
@@ -132,7 +134,7 @@ def test_a_run_on_a_run_is_saved_loaded_and_merged(tmp_path):
     assert again.active_adapters == ["default", "cot"] and all(".cot." in n for n in trainable(again))
     assert torch.equal(logits(again), expected)
     plain = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(data_file("tiny"), dtype=torch.float32), run.folder / "adapter"
+        AutoModelForCausalLM.from_pretrained(small_base(), dtype=torch.float32), run.folder / "adapter"
     )
     plain.load_adapter(run.folder / "adapter" / "cot", "cot")
     plain.base_model.set_adapter(["default", "cot"])

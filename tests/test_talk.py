@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from live import adapter, figures, until
+from small import small_base
 
 from tinytrainer_nb.all import (
     GRPOArgs,
@@ -49,7 +50,7 @@ QUESTION = "Ben has 12 pens and buys 30 more. How many pens does Ben have now?"
 
 
 def base():
-    return load_model("tiny", "none", verbose=False)
+    return load_model(small_base(), "none", verbose=False)
 
 
 def vowels(prompt, completion, **row):
@@ -153,7 +154,7 @@ def test_before_is_the_model_as_it_was_handed_over(tmp_path):
 
     kinds = dict(
         lora=lambda m: add_lora(m, LoraArgs(r=4)),
-        dora=lambda m: add_lora(m, LoraArgs(r=2, dora=True, layers="5-6")),
+        dora=lambda m: add_lora(m, LoraArgs(r=2, dora=True, layers="1")),
         tiny=lambda m: add_tinylora(m, TinyLoraArgs(n_tie=4)),
         peft=lambda m: add_tinylora(m, TinyLoraArgs(u=2, n_tie=16, parametrization="peft")),
         stack=lambda m: stack_adapter(random_numbers(add_lora(m, LoraArgs(r=4)), 3), LoraArgs(r=2)),

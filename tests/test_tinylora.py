@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft import TinyLoraConfig as PeftTinyLora
 from safetensors.torch import load_file
+from small import small_base
 from torch.func import functional_call
 from transformers import (
     AutoModelForCausalLM,
@@ -469,7 +470,7 @@ def reward(prompt, completion, **row):
 @pytest.mark.parametrize("recipe", ["sft", "ppo"])
 def test_a_stopped_run_resumes_to_the_same_end(tmp_path, recipe):
     def train(out, live=False):
-        model, tokenizer = base("nf4")
+        model, tokenizer = base("nf4", small_base())
         model = moved(add_tinylora(model, TinyLoraArgs(n_tie=4)), 0.1)
         common = dict(learning_rate=0.01, out=str(tmp_path / out), **QUICK)
         if recipe == "sft":

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from small import small_base
 
 from tinytrainer_nb import hardware as core
 from tinytrainer_nb.all import (
@@ -35,7 +36,7 @@ SMALL = dict(batch_size=2, max_length=128, warmup_steps=0, eval_steps=0, sample_
 
 
 def policy(dtype="fp32", **kwargs):
-    model, tokenizer = load_model("tiny", "none", dtype, verbose=False, **kwargs)
+    model, tokenizer = load_model(small_base(), "none", dtype, verbose=False, **kwargs)
     return add_lora(model, LoraArgs(r=2)), tokenizer
 
 
@@ -215,7 +216,7 @@ def test_a_gpu_that_is_not_used_is_told(monkeypatch, capsys):
     monkeypatch.setattr(core.shutil, "which", lambda name: "/usr/bin/nvidia-smi" if name == "nvidia-smi" else None)
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    load_model("tiny", "none", "fp32")
+    load_model(small_base(), "none", "fp32")
     out, err = capsys.readouterr()
     assert (
         err.count("\n") == 1
@@ -224,7 +225,7 @@ def test_a_gpu_that_is_not_used_is_told(monkeypatch, capsys):
         and "is a CPU build" not in out
     )
     with pytest.raises(TinyTrainerError, match="PyTorch sees no GPU here .*is a CPU build"):
-        load_model("tiny", device="cuda")
+        load_model(small_base(), device="cuda")
     monkeypatch.setattr(torch.version, "cuda", "12.6")
     assert core.unused_gpu() == ""
 

@@ -16,7 +16,7 @@ from . import __version__
 from .core import TinyTrainerError, read_json
 from .settings import allowed, as_text, field_type, parse_value, suggestion
 from .data.arguments import DataArgs
-from .model.arguments import LoadArgs, LoraArgs
+from .model.arguments import LoadArgs, LoraArgs, need_base
 from .recipes.table import RECIPES, Recipe
 
 # %% ../nbs/91_cli.ipynb #407dbff7
@@ -114,6 +114,13 @@ def read_data_settings(values: dict) -> DataArgs:
     if isinstance(columns, dict): columns = ",".join(f"{new}={old}" for new, old in columns.items())
     return read_settings(DataArgs, values | dict(columns=columns))
 
+def _need(load: LoadArgs, data: DataArgs) -> None:
+    "Raise `TinyTrainerError` for a base or data that are not there, before PyTorch is imported."
+    need_base(load.base)
+    if not data.data: return
+    from tinytrainer_nb.data.formats import need_data
+    need_data(data.data)
+
 # %% ../nbs/91_cli.ipynb #31a5d8cc
 def report(run) -> None:
     "Print how a run ended and where everything is."
@@ -150,6 +157,7 @@ def train_command(recipe: Recipe, parser: Parser, given: dict) -> int: # exit st
     out = Path(args.out)
     if out.is_file():
         raise TinyTrainerError(f"{args.out}: is a file, so no run can be made there. Choose another --out.")
+    _need(load, data)
     try: report(_trained(recipe, args, load, data, lora, values.get("reward", "exact_answer")))
     except TinyTrainerError as e:
         run = _begun_here(out)
@@ -207,6 +215,7 @@ def _evaluate_flags(parser: Parser) -> None:
 def evaluate_command(parser: Parser, given: dict) -> int: # exit status
     "Score a model. Raises `TinyTrainerError` for an unknown task, and for data or a model that cannot be read."
     load, data, task = read_settings(LoadArgs, given), read_data_settings(given), given.get("task", "exact_answer")
+    _need(load, data)
     from tinytrainer_nb.core import data_file
     from tinytrainer_nb.data.formats import load_examples
     from tinytrainer_nb.model.load import load_model
@@ -232,6 +241,7 @@ def _chat_flags(parser: Parser) -> None:
 def chat_command(parser: Parser, given: dict) -> int: # exit status
     "Talk to a model. Raises `TinyTrainerError` for a model that cannot be read."
     load = read_settings(LoadArgs, given)
+    need_base(load.base)
     from tinytrainer_nb.model.load import load_model
     from tinytrainer_nb.views.chat import chat_loop
     quiet_bars()

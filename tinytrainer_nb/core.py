@@ -164,7 +164,7 @@ class _Cell:
     def write(self, text):
         from IPython.display import display
         text = text.strip("\r\n ")
-        if not text or text == self.text: return
+        if text == self.text: return
         self.text, shown = text, {"text/plain": text}
         if self.handle is None: self.handle = display(shown, raw=True, display_id=True)
         else: self.handle.update(shown, raw=True)
@@ -186,8 +186,8 @@ def progress(
     "A progress bar with the time left, in a terminal or a notebook; it appears after half a second."
     quiet = quiet or threading.current_thread() is not threading.main_thread()
     cell = in_notebook()
-    return tqdm(iterable, total=total, desc=desc, disable=quiet, file=_Cell() if cell else sys.stderr,
-                mininterval=0.5, delay=0.5, dynamic_ncols=not cell, ncols=90 if cell else None, ascii=cell, leave=cell)
+    look = dict(file=_Cell(), ncols=90, ascii=True) if cell else dict(file=sys.stderr, dynamic_ncols=True)
+    return tqdm(iterable, total=total, desc=desc, disable=quiet, mininterval=0.5, delay=0.5, leave=False, **look)
 
 # %% ../nbs/00_core.ipynb #89678bf6
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from .views.terminal import Watch
 from nbclient.exceptions import DeadKernelError
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import Engine, papermill_engines
-from .settings import from_text
+from .settings import NOTHING, TRUTH, from_text
 
 # %% ../nbs/90_notebooks.ipynb #d3b93cf4
 def short_name(path: Path | str) -> str:
@@ -79,8 +79,8 @@ def _from_text(text: str, kind: type):
     "`text` as a `kind`; raises ValueError."
     if kind in (bool, int, float, str): return from_text(text, kind)
     try: return ast.literal_eval(text)
-    except (ValueError, SyntaxError): # as YAML and JSON write them
-        return {"true": True, "false": False, "null": None}.get(text.lower(), text)
+    except (ValueError, SyntaxError): # a word
+        return None if text.lower() in NOTHING else TRUTH.get(text.lower(), text)
 
 def parameter_value(parameter: Parameter, value):
     "`value` in the type of the parameter's default. Raises `TinyTrainerError` that says what is allowed."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEXT_SUFFIXES', 'READERS', 'ROLES', 'SAID', 'STYLES', 'KINDS', 'KNOWN_COLUMNS', 'MAPPINGS', 'TURNS', 'UNFIT',
-           'HUB_ID', 'Source', 'read_rows', 'find_kind', 'Mapping', 'load_examples', 'Sourced', 'data_origin',
-           'empty_rows', 'as_examples', 'load_prompts']
+           'HUB_ID', 'Source', 'read_rows', 'find_kind', 'Mapping', 'need_data', 'load_examples', 'Sourced',
+           'data_origin', 'empty_rows', 'as_examples', 'load_prompts']
 
 # %% ../../nbs/data/02_formats.ipynb #dc122039
 import bisect, csv, io, json, re, sys
@@ -536,11 +536,14 @@ def _open(data, split: str) -> tuple[list[dict], Source, str | None]: # rows, wh
     if not isinstance(data, str | Path) or "\0" in str(data):
         raise TinyTrainerError(f"data {data!r:.60}: expected a file, a folder of texts, a Hub id, a list of dicts "
                                "or a datasets.Dataset.")
+    need_data(data)
     if Path(data).exists(): return *read_rows(data), None
-    hub = _hub_id(str(data))
-    if not hub: raise TinyTrainerError(f"{data}: no such file or folder.")
-    name, config, mapping = hub
+    name, config, mapping = _hub_id(str(data))
     return *_from_hub(name, config, split), mapping
+
+def need_data(data: str | Path) -> None:
+    "Raise `TinyTrainerError` for a name that is no file, no folder and no data set of the Hub."
+    if not Path(data).exists() and not _hub_id(str(data)): raise TinyTrainerError(f"{data}: no such file or folder.")
 
 # %% ../../nbs/data/02_formats.ipynb #43445408
 def load_examples(

@@ -14,10 +14,10 @@ from ..core import TinyTrainerError, builds, quiet
 from ..hardware import DTYPES, default_device, dtype_name, num_threads, probe_dtype, unused_gpu
 from ..data.tokens import ensure_template
 from ..runs.run import Run
-from .arguments import LoadArgs
+from .arguments import DEFAULT_BASE, LoadArgs, find_base
 from .cache import base_hash
-from .base import DEFAULT_BASE, LoadRecord, LoadReport, choose_quantization
-from .base import count_parameters, find_base, tensor_bytes
+from .base import LoadRecord, LoadReport, choose_quantization
+from .base import count_parameters, tensor_bytes
 from .base import _load_weights, _no_attention_of_its_own, _no_pickle
 from .base import _pretrained, _say_once, _stored_bytes
 from .lora import saved_adapters, train_last
