@@ -363,6 +363,7 @@ launch_panel(lambda args: grpo(model, tokenizer, data_file("rl.jsonl"), broken, 
     scene.picture("error")
 
 
+@pytest.mark.slow
 def test_a_restarted_kernel_finds_its_run_again(scene):
     "Restarted in mid-run: the twin stays in the saved notebook, and a new panel goes on from the last checkpoint"
     scene.cells(
@@ -478,6 +479,7 @@ def test_thirteen_numbers_by_hand(scene):
     scene.picture("by_hand", keep=True, at=".tinytrainer-dialpanel")
 
 
+@pytest.mark.slow
 def test_the_first_scene_in_notebook_7(scene):
     notebook = json.loads((LESSONS / "04_live_panel.ipynb").read_text(encoding="utf-8"))
     for cell in notebook["cells"]:
@@ -557,6 +559,7 @@ READABLE = """() => {
 }"""
 
 
+@pytest.mark.slow
 def test_readable_in_light_and_dark_and_narrow(scene):
     "Contrast of at least 4.5, a name for everything that takes a click or a key, no sideways scrolling of the page"
     scene.cells(

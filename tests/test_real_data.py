@@ -37,9 +37,9 @@ def test_sft_of_tiny_on_real_data(shared, tmp_path, path):
         load_examples(shared / "data" / path),
         SFTArgs(
             max_steps=12,
-            batch_size=8,
+            batch_size=4,
             learning_rate=2e-3,
-            eval_steps=4,
+            eval_steps=6,
             eval_rows=12,
             sample_steps=0,
             save_steps=0,

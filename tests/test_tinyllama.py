@@ -68,8 +68,8 @@ def test_padding_is_not_learned_and_the_end_is(tokenizer):
 
 
 def share_that_stops(tokenizer, model) -> float:
-    prompts = [p["messages"] for p in load_prompts(data_file("heldout.jsonl"))[:40]]
-    out = generate(model, tokenizer, prompts, GenerateArgs(max_new_tokens=160, temperature=0), quiet=True)
+    prompts = [p["messages"] for p in load_prompts(data_file("heldout.jsonl"))[:24]]
+    out = generate(model, tokenizer, prompts, GenerateArgs(max_new_tokens=128, temperature=0), quiet=True)
     return sum(ids[-1] == tokenizer.eos_token_id for ids in out.completion_ids) / len(prompts)
 
 
@@ -95,7 +95,7 @@ def test_a_model_learns_to_stop_though_padding_is_its_end_token(tmp_path, masked
         load_examples(data_file("sft.jsonl")).select(range(400)),
         SFTArgs(
             max_steps=40,
-            batch_size=8,
+            batch_size=4,
             learning_rate=2e-3,
             eval_steps=0,
             sample_steps=0,
