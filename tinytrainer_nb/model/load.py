@@ -9,7 +9,6 @@ __all__ = ['load_model', 'with_adapter', 'load_recorded', 'load_result']
 import sys, time
 from pathlib import Path
 import torch
-from peft import PeftModel
 from ..core import TinyTrainerError, builds, quiet
 from ..hardware import DTYPES, default_device, dtype_name, num_threads, probe_dtype, unused_gpu
 from ..data.tokens import ensure_template
@@ -22,6 +21,7 @@ from .base import _load_weights, _no_attention_of_its_own, _no_pickle
 from .base import _pretrained, _say_once, _stored_bytes
 from .lora import saved_adapters, train_last
 from .tinylora import adapter_config
+from peft import PeftModel
 from transformers import AutoConfig, AutoTokenizer
 
 # %% ../../nbs/model/08_load.ipynb #6f28da82
