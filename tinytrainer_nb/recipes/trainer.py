@@ -528,7 +528,8 @@ def summarize(
         seconds=round(seconds, 3), tokens_per_s=_speed(metrics), peak_memory_gb=round(peak_memory(device), 3),
         trainable_parameters=trained, **ends)
 
-def _mean(values: list[float]) -> float | None: return sum(values) / len(values) if values else None
+def _mean(values: list[float]) -> float | None: # to six digits
+    return float(f"{sum(values) / len(values):.6g}") if values else None
 
 def _speed(metrics: list[dict]) -> float | None:
     "Tokens per second over all steps but the first, which warms up."
