@@ -4,6 +4,7 @@ with anybody's machine."""
 import ast
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
@@ -300,3 +301,13 @@ def test_data_is_what_the_generator_writes(tmp_path):
     write_data(tmp_path)
     stale = [p.name for p in tmp_path.iterdir() if p.read_bytes() != (ROOT / "data" / p.name).read_bytes()]
     assert not stale and len(list(tmp_path.iterdir())) == 3, f"not what tinyworld.write_data makes: {stale}"
+
+
+def test_the_quickstarts_figures_are_those_of_the_results():
+    "README's sentence over the seeds is written by hand"
+    runs = json.loads((NBS / "benchmarks/results/quickstart.json").read_text(encoding="utf-8"))["runs"]
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    mean = lambda stage: f"{sum(run['accuracy'][stage] for run in runs) / len(runs):.1%}"
+    assert len(runs) == 3 and {run["n"] for run in runs} == {200}
+    assert f"Over three seeds, the base answers {mean('base')} of 200 held-out problems right" in text
+    assert f"Fine-tuning brings {mean('sft')}, PPO {mean('ppo')} " in text
