@@ -34,7 +34,7 @@ PARTS = {"reference_overlap": 1.0, "repetition": 0.5}
 
 
 def trained(out, recipe: str = "grpo", **settings) -> Run:
-    "A few small rounds of the embedded base"
+    "A few small rounds of a base of two layers"
     learn, args = RECIPES[recipe]
     model, tokenizer = load_model(small_base(), quantization="none", dtype="fp32", verbose=False)
     common = dict(

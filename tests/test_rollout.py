@@ -43,7 +43,7 @@ PROMPTS = [p["messages"] for p in load_prompts(data_file("rl.jsonl"))[:6]]
 
 
 def policy(quantization="none", dtype="fp32"):
-    "The embedded base with an adapter that changes it"
+    "A base of two layers with an adapter that changes it"
     model, tokenizer = load_model(small_base(), quantization=quantization, dtype=dtype, verbose=False)
     model = add_lora(model, LoraArgs(r=4))
     for i, (name, p) in enumerate(trainable(model).items()):

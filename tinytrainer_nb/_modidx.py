@@ -712,6 +712,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'tinytrainer_nb/model/arguments.py'),
                                                 'tinytrainer_nb.model.arguments.find_base': ( 'model/arguments.html#find_base',
                                                                                               'tinytrainer_nb/model/arguments.py'),
+                                                'tinytrainer_nb.model.arguments.is_run': ( 'model/arguments.html#is_run',
+                                                                                           'tinytrainer_nb/model/arguments.py'),
                                                 'tinytrainer_nb.model.arguments.known_shape': ( 'model/arguments.html#known_shape',
                                                                                                 'tinytrainer_nb/model/arguments.py'),
                                                 'tinytrainer_nb.model.arguments.layer_numbers': ( 'model/arguments.html#layer_numbers',

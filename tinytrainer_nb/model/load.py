@@ -13,7 +13,7 @@ from ..core import TinyTrainerError, builds, quiet
 from ..hardware import DTYPES, default_device, dtype_name, num_threads, probe_dtype, unused_gpu
 from ..data.tokens import ensure_template
 from ..runs.run import Run
-from .arguments import DEFAULT_BASE, LoadArgs, find_base
+from .arguments import DEFAULT_BASE, LoadArgs, find_base, is_run
 from .cache import base_hash
 from .base import LoadRecord, LoadReport, choose_quantization
 from .base import count_parameters, tensor_bytes
@@ -84,8 +84,7 @@ def load_model(
 ) -> tuple:                          # (model, tokenizer); the report is `model.load_report`
     "A model, ready for an adapter, and its tokenizer. Raises `TinyTrainerError` for an unknown name or setting."
     asked, device = LoadArgs(str(name), quantization, dtype), _existing(device)
-    is_run = asked.base != "tiny" and (Path(name) / "run.json").exists()
-    if is_run: return load_result(Path(name), asked, device, verbose)
+    if is_run(name): return load_result(Path(name), asked, device, verbose)
     model, tokenizer = _load_base(asked, device, step_tokens)
     if verbose: _say(model.load_report)
     return model, tokenizer
