@@ -65,9 +65,7 @@ def test_data_columns_quantization_and_adapter():
     rows = [dict(frage=f"What is {n} + 1?", antwort=str(n + 1)) for n in range(30)]
     Path("lessons.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     examples = load_examples("lessons.jsonl", columns=dict(prompt="frage", completion="antwort"))
-    run = sft(
-        *model("nf4", layers="1", alpha=8.0), examples, SFTArgs(max_steps=2, batch_size=4, out="runs/a", **SMALL)
-    )
+    run = sft(*model("nf4", layers="1", alpha=8.0), examples, SFTArgs(max_steps=2, batch_size=4, out="runs/a", **SMALL))
     command = as_command(run)
     for words in (
         "--data lessons.jsonl",
