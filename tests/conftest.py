@@ -13,19 +13,15 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg")
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "2"
-)  # the cores the project is written for; results then agree between machines
+# The cores the project is written for; results then agree between machines.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Several workers on two cores: PyTorch processes whose threads take turns on a core slow each other tenfold.
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = (
-        "1"  # several workers, two cores: PyTorch processes whose threads take turns on a core slow each other tenfold
-    )
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
-)  # kernels import this checkout
-if (
-    "PYTEST_XDIST_WORKER" not in os.environ
-):  # workers share the folder of the process that started them; nobody's own cache is touched
+    os.environ["OMP_NUM_THREADS"] = "1"
+# Kernels import this checkout.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+# Workers share the folder of the process that started them; nobody's own cache is touched.
+if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["TINYTRAINER_CACHE"] = tempfile.mkdtemp(prefix="tinytrainer-cache-")
     atexit.register(shutil.rmtree, os.environ["TINYTRAINER_CACHE"], ignore_errors=True)
 

@@ -84,19 +84,18 @@ def test_each_alarm_rings_once_for_what_was_planted(name):
 
 
 def test_value_and_limit_of_an_alarm():
+    # The last five
     assert find_alarms(dict(kl=[1.0, 10.0, 20.0, 30.0, 40.0, 50.0])) == [
         Alarm("kl", 30.0, 20.0, find_alarms(dict(kl=[30.0] * 5))[0].message)
-    ]  # the last five
-    assert (
-        find_alarms(dict(kl=[20.0] * 5)) == [] and find_alarms(dict(kl=[99.0] * (ROUNDS - 1))) == []
-    )  # at the limit; too few rounds to say
+    ]
+    # At the limit; too few rounds to say
+    assert find_alarms(dict(kl=[20.0] * 5)) == [] and find_alarms(dict(kl=[99.0] * (ROUNDS - 1))) == []
     (longer,) = find_alarms(dict(completion_length=[40.0] * 5 + [50.0] * 20 + [120.0] * 5))
     assert (longer.value, longer.limit) == (120, 40 * LIMITS["length"])
     (shorter,) = find_alarms(dict(completion_length=[40.0] * 5 + [10.0] * 5))
     assert (shorter.value, shorter.limit) == (10, 40 / LIMITS["length"])
-    assert (
-        find_alarms(dict(completion_length=[40.0] * 5 + [1.0] * 4)) == []
-    )  # the first rounds and the last ones must not overlap
+    # The first rounds and the last ones must not overlap
+    assert find_alarms(dict(completion_length=[40.0] * 5 + [1.0] * 4)) == []
 
 
 def test_limits_are_given_by_name():
@@ -228,9 +227,8 @@ def test_alarms_are_told_in_figure_page_and_terminal(cheated):
     words = " ".join(figure.get_supxlabel().split())
     for (_, line), number in zip(lines, "12"):
         assert f"({number}) {line}" in words
-    assert "exact_answer" in [
-        t.get_text() for t in figure.axes[0].get_legend().get_texts()
-    ]  # the witness beside the reward
+    # The witness beside the reward
+    assert "exact_answer" in [t.get_text() for t in figure.axes[0].get_legend().get_texts()]
     cheated.log("alarm", 28, name="kl", value=1.0, limit=0.5, message="<script>alert(1)</script>")
     page = run_html(cheated)
     assert page.count("<li>") == 2 and "kl, steps 13, 28:" in page and "<script>" not in page
@@ -251,16 +249,17 @@ def test_a_run_without_alarms_looks_as_before(tmp_path):
 
 
 def test_round_figures_by_hand():
+    # Of the first completion's six 4-grams four differ, of the fifth's three one. A text of another group is no copy.
     ids = [
         [1, 2, 3, 4, 1, 2, 3, 4, 1],
         [1, 2, 3],
         [1, 2, 3],
-        [5, 6, 7, 8],  # 4-grams: 6, of which 4 differ; none; none; one
+        [5, 6, 7, 8],
         [9, 9, 9, 9, 9, 9],
         [1, 2, 3],
         [4],
         [],
-    ]  # 3, of which one; a text of another group is no copy
+    ]
     figures = round_figures(ids, [1.0, 0.0, 0.0, 0.0, 0.5, 0.5, 0.5, 0.5], [True] * 6 + [False] * 2, 4)
     assert figures == dict(
         repetition=pytest.approx((2 / 6 + 2 / 3) / 8), identical=2 / 8, no_signal=1 / 2, unfinished=2 / 8

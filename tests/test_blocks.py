@@ -173,9 +173,8 @@ def test_a_token_that_is_all_but_impossible_has_its_logprob(temperature, with_en
     slope, chosen = truth.exp() - torch.nn.functional.one_hot(labels, 40), truth.gather(-1, labels[:, None])[:, 0]
     assert chosen.min() < -103 < chosen.max()
     logprobs, entropy = to_slope(logits, labels, temperature, with_entropy)
-    torch.testing.assert_close(
-        logprobs.double(), chosen, rtol=1e-6, atol=2e-4
-    )  # logits of a thousand are 6e-5 apart in fp32
+    # Logits of a thousand are 6e-5 apart in fp32
+    torch.testing.assert_close(logprobs.double(), chosen, rtol=1e-6, atol=2e-4)
     torch.testing.assert_close(logits.double(), slope, rtol=0, atol=2e-4)
     if with_entropy:
         torch.testing.assert_close(entropy.double(), -(truth.exp() * truth).nan_to_num().sum(-1), rtol=0, atol=1e-3)

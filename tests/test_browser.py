@@ -30,9 +30,8 @@ FLAGS = [
     "--disable-quic",
     "--no-first-run",
 ]
-QUIET = {
-    "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}
-}  # no pop-up over the picture
+# No pop-up over the picture
+QUIET = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}
 
 pytestmark = pytest.mark.browser
 
@@ -125,12 +124,10 @@ def scene(jupyter, browser):
     page.close()
     for kernel in json.load(urllib.request.urlopen(f"{url}/api/kernels")):
         urllib.request.urlopen(urllib.request.Request(f"{url}/api/kernels/{kernel['id']}", method="DELETE"))
-    outside = [
-        a
-        for a in asked
-        if not a.startswith((url, url.replace("http", "ws"), "data:", "blob:")) and not a.endswith("/colab-badge.svg")
-    ]  # a lesson's first line
-    assert not outside, outside  # nothing is fetched from anywhere else
+    inside = (url, url.replace("http", "ws"), "data:", "blob:")
+    # The badge is a lesson's first line; nothing else is fetched from anywhere else
+    outside = [a for a in asked if not a.startswith(inside) and not a.endswith("/colab-badge.svg")]
+    assert not outside, outside
 
 
 class Scene:
@@ -175,16 +172,14 @@ class Scene:
         self.page.goto(f"{self.url}/{app}/{name}.ipynb{'?reset' if app == 'lab/tree' else ''}")
         self.page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=60_000)
         if app == "lab/tree":
-            self.page.get_by_text(re.compile(r"\| Idle$")).wait_for(
-                timeout=60_000
-            )  # the kernel stands; before, Run would ask which one to take
+            # The kernel stands; before, Run would ask which one to take
+            self.page.get_by_text(re.compile(r"\| Idle$")).wait_for(timeout=60_000)
         else:
             self.page.wait_for_timeout(4000)
 
     def button(self, name: str):
-        return (
-            self.page.locator(".tinytrainer-panel").get_by_role("button", name=re.compile(rf"^\W*{name}$")).last
-        )  # an icon is a letter of its own
+        # An icon is a letter of its own
+        return self.page.locator(".tinytrainer-panel").get_by_role("button", name=re.compile(rf"^\W*{name}$")).last
 
     def press(self, name: str) -> None:
         "As soon as it can be pressed"
@@ -389,9 +384,8 @@ run.panel()""",
     assert "<img alt='loss from" in twin and "paused" in twin and "latest samples" in twin
 
     scene.cells("found", 'from tinytrainer_nb.all import *\nRun.open("runs/again").panel()')
-    scene.wait(
-        lambda: "interrupted" in scene.head or "stopped" in scene.head, "the run is found again", 120
-    )  # the second if the kernel had the time to save
+    # The second if the kernel had the time to save
+    scene.wait(lambda: "interrupted" in scene.head or "stopped" in scene.head, "the run is found again", 120)
     assert scene.curve.count()
     scene.picture("found_again")
     scene.press("Continue")
@@ -416,9 +410,8 @@ for rate in (1e-3, 1e-4):
 compare_panel(["runs/rate-0.001", "runs/rate-0.0001"])""",
     )
     scene.page.locator(".tinytrainer-panel img").first.wait_for(timeout=120_000)
-    assert (
-        scene.page.locator(".tinytrainer-panel table").first.inner_text().count("learning_rate") == 1
-    )  # the difference comes first
+    # The difference comes first
+    assert scene.page.locator(".tinytrainer-panel table").first.inner_text().count("learning_rate") == 1
     scene.picture("compare", keep=True)
 
 
@@ -448,9 +441,8 @@ def test_thirteen_numbers_by_hand(scene):
     scene.press("Start")
     scene.wait(lambda: "finished" in scene.head, "it ends", 180)
     scene.press("Numbers")
-    sliders = scene.page.locator(".tinytrainer-dialpanel").last.get_by_role(
-        "slider", name=re.compile(r"v\[\d+\]")
-    )  # that of the lesson's last cell
+    # That of the lesson's last cell
+    sliders = scene.page.locator(".tinytrainer-dialpanel").last.get_by_role("slider", name=re.compile(r"v\[\d+\]"))
     scene.wait(lambda: sliders.count() == 13, "thirteen sliders with names", 60)
     scene.wait(
         lambda: not scene.page.locator(".tinytrainer-dialpanel").last.locator(".slider[disabled]").count(),
@@ -463,9 +455,8 @@ def test_thirteen_numbers_by_hand(scene):
         "the bar moves",
     )
     scene.page.wait_for_timeout(1000)
-    assert (
-        scene.page.locator("img[alt^='trained numbers']").last.get_attribute("alt").count("moved to") == 1
-    )  # the others stay as they were trained, however the page rounds them
+    # The others stay as they were trained, however the page rounds them
+    assert scene.page.locator("img[alt^='trained numbers']").last.get_attribute("alt").count("moved to") == 1
     scene.fill("say", QUESTION)
     scene.press("Send")
     scene.wait(

@@ -570,12 +570,13 @@ def test_a_hub_id_is_kept_by_its_commit(base, tmp_path):
         shutil.copytree(base, repo / "snapshots" / commit)
         (repo / "refs").mkdir(exist_ok=True)
         (repo / "refs" / "main").write_text(commit)
+        # `huggingface_hub` reads these variables when it is imported
         done = subprocess.run(
             [sys.executable, "-c", 2 * LOAD, "some/model"],
             capture_output=True,
             text=True,
             env=os.environ | dict(HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1"),
-        )  # read when it is imported
+        )
         ends += [json.loads(line)[0] for line in done.stdout.splitlines() if line.startswith("[")]
     assert ends == ["miss", "hit"] * 2, done.stderr
     assert {e.about["base"] for e in cache_entries()} == {"some/model"}

@@ -2,6 +2,7 @@
 start to end."""
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -40,8 +41,7 @@ def shell(*argv: str, cwd: Path, **kwargs) -> subprocess.CompletedProcess:
 def finished(tmp_path_factory) -> Path:
     "A finished run of three steps"
     folder = tmp_path_factory.mktemp("cli")
-    done = shell("sft", "--max_steps", 3, *SMALL, "--out", "first", cwd=folder)
-    assert done.returncode == 0, done.stderr
+    assert main(["sft", "--max_steps", "3", *SMALL, "--out", str(folder / "first")]) == 0
     return folder / "first"
 
 
@@ -157,25 +157,8 @@ def test_configuration_and_flags_reach_the_run(tmp_path, monkeypatch):
     (tmp_path / "c.json").write_text(
         json.dumps(dict(max_steps=2, seed=7, lora_r=2, learning_rate=1, train_on_all=True)), encoding="utf-8"
     )
-    assert (
-        main(
-            [
-                "sft",
-                "--config",
-                "c.json",
-                *SMALL[:-2],
-                "--seed",
-                "5",
-                "--learning_rate",
-                "2e-4",
-                "--data",
-                str(data_file("heldout.jsonl")),
-                "--out",
-                "r",
-            ]
-        )
-        == 0
-    )
+    flags = ["--seed", "5", "--learning_rate", "2e-4", "--data", str(data_file("heldout.jsonl")), "--out", "r"]
+    assert main(["sft", "--config", "c.json", *SMALL[:-2], *flags]) == 0
     info = Run.open(tmp_path / "r").info
     assert {k: info["settings"][k] for k in ("max_steps", "seed", "learning_rate", "train_on_all")} == dict(
         max_steps=2, seed=5, learning_rate=2e-4, train_on_all=True
@@ -183,14 +166,13 @@ def test_configuration_and_flags_reach_the_run(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "r/adapter/adapter_config.json").read_text(encoding="utf-8"))["r"] == 2
 
 
-def test_a_finished_run(finished):
+def test_a_finished_run(finished, monkeypatch, capsys):
     assert Run.open(finished).status == "finished" and Run.open(finished).step == 3
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
-    done = shell("resume", "first", cwd=finished.parent)
-    assert done.returncode == 0 and "finished" in done.stdout, done.stderr
+    monkeypatch.chdir(finished.parent)
+    assert main(["resume", "first"]) == 0 and "finished" in capsys.readouterr().out
     assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
-    done = shell("resume", ".", cwd=finished.parent)
-    assert done.returncode == 2 and "first" in done.stderr
+    assert main(["resume", "."]) == 2 and "first" in capsys.readouterr().err
 
 
 def test_the_terminal_is_clean(finished):
@@ -201,21 +183,9 @@ def test_the_terminal_is_clean(finished):
 
 def test_a_run_is_a_base(finished, monkeypatch):
     monkeypatch.chdir(finished.parent)
-    assert (
-        main(
-            [
-                *(
-                    "ppo --base first --max_steps 1 --batch_size 4 --num_generations 2 "
-                    "--max_new_tokens 24 --sample_steps 0 --save_steps 0"
-                ).split(),
-                "--reward",
-                "exact_answer=1,reference_overlap=0.5",
-                "--out",
-                "second",
-            ]
-        )
-        == 0
-    )
+    rounds = "--max_steps 1 --batch_size 4 --num_generations 2 --max_new_tokens 24 --sample_steps 0 --save_steps 0"
+    reward = ["--reward", "exact_answer=1,reference_overlap=0.5"]
+    assert main(["ppo", "--base", "first", *rounds.split(), *reward, "--out", "second"]) == 0
     run = Run.open(finished.parent / "second")
     assert run.info["reward"] == dict(
         kind="built_in", spec="exact_answer=1,reference_overlap=0.5", names=["exact_answer", "reference_overlap"]
@@ -224,9 +194,9 @@ def test_a_run_is_a_base(finished, monkeypatch):
     assert r(run.folder) == r(finished) == 4, "the adapter of the first run was trained on"
 
 
-def test_chat(finished):
-    done = shell("chat", "first", "--max_new_tokens", 16, cwd=finished.parent, input="What is 2 + 3?\n/reset\n\n")
-    assert done.returncode == 0 and "model> " in done.stdout, done.stderr
+def test_chat(finished, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is 2 + 3?\n/reset\n\n"))
+    assert main(["chat", str(finished), "--max_new_tokens", "16"]) == 0 and "model> " in capsys.readouterr().out
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to one process")
@@ -234,9 +204,8 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     process = subprocess.Popen(
         [sys.executable, "-m", "tinytrainer_nb.cli", "sft", "--max_steps", "30", *SMALL, "--out", "cut"],
         cwd=tmp_path,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        ),  # whoever runs the tests in the background ignores it
+        # Whoever runs the tests in the background ignores it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -255,13 +224,14 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     assert Run.open(tmp_path / "cut").status == "finished" and Run.open(tmp_path / "cut").step == 30
 
 
-def test_a_notebook_runs(notebook):
+def test_a_notebook_runs(notebook, monkeypatch):
     done = shell("run", notebook.name, "-p", "steps", "41", cwd=notebook.parent)
     assert done.returncode == 0, done.stderr
     executed = nbformat.read(notebook.parent / "demo/notebook.ipynb", as_version=4)
     assert executed.cells[-1].outputs[0].text.split() == ["42", "None", ".", sys.executable]
     (notebook.parent / "values.yaml").write_text("steps: 1\nlimit: 5\n", encoding="utf-8")
-    done = shell("run", notebook.name, "-f", "values.yaml", "-p", "steps", "2", cwd=notebook.parent)
+    monkeypatch.chdir(notebook.parent)
+    assert main(["run", notebook.name, "-f", "values.yaml", "-p", "steps", "2"]) == 0
     executed = nbformat.read(notebook.parent / "demo-2/notebook.ipynb", as_version=4)
     assert executed.cells[-1].outputs[0].text.split()[:2] == ["3", "5"], "the folder demo was there already"
 

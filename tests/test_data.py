@@ -543,9 +543,10 @@ def test_templates_with_ways_of_their_own(name):
         m | dict(content=f'{m["content"]}\n"{i}" ' if m["role"] == "observation" else m["content"])
         for i, m in enumerate(CALLED)
     ]
+    # " It" is one token
     assert [t.lstrip() for t in spoken(tokenizer, encode_chat(tokenizer, turns))] == [
         t + tokenizer.eos_token for t in LEARNED
-    ]  # " It" is one token
+    ]
     assert f"[{'user' if name == 'refuses' else 'tool'}] " + ('"' if name == "quotes" else "") + "391" in render(
         tokenizer, turns
     )
@@ -553,28 +554,31 @@ def test_templates_with_ways_of_their_own(name):
 
 @pytest.mark.parametrize("content", ["Be short.", "a"])
 def test_a_turn_that_a_template_leaves_out_is_an_error(content):
+    turns = [dict(role="system", content=content), dict(role="user", content="hm a")]
     tokenizer = AutoTokenizer.from_pretrained(data_file("tiny"))
+    tokenizer.chat_template = TEMPLATES["trims"]
+    assert render(tokenizer, turns)
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m['role'] != 'system' %}[{{ m['role'] }}] {{ m['content'] }}{% "
         "endif %}{% endfor %}"
     )
     with pytest.raises(TinyTrainerError, match="leaves out turn 1 of 2, of the role system"):
-        render(tokenizer, [dict(role="system", content=content), dict(role="user", content="hm a")])
-    table = load_examples(
-        [
-            dict(
-                messages=[
-                    dict(role="system", content=content),
-                    dict(role="user", content="b"),
-                    dict(role="assistant", content="c"),
-                ]
-            )
-        ]
-    )
-    with pytest.raises(
-        TinyTrainerError, match=f"the conversation that begins '{content}': the chat template leaves out"
-    ):
+        render(tokenizer, turns)
+    table = load_examples([dict(messages=[*turns, dict(role="assistant", content="c")])])
+    said = f"the conversation that begins '{content}': the chat template leaves out"
+    with pytest.raises(TinyTrainerError, match=said):
         encode_rows(tokenizer, table, 64)
+
+
+def test_a_row_is_written_twice(monkeypatch):
+    "Up to its answer and as a whole; what its roles alone decide is tried once"
+    tokenizer, written = ensure_template(AutoTokenizer.from_pretrained(data_file("tiny"))), []
+    plain = tokenizer.apply_chat_template
+    monkeypatch.setattr(tokenizer, "apply_chat_template", lambda m, **how: written.append(m) or plain(m, **how))
+    rows = [[dict(role="user", content=f"Say {n}."), dict(role="assistant", content=str(n))] for n in range(5)]
+    for messages in rows:
+        encode_chat(tokenizer, messages)
+    assert len(written) == 2 * len(rows) + 1
 
 
 # Names of columns, public data sets

@@ -158,9 +158,8 @@ def test_a_run_that_was_turned_continues_bit_for_bit(tmp_path):
     run.unpause()
     run.wait(120)
     assert run.status == "finished" and adapter(run) == adapter(alone) and figures(run) == figures(alone)
-    until(
-        lambda: [slider.value for slider in panel.sliders] == saved_numbers(run.folder / "adapter")
-    )  # the sliders follow what was trained
+    # The sliders follow what was trained
+    until(lambda: [slider.value for slider in panel.sliders] == saved_numbers(run.folder / "adapter"))
     assert not panel.moves and any(panel.trained)
     panel.close()
 

@@ -57,9 +57,8 @@ EVALUATIONS = {
 }
 
 
-@pytest.mark.parametrize(
-    "mode", [True, False], ids=["trained in train mode", "trained in eval mode"]
-)  # PPO updates in eval mode
+# PPO updates in eval mode
+@pytest.mark.parametrize("mode", [True, False], ids=["trained in train mode", "trained in eval mode"])
 @pytest.mark.parametrize("name", EVALUATIONS)
 def test_gradient_survives(model, name, mode):
     before = gradient(*model, mode)

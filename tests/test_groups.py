@@ -137,9 +137,8 @@ def test_two_groups_are_whole_and_two_more_have_their_first(tmp_path):
         (2, 3, 0),
     ]
     assert [e["group"] for e in sample_rows(run, 6)] == [3, 2, 1, 0]  # of each prompt one, as other views show them
-    assert (
-        sum("->" in line and "step 2:" in line for line in news(run, run.events)) == 1
-    )  # in a terminal one line a step
+    # In a terminal one line a step
+    assert sum("->" in line and "step 2:" in line for line in news(run, run.events)) == 1
     assert [spread(g).startswith("1 of 2 completions") for g in groups_of(run)] == [False, False, True, True]
 
 
@@ -285,16 +284,14 @@ def test_texts_from_outside_are_shown_and_not_obeyed(tmp_path, nasty):
     for page in (panel.table.value, panel.twin()):
         told = Texts(page)
         assert told.tags <= TAGS and told.names <= {"class", "style", "aria-label"}
-        assert (
-            re.sub(r"\s", "", told.text).count(re.sub(r"\s", "", visible(nasty))) >= 3
-        )  # prompt, completion, head, which is broken into lines
+        # Prompt, completion, head, which is broken into lines
+        assert re.sub(r"\s", "", told.text).count(re.sub(r"\s", "", visible(nasty))) >= 3
         assert page.count("<style>") == page.count("</style>") == 1
     shown = [panel.table.value, panel.twin(), line.value, door.description, *(label for label, _ in panel.sort.options)]
     assert all(visible(text) == text for text in shown)  # nothing unseen is left
     assert visible(nasty) in Texts(line.value).text and visible(nasty).replace("_", " ") in door.description
-    json.dumps([panel.table.value, door.description, *panel.sort._options_labels], ensure_ascii=False).encode(
-        "utf-8"
-    )  # what goes to the page can be sent
+    # What goes to the page can be sent
+    json.dumps([panel.table.value, door.description, *panel.sort._options_labels], ensure_ascii=False).encode("utf-8")
     panel.close()
 
 

@@ -15,6 +15,7 @@ from forked import Script
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "tinytrainer_nb"
+# From the ground up
 FLOORS = [
     ("core", "settings", "hardware"),
     ("data", "runs"),
@@ -24,7 +25,7 @@ FLOORS = [
     ("recipes",),
     ("panels",),
     ("notebooks", "cli", "all"),
-]  # from the ground up
+]
 PLACE = re.compile(r"tinytrainer_nb((?:\.\w+)+):\w+")  # module:name, as the table's rows name things
 MODULES = {
     ".".join(p.relative_to(PACKAGE).with_suffix("").parts): p

@@ -121,9 +121,8 @@ def work(recipe: str, out: str, resume: bool, now, began) -> None:
         )
     else:
         train, settings = dict(ppo=(ppo, PPOArgs), grpo=(grpo, GRPOArgs))[recipe]
-        how = (
-            dict(kl_target=2.0, value_adapter=True) if recipe == "ppo" else dict(kl_coef=0.02)
-        )  # a price that moves, and must be found again
+        # A price that moves, and must be found again
+        how = dict(kl_target=2.0, value_adapter=True) if recipe == "ppo" else dict(kl_coef=0.02)
         train(
             model,
             tokenizer,

@@ -15,6 +15,7 @@ from tinytrainer_nb.settings import check_value, field_type
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs" / "tutorials").glob("*.ipynb")) + sorted((ROOT / "nbs" / "benchmarks").glob("*.ipynb"))
+# Where one notebook drives two recipes
 ALIASES = {
     "sft_steps": (SFTArgs, "max_steps"),
     "ppo_steps": (PPOArgs, "max_steps"),
@@ -22,13 +23,14 @@ ALIASES = {
     "sft_learning_rate": (SFTArgs, "learning_rate"),
     "u": (TinyLoraArgs, "u"),
     "n_tie": (TinyLoraArgs, "n_tie"),
-}  # where one notebook drives two recipes
+}
+# A word of the notebook's name: its recipe; else SFT
 RECIPES = {
     "ppo": PPOArgs,
     "grpo": GRPOArgs,
     "thirteen": GRPOArgs,
     "preferences": DPOArgs,
-}  # a word of the notebook's name: its recipe; else SFT
+}
 
 
 def setting_of(notebook: Path, name: str):

@@ -188,9 +188,8 @@ def test_token_rewards_and_returns():
         token_rewards(torch.tensor([1.0, 2.0]), logp, ref, mask, 0.5),
         torch.tensor([[-0.1, 0.9, 0.0], [-0.1, -0.1, 1.9]]),
     )
-    torch.testing.assert_close(
-        batch.returns, torch.tensor([[0.8, 0.9, 0.0], [1.7, 1.8, 1.9]])
-    )  # lambda 1: the sum to come
+    # Lambda 1: the sum to come
+    torch.testing.assert_close(batch.returns, torch.tensor([[0.8, 0.9, 0.0], [1.7, 1.8, 1.9]]))
 
 
 def test_bandit_converges(tmp_path):

@@ -125,9 +125,8 @@ def test_dpo_loss_is_equation_7(tmp_path, trained):
     for name, value in want.items():
         assert found[name] == pytest.approx(value.mean().item(), abs=1e-4), name
     first = events(run, "metrics")[0]
-    assert (
-        first["loss"] == pytest.approx(math.log(2), abs=1e-6) and first["margin"] == 0
-    )  # nothing is learned yet: policy and reference are one
+    # Nothing is learned yet: policy and reference are one
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and first["margin"] == 0
 
 
 class Plain(trl.DPOTrainer):
@@ -169,9 +168,8 @@ def test_loss_and_gradient_are_those_of_trl(tmp_path, monkeypatch, trained):
     for row, ours in zip(trainer.train_dataset, encode_pairs(tokenizer, load_examples(rows), 512)[0], strict=True):
         assert row["prompt_ids"] == ours["prompt_ids"]
         for name in ("chosen_ids", "rejected_ids"):
-            assert (
-                row[name][: len(ours[name])] == ours[name] and ours[name][-1] == tokenizer.eos_token_id
-            )  # TRL goes on to what stands behind the end
+            # TRL goes on to what stands behind the end
+            assert row[name][: len(ours[name])] == ours[name] and ours[name][-1] == tokenizer.eos_token_id
     batch = trainer.data_collator(
         [
             {

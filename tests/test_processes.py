@@ -126,9 +126,8 @@ def train(*command, processes: int = 1) -> str:
     return out
 
 
-@pytest.mark.parametrize(
-    "recipe", ["sft", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ppo", "grpo"))]
-)  # PPO is killed and resumed below, GRPO is shared out as it is
+# PPO is killed and resumed below, GRPO is shared out as it is
+@pytest.mark.parametrize("recipe", ["sft", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ppo", "grpo"))])
 def test_two_processes_train_as_one(tmp_path, recipe):
     "Every figure of the journal agrees to 1e-5 with that of one process with the same global batch"
     train(recipe, *RECIPES[recipe], "--out", tmp_path / "one")

@@ -251,9 +251,8 @@ def write_jsonl(draw, rows: list) -> bytes:
 
 def write_csv(draw, rows: list) -> bytes:
     buffer, columns = io.StringIO(), list(rows[0])
-    bare = any(
-        "\r" in r[c] for r in rows for c in columns
-    )  # Python 3.11 writes it without quotes, and then nobody can tell it from a line's end
+    # Python 3.11 writes it without quotes, and then nobody can tell it from a line's end
+    bare = any("\r" in r[c] for r in rows for c in columns)
     writer = csv.writer(
         buffer,
         lineterminator=draw(st.sampled_from(["\n", "\r\n"])),

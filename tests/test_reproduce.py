@@ -75,7 +75,9 @@ def test_data_columns_quantization_and_adapter():
         "--lora_alpha 8.0",
     ):
         assert words in command
-    assert weights(again(run)) == weights(run) and as_command(again(run)).replace("-2", "").replace("-3", "") == command
+    second = again(run)
+    assert weights(second) == weights(run)
+    assert as_command(second).replace("--out runs/a-2", "--out runs/a") == command
 
 
 def test_a_run_as_base_and_a_reward_from_a_file_that_is_executed_once():
@@ -83,21 +85,8 @@ def test_a_run_as_base_and_a_reward_from_a_file_that_is_executed_once():
     Path("judge.py").write_text(
         "open('executed', 'a').write('x')\ndef short(prompt, completion, **row): return -float(len(completion))\n"
     )
-    assert (
-        main(
-            [
-                "ppo",
-                "--base",
-                "first",
-                "--reward",
-                "judge.py:short",
-                "--out",
-                "second",
-                *(w for k, v in ROUNDS.items() for w in (f"--{k}", str(v))),
-            ]
-        )
-        == 0
-    )
+    rounds = [word for name, value in ROUNDS.items() for word in (f"--{name}", str(value))]
+    assert main(["ppo", "--base", "first", "--reward", "judge.py:short", "--out", "second", *rounds]) == 0
     assert Path("executed").read_text() == "x"
     run = Run.open("second")
     assert run.info["reward"] == dict(
@@ -122,15 +111,8 @@ def test_pretraining_from_nothing():
     Path("texts").mkdir()
     for i in range(3):
         Path(f"texts/{i}.txt").write_text(" ".join(f"A small town number {n} by the sea." for n in range(i, 400 + i)))
-    assert (
-        main(
-            (
-                "pretrain --base new:tiny --data texts --max_steps 1 --batch_size 1 --max_length 64 "
-                "--eval_steps 0 --sample_steps 0 --save_steps 0 --seed 3 --out p"
-            ).split()
-        )
-        == 0
-    )
+    small = "--max_steps 1 --batch_size 1 --max_length 64 --eval_steps 0 --sample_steps 0 --save_steps 0 --seed 3"
+    assert main(["pretrain", "--base", "new:tiny", "--data", "texts", *small.split(), "--out", "p"]) == 0
     run = Run.open("p")
     assert "--base new:tiny" in as_command(run) and "--quantization" not in as_command(run)
     assert weights(again(run)) == weights(run)

@@ -177,9 +177,8 @@ def test_before_is_the_model_as_it_was_handed_over(tmp_path):
 
 
 def test_who_paused_stays_paused_and_nobody_goes_on_meanwhile(recipes, tmp_path):
-    run = recipes(
-        "sft", tmp_path / "run", max_steps=40, save_steps=0
-    )  # with a checkpoint due, the trainer takes requests after the answer
+    # With a checkpoint due, the trainer takes requests after the answer
+    run = recipes("sft", tmp_path / "run", max_steps=40, save_steps=0)
     until(lambda: run.step >= 1)
     with held_still(run):
         step, weights = run.step, {n: p.clone() for n, p in trainable(run.model).items()}
@@ -238,9 +237,8 @@ def test_runs_of_other_processes_answer_from_their_folder(lessons, tmp_path):
     assert trainable(at_end).keys() == result.keys() and all(
         torch.equal(p, result[n]) for n, p in trainable(at_end).items()
     )
-    write_json(
-        run.folder / "run.json", run.info | dict(status="running", process=dict(pid=1, started=0.0))
-    )  # as if it had died
+    # As if it had died
+    write_json(run.folder / "run.json", run.info | dict(status="running", process=dict(pid=1, started=0.0)))
     newest, later = run.folder / "checkpoints/step-000002", tmp_path / "later"
     newest.rename(later)
     with voice.still():

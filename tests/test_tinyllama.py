@@ -42,17 +42,17 @@ def test_two_turns_in_text_and_mask(tokenizer):
     assert tokenizer.convert_ids_to_tokens([t for t in row["labels"] if t != -100]) == LEARNED
     assert all(label in (-100, t) for t, label in zip(row["input_ids"], row["labels"]))
     ends = [i for i, t in enumerate(row["input_ids"]) if t == tokenizer.eos_token_id]
+    # Of system, user, assistant, user, assistant
     assert [row["labels"][i] != -100 for i in ends] == [
         False,
         False,
         True,
         False,
         True,
-    ]  # of system, user, assistant, user, assistant
+    ]
     asked = prompt_ids(tokenizer, CHAT[:4])
-    assert (
-        asked == row["input_ids"][: len(asked)] and row["labels"][len(asked)] == row["input_ids"][len(asked)]
-    )  # where learning begins, generation will
+    # Where learning begins, generation will
+    assert asked == row["input_ids"][: len(asked)] and row["labels"][len(asked)] == row["input_ids"][len(asked)]
 
 
 @pytest.mark.shared
@@ -61,9 +61,8 @@ def test_padding_is_not_learned_and_the_end_is(tokenizer):
     row = encode_chat(tokenizer, CHAT)
     packed = pack_row([row], multiple=128)
     assert packed["input_ids"].shape == (1, 128)
-    assert packed["shift_labels"].tolist() == [
-        t for t in row["labels"] if t != -100
-    ]  # the ends in, what fills up the row out
+    # The ends in, what fills up the row out
+    assert packed["shift_labels"].tolist() == [t for t in row["labels"] if t != -100]
     assert packed["logits_to_keep"].max() < len(row["input_ids"])
 
 

@@ -83,33 +83,42 @@ def give_back() -> None:
         if malloc_trim: malloc_trim(0)
 
 # %% ../nbs/02_hardware.ipynb #4af647b7
-def _seconds(f, repeats: int = 5) -> float:
-    "Shortest wall time of `f()`, after one call to warm up."
-    f()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        f()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-def matmul_seconds(dtype: torch.dtype, rows: int = 256, width: int = 1024) -> float:
-    "Seconds of one (`rows`, `width`) x (`width`, `width`) product in `dtype` on the CPU."
-    x = torch.ones(rows, width, dtype=dtype)
-    w = torch.ones(width, width, dtype=dtype)
-    return _seconds(lambda: torch.nn.functional.linear(x, w))
+def matmul_seconds(
+    *dtypes: torch.dtype,   # compared with one another
+    rows: int = 256,
+    width: int = 1024,
+    repeats: int = 5,       # of each at least
+    patience: float = 0.2,  # seconds that more repeats may take
+) -> list[float]:           # seconds of each
+    """Shortest wall time of one (`rows`, `width`) x (`width`, `width`) product on the CPU in each of `dtypes`. They take
+    turns, for longer than another program holds a core, so that what else runs here does not decide between them."""
+    products = [(torch.ones(rows, width, dtype=d), torch.ones(width, width, dtype=d)) for d in dtypes]
+    for x, w in products: torch.nn.functional.linear(x, w) # warm-up
+    times, end = [[] for _ in dtypes], time.perf_counter() + patience
+    while len(times[0]) < repeats or time.perf_counter() < end:
+        for (x, w), seconds in zip(products, times):
+            start = time.perf_counter()
+            torch.nn.functional.linear(x, w)
+            seconds.append(time.perf_counter() - start)
+    return [min(seconds) for seconds in times]
 
 # %% ../nbs/02_hardware.ipynb #6e510ae9
 def default_device() -> str: # "cuda" or "cpu"
     "The device that is used if nobody names one."
     return "cuda" if torch.cuda.is_available() else "cpu"
 
+@functools.cache
+def _bf16_gain(threads: int) -> float:
+    "How many times as fast as in fp32 a product is in bf16; one answer a process, so that two models agree"
+    full, half = matmul_seconds(torch.float32, torch.bfloat16)
+    return full / half
+
 def probe_dtype(device: str) -> tuple[torch.dtype, str]: # the compute dtype, and why
     "The fastest safe number format of `device`, by measurement on a CPU, by its hardware on a GPU."
     if device == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return (torch.bfloat16, "this GPU has bf16 units") if bf16 else (torch.float16, "this GPU has no bf16 units")
-    ratio = matmul_seconds(torch.float32) / matmul_seconds(torch.bfloat16)
+    ratio = _bf16_gain(torch.get_num_threads())
     if ratio > 1.2: return torch.bfloat16, f"a bf16 product is {ratio:.1f}x as fast as fp32 on this CPU"
     return torch.float32, f"a bf16 product is only {ratio:.1f}x as fast as fp32 on this CPU"
 

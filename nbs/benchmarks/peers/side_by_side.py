@@ -9,15 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tinytrainer_nb.core import TinyTrainerError
+from tinytrainer_nb.core import TinyTrainerError, quiet
 
 HERE = Path(__file__).resolve().parent
-LARGE_PAGES = dict(
-    THP_MEM_ALLOC_ENABLE="1"
-)  # of PyTorch: what importing the package adds to the environment of its own processes
-KEPT = (
-    dict(MALLOC_MMAP_THRESHOLD_=str(2**32), MALLOC_TRIM_THRESHOLD_=str(2**34), MALLOC_ARENA_MAX="1") | LARGE_PAGES
-)  # of glibc: bytes from which memory is mapped afresh, and given back; heaps
+# Of PyTorch: what importing the package adds to the environment of its own processes
+LARGE_PAGES = dict(THP_MEM_ALLOC_ENABLE="1")
+# Of glibc: bytes from which memory is mapped afresh, and given back; heaps
+GLIBC = dict(MALLOC_MMAP_THRESHOLD_=str(2**32), MALLOC_TRIM_THRESHOLD_=str(2**34), MALLOC_ARENA_MAX="1")
+KEPT = GLIBC | LARGE_PAGES
 
 
 def said(*command, env: dict | None = None) -> dict:
@@ -95,7 +94,8 @@ def loadable(base: str, folder: Path) -> str:
 
     if not (copy := Path(folder) / "tiny").exists():
         model, tokenizer = load_model(base, quantization="none", dtype="bf16", verbose=False)
-        model.save_pretrained(copy)
+        with quiet():
+            model.save_pretrained(copy)
         tokenizer.save_pretrained(copy)
     return str(copy)
 
