@@ -21,7 +21,10 @@ from tinytrainer_nb.model.arguments import LoraArgs
 from tinytrainer_nb.recipes.table import RECIPES
 from tinytrainer_nb.runs.run import Run
 
-SMALL = f"--base {small_base()} --batch_size 4 --eval_steps 0 --sample_steps 0 --save_steps 2 --lora_r 4".split()
+SMALL = [
+    *("--base", small_base(), "--data", str(data_file("heldout.jsonl"))),
+    *"--batch_size 4 --eval_steps 0 --sample_steps 0 --save_steps 2 --lora_r 4".split(),
+]
 
 
 def shell(*argv: str, cwd: Path, **kwargs) -> subprocess.CompletedProcess:
@@ -157,7 +160,7 @@ def test_configuration_and_flags_reach_the_run(tmp_path, monkeypatch):
     (tmp_path / "c.json").write_text(
         json.dumps(dict(max_steps=2, seed=7, lora_r=2, learning_rate=1, train_on_all=True)), encoding="utf-8"
     )
-    flags = ["--seed", "5", "--learning_rate", "2e-4", "--data", str(data_file("heldout.jsonl")), "--out", "r"]
+    flags = ["--seed", "5", "--learning_rate", "2e-4", "--out", "r"]
     assert main(["sft", "--config", "c.json", *SMALL[:-2], *flags]) == 0
     info = Run.open(tmp_path / "r").info
     assert {k: info["settings"][k] for k in ("max_steps", "seed", "learning_rate", "train_on_all")} == dict(

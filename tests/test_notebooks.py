@@ -18,14 +18,14 @@ NOTEBOOKS = [
 
 # Parameters that make a tutorial short; the other notebooks run as they are.
 SMALL = {
-    "tutorials/01_quickstart": {"sft_steps": 6, "ppo_steps": 2, "eval_rows": 12},
+    "tutorials/01_quickstart": {"sft_steps": 6, "ppo_steps": 2, "eval_rows": 8},
     "tutorials/02_first_sft": {"max_steps": 6},
     "tutorials/03_ppo_by_hand": {"max_steps": 2},
     "tutorials/04_live_panel": {"max_steps": 20},
-    "tutorials/05_grpo": {"sft_steps": 6, "max_steps": 2, "eval_rows": 12},
-    "tutorials/06_thirteen": {"max_steps": 2, "sft_steps": 2, "eval_rows": 12},
-    "tutorials/07_chain_of_thought": {"sft_steps": 12, "cot_steps": 12, "eval_rows": 12},
-    "tutorials/08_preferences": {"sft_steps": 20, "problems": 48, "max_steps": 2, "eval_rows": 12},
+    "tutorials/05_grpo": {"sft_steps": 6, "max_steps": 2, "batch_size": 2, "eval_rows": 8},
+    "tutorials/06_thirteen": {"max_steps": 2, "sft_steps": 2, "eval_rows": 8},
+    "tutorials/07_chain_of_thought": {"sft_steps": 5, "cot_steps": 5, "eval_rows": 8},
+    "tutorials/08_preferences": {"sft_steps": 12, "problems": 48, "max_steps": 2, "eval_rows": 8},
     "tutorials/09_live_rewards": {"sft_steps": 6, "max_steps": 2},
     "tutorials/10_by_hand": {"max_steps": 2},
     "benchmarks/01_quickstart_seeds": {"seeds": "0"},
