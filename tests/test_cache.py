@@ -565,19 +565,19 @@ def test_a_disk_without_room(large_base, monkeypatch):
 def test_a_hub_id_is_kept_by_its_commit(base, tmp_path):
     "With the layout of the Hub's local cache: a new commit is another key"
     repo, commits = tmp_path / "hub" / "models--some--model", ["1" * 40, "2" * 40]
-    ends = []
+    (repo / "refs").mkdir(parents=True)
     for commit in commits:
         shutil.copytree(base, repo / "snapshots" / commit)
-        (repo / "refs").mkdir(exist_ok=True)
-        (repo / "refs" / "main").write_text(commit)
+    turn = "pathlib.Path({!r}).write_text({!r})\n"
+    code = "import pathlib\n" + "".join(turn.format(str(repo / "refs" / "main"), c) + 2 * LOAD for c in commits)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "some/model"],
+        capture_output=True,
+        text=True,
         # `huggingface_hub` reads these variables when it is imported
-        done = subprocess.run(
-            [sys.executable, "-c", 2 * LOAD, "some/model"],
-            capture_output=True,
-            text=True,
-            env=os.environ | dict(HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1"),
-        )
-        ends += [json.loads(line)[0] for line in done.stdout.splitlines() if line.startswith("[")]
+        env=os.environ | dict(HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1"),
+    )
+    ends = [json.loads(line)[0] for line in done.stdout.splitlines() if line.startswith("[")]
     assert ends == ["miss", "hit"] * 2, done.stderr
     assert {e.about["base"] for e in cache_entries()} == {"some/model"}
 

@@ -1,4 +1,4 @@
-"""Saved outputs are of this version, and hold nothing that the next execution would change or that nobody should read."""
+"""Saved outputs are of this version, and hold nothing that the next execution would change or nobody should read."""
 
 import dataclasses
 import re

@@ -81,7 +81,7 @@ def test_data_columns_quantization_and_adapter():
 
 
 def test_a_run_as_base_and_a_reward_from_a_file_that_is_executed_once():
-    first = sft(*model(), str(data_file("sft.jsonl")), SFTArgs(max_steps=2, batch_size=4, out="first", **SMALL))
+    first = sft(*model(), str(data_file("heldout.jsonl")), SFTArgs(max_steps=2, batch_size=4, out="first", **SMALL))
     Path("judge.py").write_text(
         "open('executed', 'a').write('x')\ndef short(prompt, completion, **row): return -float(len(completion))\n"
     )
@@ -101,7 +101,7 @@ def test_a_run_as_base_and_a_reward_from_a_file_that_is_executed_once():
 def test_python_that_trains_on_from_a_model_in_memory():
     "The model that SFT has trained is the base of PPO: its command names the first run"
     policy, tokenizer = model()
-    sft(policy, tokenizer, str(data_file("sft.jsonl")), SFTArgs(max_steps=2, batch_size=4, out="first", **SMALL))
+    sft(policy, tokenizer, str(data_file("heldout.jsonl")), SFTArgs(max_steps=2, batch_size=4, out="first", **SMALL))
     run = ppo(policy, tokenizer, str(data_file("rl.jsonl")), exact_answer, PPOArgs(out="second", **ROUNDS))
     assert "--base first" in as_command(run) and "--reward exact_answer" in as_command(run)
     assert weights(again(run)) == weights(run)
@@ -133,7 +133,7 @@ def refused(run: Run, words: str) -> None:
 
 def test_what_no_command_can_repeat_is_said():
     args = lambda out, **more: SFTArgs(max_steps=1, batch_size=2, out=out, **SMALL, **more)
-    table = load_examples(str(data_file("sft.jsonl")))
+    table = load_examples(str(data_file("heldout.jsonl")))
     refused(sft(*model(), table.to_list()[:8], args("list")), "data, which were a list or a table in memory")
     refused(sft(*model(), table.select(range(40)), args("part")), "in memory")  # a part of the file is not the file
     refused(sft(*model(), table, args("seed", seed=3)), "drawn with seed 0, and a command draws it with the run's, 3")

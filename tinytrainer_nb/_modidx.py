@@ -2479,6 +2479,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'tinytrainer_nb/views/terminal.py'),
                                                'tinytrainer_nb.views.terminal._told': ( 'views/terminal.html#_told',
                                                                                         'tinytrainer_nb/views/terminal.py'),
+                                               'tinytrainer_nb.views.terminal._undrawn': ( 'views/terminal.html#_undrawn',
+                                                                                           'tinytrainer_nb/views/terminal.py'),
                                                'tinytrainer_nb.views.terminal.duration': ( 'views/terminal.html#duration',
                                                                                            'tinytrainer_nb/views/terminal.py'),
                                                'tinytrainer_nb.views.terminal.news': ( 'views/terminal.html#news',

@@ -90,8 +90,8 @@ def matmul_seconds(
     repeats: int = 5,       # of each at least
     patience: float = 0.2,  # seconds that more repeats may take
 ) -> list[float]:           # seconds of each
-    """Shortest wall time of one (`rows`, `width`) x (`width`, `width`) product on the CPU in each of `dtypes`. They take
-    turns, for longer than another program holds a core, so that what else runs here does not decide between them."""
+    """Shortest wall time of one (`rows`, `width`) x (`width`, `width`) product on the CPU in each of `dtypes`. They
+    take turns, for longer than another program holds a core: what else runs here must not decide between them."""
     products = [(torch.ones(rows, width, dtype=d), torch.ones(width, width, dtype=d)) for d in dtypes]
     for x, w in products: torch.nn.functional.linear(x, w) # warm-up
     times, end = [[] for _ in dtypes], time.perf_counter() + patience

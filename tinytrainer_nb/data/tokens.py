@@ -54,7 +54,7 @@ SHOWN_AS = dict(function_call="assistant", observation="tool") # roles of data i
 DROPPED = weakref.WeakKeyDictionary() # by tokenizer: what `_dropped` found, by template and roles
 
 def _dropped(tokenizer, turns: list[dict]) -> int | None:
-    "Index of the first turn that the template drops for its role or place. It is tried once for all such conversations."
+    "Index of the first turn that the template drops for its role or place; tried once for all such conversations."
     known = DROPPED.setdefault(tokenizer, {})
     asked = (str(tokenizer.chat_template), *(m["role"] for m in turns))
     if asked not in known:

@@ -6,7 +6,7 @@
 __all__ = ['duration', 'seconds_left', 'run_line', 'sample_line', 'summary_line', 'news', 'Watch']
 
 # %% ../../nbs/views/02_terminal.ipynb #a3edabd5
-import shutil, sys, textwrap, threading, time
+import re, shutil, sys, textwrap, threading, time
 from statistics import median
 from pathlib import Path
 from ..core import patch_to, visible
@@ -132,6 +132,10 @@ class Watch:
         return lines
 
 # %% ../../nbs/views/02_terminal.ipynb #3e7fa6d4
+def _undrawn(bar: str) -> str:
+    "A progress bar's text for a log: its name and figures."
+    return re.sub(r"\s*\d+%\|.*\|\s*", " ", bar)
+
 @patch_to(Watch)
 def line(self) -> str:
     "What is going on: the newest run that trains, else the bar, else what was said."
@@ -139,7 +143,7 @@ def line(self) -> str:
         self.runs[path] = Run(path.parent)
     going = [line for run in self.runs.values() if run.is_active and (line := run_line(run))]
     if going: return going[-1]
-    if self._bar and time.time() - self._bar_since < 5: return self._bar
+    if self._bar and time.time() - self._bar_since < 5: return self._bar if self.terminal else _undrawn(self._bar)
     return f"{self.doing}  {duration(time.time() - self._doing_since)}"
 
 # %% ../../nbs/views/02_terminal.ipynb #924736dc
