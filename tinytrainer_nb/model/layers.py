@@ -11,6 +11,7 @@ import contextlib, copy
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 from peft import PeftModel
 from ..core import TinyTrainerError
 from ..hardware import free_memory
@@ -65,13 +66,17 @@ def adapter_layers(model: nn.Module) -> list[BaseTunerLayer]:
     return [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
 
 # %% ../../nbs/model/03_layers.ipynb #ae766943
-def linear_names(model: nn.Module) -> list[str]:
+def linear_names(
+    model: nn.Module,
+    kinds: tuple = (nn.Linear, Conv1D), # GPT-2 and its kin have the second: a linear layer, stored the other way round
+) -> list[str]:
     "Names of the linear layers inside the model's blocks, each once."
     found = {} # a dictionary keeps their order
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and ".layers." in name and ".lora_" not in name:
+        in_block = any(part.isdigit() for part in name.split(".")) # blocks are numbered, whatever their list is called
+        if in_block and isinstance(module, kinds) and ".lora_" not in name:
             found[name.removesuffix(".base_layer").rpartition(".")[2]] = None
-    return list(found)
+    return [name for name in found if not name.isdigit()]
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     "The parameters that are trained, by name."

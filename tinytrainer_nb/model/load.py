@@ -6,22 +6,23 @@
 __all__ = ['load_model', 'with_adapter', 'load_recorded', 'load_result']
 
 # %% ../../nbs/model/08_load.ipynb #c06b1b4e
-import sys, time
+import contextlib, sys, time
 from pathlib import Path
 import torch
 from ..core import TinyTrainerError, builds, quiet
 from ..hardware import DTYPES, default_device, dtype_name, num_threads, probe_dtype, unused_gpu
 from ..data.tokens import ensure_template
 from ..runs.run import Run
-from .arguments import DEFAULT_BASE, LoadArgs, find_base, is_run
+from .arguments import DEFAULT_BASE, LoadArgs, base_of_adapter, find_base, is_adapter, is_run
 from .cache import base_hash
 from .base import LoadRecord, LoadReport, choose_quantization
-from .base import count_parameters, tensor_bytes
-from .base import _load_weights, _no_attention_of_its_own, _no_pickle
+from .base import count_parameters, form_to_load, tensor_bytes
+from .base import _load_weights, _need_causal, _no_pickle
 from .base import _pretrained, _say_once, _stored_bytes
 from .lora import saved_adapters, train_last
 from .tinylora import adapter_config
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
 # %% ../../nbs/model/08_load.ipynb #6f28da82
@@ -37,14 +38,15 @@ def _load_base(asked: LoadArgs, device: str, step_tokens: int) -> tuple:
     torch.set_num_threads(num_threads())
     start, path = time.perf_counter(), find_base(asked.base)
     dtype, why = probe_dtype(device) if asked.dtype == "auto" else (DTYPES[asked.dtype], "as asked")
-    config, quantization = _pretrained(AutoConfig, path), asked.quantization
+    config = _pretrained(AutoConfig, path)
+    _need_causal(asked.base, config)
+    quantization = form_to_load(asked.base, asked.quantization, config)
     if quantization == "auto":
         quantization, reason = choose_quantization(config, dtype, device, step_tokens)
         why += "; " + reason
     tokenizer = ensure_template(_pretrained(AutoTokenizer, path))
     _need_whole_vocabulary(asked.base, tokenizer, config)
     _no_pickle(path)
-    _no_attention_of_its_own(config)
     parameters = count_parameters(config)
     model, cache = _load_weights(path, config, quantization, dtype, device)
     model.load_report = LoadReport(
@@ -85,9 +87,36 @@ def load_model(
     "A model, ready for an adapter, and its tokenizer. Raises `TinyTrainerError` for an unknown name or setting."
     asked, device = LoadArgs(str(name), quantization, dtype), _existing(device)
     if is_run(name): return load_result(Path(name), asked, device, verbose)
+    if is_adapter(name): return _load_from_elsewhere(Path(name), asked, device, step_tokens, verbose)
     model, tokenizer = _load_base(asked, device, step_tokens)
     if verbose: _say(model.load_report)
     return model, tokenizer
+
+# %% ../../nbs/model/08_load.ipynb #5cd50bf1
+@contextlib.contextmanager
+def _fitting(folder: Path):
+    "What PEFT says of an adapter that does not fit the model, as one line."
+    try: yield
+    except TinyTrainerError: raise
+    except (ValueError, RuntimeError, OSError) as e:
+        said = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
+        why = said[min(1, len(said) - 1)] # the first line of several announces the others
+        raise TinyTrainerError(f"{folder}: this adapter does not fit its base ({why:.200}).") from None
+
+def _need_whole_adapter(model, name: str, folder: Path) -> None: # name: of the adapter; folder: of its file
+    "Raise `TinyTrainerError` if an adapter's file holds other tensors than the adapter on the model, or broken ones."
+    file = folder / "adapter_model.safetensors"
+    if not file.exists(): return
+    saved = load_file(file)
+    own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    lacking, unknown = sorted(own.keys() - saved), sorted(n for n in saved.keys() - own if "lora_" in n)
+    if lacking or unknown:
+        what = f"lacks {lacking[0]}" if lacking else f"holds {unknown[0]}, for which the base has no layer"
+        raise TinyTrainerError(f"{folder}: this adapter {what}. It belongs to another base, or is damaged.")
+    if broken := [n for n, t in saved.items() if t.is_floating_point() and not t.isfinite().all()]:
+        raise TinyTrainerError(
+            f"{folder}: {broken[0]} holds numbers that are none (NaN or infinite): the training that wrote it had "
+            "failed. Take an earlier checkpoint.")
 
 # %% ../../nbs/model/08_load.ipynb #e0652249
 @builds
@@ -95,14 +124,29 @@ def with_adapter(
     model,        # the adapter's base, from `load_model`
     folder: Path, # of a saved adapter
 ):                # a `peft.PeftModel`
-    "`model` with a saved adapter or stack on it. Raises `TinyTrainerError` for a TinyLoRA adapter of another base."
+    """`model` with a saved adapter or stack on it.
+
+    Raises `TinyTrainerError` for a TinyLoRA adapter of another base, for one that does not fit the model's layers, is
+    not complete or holds numbers that are none."""
     report, names = model.load_report, saved_adapters(folder)
-    with quiet():
+    with quiet(), _fitting(folder):
         model = PeftModel.from_pretrained(model, folder, is_trainable=True, config=adapter_config(folder))
         for name in names[1:]: model.load_adapter(folder / name, name)
+    for name in names: _need_whole_adapter(model, name, folder / name if name in names[1:] else folder)
     train_last(model, names)
     model.load_report = report
     return model
+
+# %% ../../nbs/model/08_load.ipynb #20d4f4da
+def _load_from_elsewhere(folder: Path, asked: LoadArgs, device: str, step_tokens: int, verbose: bool) -> tuple:
+    "An adapter from elsewhere on the base that it names. Raises `TinyTrainerError` if that is not here."
+    base = base_of_adapter(folder)
+    try: model, tokenizer = _load_base(LoadArgs(base, asked.quantization, asked.dtype), device, step_tokens)
+    except TinyTrainerError as e: raise TinyTrainerError(f"{folder}: this adapter belongs to {base}. {e}") from None
+    if verbose: _say(model.load_report)
+    model = with_adapter(model, folder)
+    model.adapter_from = dict(run=str(folder))
+    return model, tokenizer
 
 # %% ../../nbs/model/08_load.ipynb #5efd2f1b
 def load_recorded(

@@ -283,7 +283,7 @@ def add_tinylora(
     layers = sum(isinstance(m, nn.Linear) and ".layers." in name for name, m in model.named_modules())
     config = TinyConfig(
         r=args.r, u=args.u, n_tie=args.n_tie, weight_tying=1 - math.ceil(layers / args.n_tie) / layers,
-        projection_seed=seed, parametrization=args.parametrization, target_modules=linear_names(model),
+        projection_seed=seed, parametrization=args.parametrization, target_modules=linear_names(model, (nn.Linear,)),
         base=base, quantization=quantization, task_type="CAUSAL_LM")
     with quiet(): model = get_peft_model(model, config)
     model.load_report, config.base_model_name_or_path = report, report.base

@@ -1,0 +1,229 @@
+"""A load says the truth: what the files do not hold is named, never made up; what cannot be trained here is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from small import small_base
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BitsAndBytesConfig,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    Lfm2Config,
+    LlamaConfig,
+    MixtralConfig,
+    ModernBertConfig,
+    OPTConfig,
+    PhiConfig,
+    T5Config,
+)
+
+from tinytrainer_nb.all import (
+    LoraArgs,
+    TinyTrainerError,
+    add_lora,
+    data_file,
+    load_model,
+)
+from tinytrainer_nb.cli import main
+
+WIDE = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+LLAMA = dict(vocab_size=1024, **WIDE, num_key_value_heads=2, intermediate_size=128, max_position_embeddings=256)
+ENDS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+
+
+def refused(folder, words, quantization="none"):
+    with pytest.raises(TinyTrainerError, match=words) as e:
+        load_model(folder, quantization, "fp32", verbose=False)
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+@pytest.fixture
+def copy(tmp_path):
+    return shutil.copytree(small_base(), tmp_path / "model")
+
+
+def rewrite(folder, change):
+    tensors = change(load_file(folder / "model.safetensors"))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module."])
+def test_names_with_a_prefix(copy, prefix, quantization):
+    rewrite(copy, lambda tensors: {prefix + name: t for name, t in tensors.items()})
+    assert "wrapper around the model" in refused(copy, f"All begin with {prefix}", quantization)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_tensor_that_is_not_there(copy, quantization):
+    rewrite(copy, lambda tensors: {n: t for n, t in tensors.items() if n != "model.layers.1.mlp.up_proj.weight"})
+    refused(copy, "they lack model.layers.1.mlp.up_proj.weight", quantization)
+
+
+def test_a_tensor_that_is_nobodys(copy):
+    rewrite(copy, lambda tensors: tensors | {"model.layers.2.mlp.up_proj.weight": torch.ones(640, 256)})
+    refused(copy, "they hold model.layers.2.mlp.up_proj.weight, which the model has not")
+
+
+def test_a_tensor_of_another_shape(copy):
+    name = "model.layers.0.mlp.down_proj.weight"
+    rewrite(copy, lambda tensors: tensors | {name: tensors[name][:, :600].contiguous()})
+    refused(copy, r"another shape has model.layers.0.mlp.down_proj.weight \(\[256, 600\] instead of \[256, 640\]\)")
+
+
+def test_the_config_of_another_model(copy):
+    edit(copy / "config.json", num_hidden_layers=4)
+    refused(copy, "they lack model.layers.2.input_layernorm.weight, .* and 15 more")
+
+
+@pytest.mark.parametrize("asked", ["auto", "none", "nf4"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        dict(quant_method="gptq", bits=4),
+        dict(quant_method="awq", bits=4),
+        dict(quant_method="fp8"),
+        dict(quant_method="compressed-tensors", format="pack-quantized"),
+        dict(quant_method="bitsandbytes", load_in_4bit=True, bnb_4bit_quant_type="fp4"),
+    ],
+    ids=lambda method: method["quant_method"],
+)
+def test_weights_quantized_by_others(copy, method, asked):
+    edit(copy / "config.json", quantization_config=method)
+    name = "fp4" if method["quant_method"] == "bitsandbytes" else method["quant_method"]
+    refused(copy, f"quantized by .*{name}, which is not read here", asked)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(torch.arange(24)[None] * 7).logits
+
+
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+def test_weights_quantized_before(tmp_path, form):
+    settings = dict(load_in_8bit=True)
+    if form == "nf4":
+        settings = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    whole = AutoModelForCausalLM.from_pretrained(
+        small_base(), dtype=torch.float32, device_map={"": "cpu"}, quantization_config=BitsAndBytesConfig(**settings)
+    )
+    whole.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(small_base()).save_pretrained(tmp_path)
+    for asked in ("auto", form):
+        model, _ = load_model(tmp_path, asked, "fp32", verbose=False)
+        assert model.load_report.quantization == form
+        expected = load_model(small_base(), form, "fp32", verbose=False)[0]
+        torch.testing.assert_close(logits(model), logits(expected), rtol=0, atol=1e-4)
+    for other in {"none", "nf4", "int8"} - {form}:
+        refused(tmp_path, f"hold the weights in {form}, so they cannot be loaded as quantization='{other}'", other)
+
+
+def saved(folder, config, kind=AutoModelForCausalLM):
+    torch.manual_seed(0)
+    kind.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(data_file("tiny")).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "config, kind",
+    [
+        (BertConfig(vocab_size=1024, **WIDE, intermediate_size=64), AutoModelForCausalLM),
+        (ModernBertConfig(vocab_size=1024, **WIDE, intermediate_size=64, **ENDS), AutoModel),
+        (T5Config(vocab_size=1024, d_model=64, num_layers=1, num_heads=2, d_ff=64), AutoModel),
+    ],
+    ids=["bert", "modernbert", "t5"],
+)
+def test_what_does_not_write_from_left_to_right(tmp_path, config, kind):
+    refused(saved(tmp_path, config, kind), f"a model of the type {config.model_type} does not write", "auto")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(vocab_size=1024, n_embd=64, n_layer=2, n_head=4, n_positions=256, **ENDS),
+        OPTConfig(vocab_size=1024, ffn_dim=128, word_embed_proj_dim=64, **WIDE, **ENDS),
+        GPTNeoXConfig(vocab_size=1024, intermediate_size=128, **WIDE, **ENDS),
+        PhiConfig(**LLAMA, **ENDS),
+        GemmaConfig(**LLAMA, head_dim=16, **ENDS),
+        MixtralConfig(**LLAMA, num_local_experts=4, **ENDS),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_auto_knows_other_architectures(tmp_path, config):
+    model, _ = load_model(saved(tmp_path, config), verbose=False)
+    assert model.load_report.quantization == "none"
+    with pytest.raises(TinyTrainerError) as e:
+        add_lora(model, LoraArgs(target_modules="wqkv"))
+    named = str(e.value).rpartition("layers: ")[2].removesuffix("; or all-linear.").split(", ")
+    assert add_lora(model, LoraArgs(target_modules=named[0])).peft_config["default"].target_modules == {named[0]}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Lfm2Config(**LLAMA, layer_types=["conv", "full_attention"], **ENDS),
+        LlamaConfig(**LLAMA, rope_parameters=dict(rope_type="dynamic", factor=4.0, rope_theta=10000.0), **ENDS),
+    ],
+    ids=["a convolution", "positions that the longest document stretches"],
+)
+def test_documents_that_see_each_other(tmp_path, config):
+    refused(saved(tmp_path, config), "documents that share a row see each other")
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    "A LoRA adapter as somebody else saved it with PEFT"
+    model = AutoModelForCausalLM.from_pretrained(small_base(), dtype=torch.float32)
+    torch.manual_seed(0)
+    adapted = get_peft_model(model, LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "v_proj"]))
+    adapted.save_pretrained(tmp_path / "hens")
+    edit(tmp_path / "hens" / "adapter_config.json", of_a_later_version=7)
+    return tmp_path / "hens", logits(adapted)
+
+
+def test_an_adapter_from_elsewhere(adapter, capsys):
+    folder, expected = adapter
+    model, _ = load_model(folder, "none", "fp32", verbose=False)
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-4)
+    rows = ["--data", str(data_file("heldout.jsonl")), "--limit", "2", "--task", "loss", "--json"]
+    assert main(["evaluate", "--base", str(folder), *rows]) == 0
+
+
+def test_an_adapter_whose_base_is_not_here(adapter):
+    folder, _ = adapter
+    edit(folder / "adapter_config.json", base_model_name_or_path="someone/hens-base")
+    refused(folder, "belongs to someone/hens-base")
+    edit(folder / "adapter_config.json", base_model_name_or_path=None)
+    refused(folder, "names no base")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda t: {n: x for n, x in t.items() if "layers.1" not in n}, "this adapter lacks .*layers.1"),
+        (lambda t: t | {n.replace("layers.1", "layers.2"): x for n, x in t.items()}, "for which the base has no layer"),
+        (lambda t: {n: x * float("nan") for n, x in t.items()}, "numbers that are none"),
+        (lambda t: {n: x[:, :3].contiguous() for n, x in t.items()}, "does not fit its base .*size mismatch"),
+    ],
+    ids=["a layer is missing", "a layer too many", "not a number", "another shape"],
+)
+def test_an_adapter_that_is_not_whole(adapter, change, words):
+    folder, _ = adapter
+    tensors = change(load_file(folder / "adapter_model.safetensors"))
+    save_file({n: t.clone() for n, t in tensors.items()}, folder / "adapter_model.safetensors")
+    refused(folder, words)
