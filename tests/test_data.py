@@ -909,3 +909,17 @@ def test_peak_memory_is_that_of_the_device_in_use(monkeypatch):
     assert on_cpu != 3 and on_cpu > 0.1  # this process, with PyTorch loaded
     allocated["cuda"] = 0
     assert peak_memory() >= on_cpu  # a GPU that nothing was put on
+
+
+@pytest.mark.parametrize(
+    "row, cure",
+    [
+        (dict(prompt="What is 2 + 3?"), "Bring rows with an answer; questions alone are for PPO and GRPO"),
+        (dict(prompt="What is 2 + 3?", completion="5" * 200), "Raise max_length"),
+    ],
+)
+def test_the_cure_fits_the_cause(row, cure):
+    tokenizer = ensure_template(AutoTokenizer.from_pretrained(data_file("tiny")))
+    with pytest.raises(TinyTrainerError) as e:
+        encode_rows(tokenizer, load_examples([row]), 64)
+    assert str(e.value).endswith(f"with max_length=64. {cure}.")

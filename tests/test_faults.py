@@ -245,7 +245,11 @@ FAULTS = {  # files, command, what the line says
     ),
     "no weights": (dict(remove="model.safetensors"), ["sft", *FAST, "--base", "b"], ["b", "cannot be loaded"]),
     "wrong tokenizer": (dict(vocab_size=500), ["sft", *FAST, "--base", "b"], ["1,024", "500", "tokenizer"]),
-    "other shapes": (dict(intermediate_size=512), ["sft", *FAST, "--base", "b"], ["b", "cannot be loaded"]),
+    "other shapes": (
+        dict(intermediate_size=512),
+        ["sft", *FAST, "--base", "b"],
+        ["b: its files are not", "another shape"],
+    ),
     "unknown architecture": (dict(model_type="dream"), ["sft", *FAST, "--base", "b"], ["b", "cannot be loaded"]),
     "no tokenizer": (dict(remove="tokenizer.json"), ["sft", *FAST, "--base", "b"], ["b", "cannot be loaded"]),
     "out is a file": ({"out": "mine"}, ["sft", *FAST], ["out", "--out"]),
@@ -255,7 +259,7 @@ FAULTS = {  # files, command, what the line says
     "chat with a folder of runs": (
         {"q/sft/run.json": "{}"},
         ["chat", "q"],
-        ["q: no model is here, but runs are below it: q/sft"],
+        ["q: no model is here, but below it are: q/sft"],
     ),
     "resume a folder of runs": (
         {"q/sft/run.json": "{}"},

@@ -107,6 +107,12 @@ def default_device() -> str: # "cuda" or "cpu"
     "The device that is used if nobody names one."
     return "cuda" if torch.cuda.is_available() else "cpu"
 
+def _has_bf16_instructions() -> bool:
+    "Whether the CPU has AVX512-BF16 or AMX, and nobody has hidden them from PyTorch by a variable."
+    hidden = any(os.environ.get(name) for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"))
+    known = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return not hidden and any(asked is not None and asked() for asked in known)
+
 @functools.cache
 def _bf16_gain(threads: int) -> float:
     "How many times as fast as in fp32 a product is in bf16; one answer a process, so that two models agree"
@@ -120,6 +126,8 @@ def probe_dtype(device: str) -> tuple[torch.dtype, str]: # the compute dtype, an
         return (torch.bfloat16, "this GPU has bf16 units") if bf16 else (torch.float16, "this GPU has no bf16 units")
     ratio = _bf16_gain(torch.get_num_threads())
     if ratio > 1.2: return torch.bfloat16, f"a bf16 product is {ratio:.1f}x as fast as fp32 on this CPU"
+    if _has_bf16_instructions():
+        return torch.bfloat16, f"this CPU has bf16 instructions, though it is too busy to show it ({ratio:.1f}x)"
     return torch.float32, f"a bf16 product is only {ratio:.1f}x as fast as fp32 on this CPU"
 
 # %% ../nbs/02_hardware.ipynb #6e170061

@@ -109,12 +109,19 @@ def encode_rows(
     "Token rows for training. Raises `TinyTrainerError` if none is left."
     rows, reading = read_examples(tokenizer, examples, max_length, train_on_all)
     if rows: return rows, reading
-    hint = "Raise max_length, or bring rows with an answer"
-    if _preferences(examples):
-        hint = ("To learn the better of two answers, read the data with columns={'completion': 'chosen'}, "
-                "in a terminal --columns completion=chosen")
     raise TinyTrainerError(f"no row is left of {reading.rows}: {reading.reasons()}, "
-                           f"with max_length={max_length}. {hint}.")
+                           f"with max_length={max_length}. {_cure(examples, reading)}.")
+
+def _cure(examples: Dataset, reading: Reading) -> str:
+    "What helps where every row was left out."
+    if _preferences(examples):
+        return ("To learn the better of two answers, read the data with columns={'completion': 'chosen'}, "
+                "in a terminal --columns completion=chosen")
+    cures = {
+        "too long": "Raise max_length",
+        "nothing to learn": "Bring rows with an answer; questions alone are for PPO and GRPO",
+    }
+    return ". ".join(cure for reason, cure in cures.items() if reason in reading.left_out) or "Bring rows with a text"
 
 # %% ../../nbs/data/04_rows.ipynb #3d0d0f1b
 def hold_out(

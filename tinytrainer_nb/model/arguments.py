@@ -65,8 +65,8 @@ def _why_no_model(folder: Path) -> str:
     if (folder / "adapter_config.json").exists():
         run = folder.resolve().parent.name
         return f"this folder holds an adapter without its base. Name the run's folder instead, {run}, which knows both."
-    if below := [str(p.parent) for p in sorted(folder.glob("*/run.json"))]:
-        return f"no model is here, but runs are below it: {', '.join(below)}. Name one of them."
+    if below := [str(p.parent) for p in sorted([*folder.glob("*/config.json"), *folder.glob("*/run.json")])]:
+        return f"no model is here, but below it are: {', '.join(below)}. Name one of them."
     return f"this folder has no config.json, so it holds no model. {_KNOWN}."
 
 def is_run(base: str | Path) -> bool:
