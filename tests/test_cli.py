@@ -198,8 +198,10 @@ def test_a_run_is_a_base(finished, monkeypatch):
 
 
 def test_chat(finished, monkeypatch, capsys):
-    monkeypatch.setattr("sys.stdin", io.StringIO("What is 2 + 3?\n/reset\n\n"))
-    assert main(["chat", str(finished), "--max_new_tokens", "16"]) == 0 and "model> " in capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is 2 + 3?\n/help\n/reset\n\n"))
+    assert main(["chat", str(finished), "--max_new_tokens", "16"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("model> ") == 1 and "(/help: no such command; there is /reset" in said
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to one process")

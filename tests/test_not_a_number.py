@@ -133,3 +133,13 @@ def test_an_evaluation_that_is_none_is_never_the_best(tmp_path, monkeypatch):
     run = sft(add_lora(model, LoraArgs(r=2)), tokenizer, examples(), SFTArgs(**FEW | dict(eval_steps=1) | settings))
     assert any("weights of step 2" in e["message"] for e in run.events if e["kind"] == "note")
     assert torch.isfinite(torch.tensor(run.summary["last_loss"]))
+
+
+def test_fp16_that_overflows_in_every_step_ends_as_failed(tmp_path, monkeypatch):
+    spoil(monkeypatch, set(range(1, 41)))
+    model, tokenizer = load_model(small_base(), "none", "fp16", verbose=False)
+    with pytest.raises(TinyTrainerError, match="step 24: the gradient is not finite .* in 24 steps in a row"):
+        sft(
+            add_lora(model, LoraArgs(r=2)), tokenizer, examples(), SFTArgs(max_steps=40, out=str(tmp_path / "r"), **FEW)
+        )
+    assert Run.open(tmp_path / "r").status == "failed" and finite(tmp_path / "r")

@@ -402,3 +402,8 @@ def test_a_file_without_a_function_is_asked_for_one(tmp_path):
     (tmp_path / "mine.py").write_text("def short(prompt, completion): return 1.0\n")
     with pytest.raises(TinyTrainerError, match="which function of this file"):
         find_reward(str(tmp_path / "mine.py"))
+
+
+def test_a_reward_that_was_nearly_named():
+    with pytest.raises(TinyTrainerError, match="no such reward. Did you mean exact_answer"):
+        find_reward("exakt_answer")

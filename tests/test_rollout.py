@@ -357,11 +357,9 @@ def test_windows_and_caps_are_refused_not_ignored(tmp_path, exact):
     )
     with pytest.raises(TinyTrainerError, match="sees the last 64 tokens alone, and a text here has 65"):
         sampled(model, tokenizer, ["Tom"], temperature=0.0, max_new_tokens=128, num_generations=1)
-    model, tokenizer = random_model(
-        tmp_path / "gemma", exact, Gemma2Config(**SMALL | dict(num_attention_heads=4), head_dim=16)
-    )
+    capped = Gemma2Config(**SMALL | dict(num_attention_heads=4), head_dim=16)
     with pytest.raises(TinyTrainerError, match="caps its attention scores"):
-        model(ids)
+        random_model(tmp_path / "gemma", exact, capped)
 
 
 def test_changed_logits_are_refused_where_they_would_be_wrong(tmp_path, exact):

@@ -109,7 +109,8 @@ def _need_whole_adapter(model, name: str, folder: Path) -> None: # name: of the 
     if not file.exists(): return
     saved = load_file(file)
     own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    lacking, unknown = sorted(own.keys() - saved), sorted(n for n in saved.keys() - own if "lora_" in n)
+    parts = lambda names: sorted(name for name in names if ".lora_" in name) # TinyLoRA's P may come from its seed
+    lacking, unknown = parts(own.keys() - saved), parts(saved.keys() - own)
     if lacking or unknown:
         what = f"lacks {lacking[0]}" if lacking else f"holds {unknown[0]}, for which the base has no layer"
         raise TinyTrainerError(f"{folder}: this adapter {what}. It belongs to another base, or is damaged.")

@@ -14,6 +14,7 @@ from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from ..core import TinyTrainerError, patch_to, repeated_share
+from ..settings import suggestion
 
 # %% ../../nbs/recipes/08_rewards.ipynb #5355635e
 def final_answer(text: str) -> str:
@@ -231,7 +232,8 @@ def _named(name: str) -> Callable:
     if ".py:" in name: return _from_file(name)
     if Path(name).is_file():
         raise TinyTrainerError(f"reward {name!r}: which function of this file? Name it: {name}:function.")
-    raise TinyTrainerError(f"reward {name!r}: no such reward. Known: {', '.join(BUILT_IN)}, or file.py:function.")
+    raise TinyTrainerError(f"reward {name!r}: no such reward.{suggestion(name, BUILT_IN)} "
+                           f"Known: {', '.join(BUILT_IN)}, or file.py:function.")
 
 # %% ../../nbs/recipes/08_rewards.ipynb #ff6f79e7
 def _weight(item: str, name: str, text: str) -> float:

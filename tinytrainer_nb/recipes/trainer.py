@@ -167,7 +167,9 @@ def _clip_grad_norm(self, model):
     scaler = self.accelerator.scaler
     if scaler is not None: scaler.unscale_(self.optimizer.optimizer)
     norm = super(RunTrainer, self)._clip_grad_norm(model)
-    if scaler is not None and not norm.isfinite(): self.note_broken(OVERFLOWS) # it will not take this step, either
+    if scaler is None: return norm
+    if norm.isfinite(): self.broken = 0
+    else: self.note_broken(OVERFLOWS) # the scaler will not take this step, either
     return norm
 
 # %% ../../nbs/recipes/04_trainer.ipynb #67c88b29
@@ -183,8 +185,9 @@ def create_optimizer(self, *args, **kwargs):
 @patch_to(RunTrainer)
 def refuse_broken(self) -> None:
     "Drop a gradient that is not finite. Raises `TinyTrainerError` if that happens again and again."
+    if self.accelerator.scaler is not None: return # fp16 has its own way, above
     gradients = [p.grad for p in trainable(self.model).values() if p.grad is not None]
-    if all(g.isfinite().all() for g in gradients):
+    if not gradients or torch.stack([g.isfinite().all() for g in gradients]).all():
         self.broken = 0
         return
     self.model.zero_grad()

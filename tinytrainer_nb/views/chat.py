@@ -6,6 +6,7 @@
 __all__ = ['Chat', 'chat_loop']
 
 # %% ../../nbs/views/03_chat.ipynb #ee24c05b
+import re
 from contextlib import closing
 from ..core import TinyTrainerError, patch_to
 from ..hardware import mix_seed
@@ -104,6 +105,7 @@ def _turn(chat: Chat, text: str, write) -> None:
     if text == "/reset":
         chat.reset()
         return write("(a new conversation)")
+    if re.fullmatch(r"/\w+", text): return write(f"({text}: no such command; there is /reset, and an empty line ends)")
     before, pieces = chat.forgotten, chat.pieces(text)
     try: first = next(pieces, "")
     except TinyTrainerError as e: return write(f"({e})")
