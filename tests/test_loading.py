@@ -1,6 +1,7 @@
 """A load says the truth: what the files do not hold is named, never made up; what cannot be trained here is refused."""
 
 import json
+import shlex
 import shutil
 
 import pytest
@@ -28,10 +29,16 @@ from transformers import (
 
 from tinytrainer_nb.all import (
     LoraArgs,
+    Run,
+    SFTArgs,
     TinyTrainerError,
     add_lora,
+    add_tinylora,
+    as_command,
     data_file,
     load_model,
+    sft,
+    stack_adapter,
 )
 from tinytrainer_nb.cli import main
 
@@ -227,3 +234,41 @@ def test_an_adapter_that_is_not_whole(adapter, change, words):
     tensors = change(load_file(folder / "adapter_model.safetensors"))
     save_file({n: t.clone() for n, t in tensors.items()}, folder / "adapter_model.safetensors")
     refused(folder, words)
+
+
+def test_a_run_on_an_adapter_from_elsewhere_is_repeated_and_resumed(adapter, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = load_model("hens", "none", "fp32", verbose=False)
+    few = dict(save_steps=0, eval_steps=0, sample_steps=0, batch_size=2)
+    run = sft(model, tokenizer, str(data_file("heldout.jsonl")), SFTArgs(max_steps=2, out="run", **few))
+    assert "--base hens" in as_command(run) and main(shlex.split(as_command(run))[1:]) == 0
+    file = "adapter/adapter_model.safetensors"
+    trained = (run.folder / file).read_bytes()
+    assert (run.folder.with_name("run-2") / file).read_bytes() == trained
+    shutil.rmtree(run.folder / "adapter")  # as if it had died before its first checkpoint
+    edit(run.folder / "run.json", status="running", process=dict(pid=1, started=0.0))
+    assert Run.open("run").resume().status == "finished" and (run.folder / file).read_bytes() == trained
+
+
+def test_one_adapter_of_a_stack_is_not_taken_for_the_whole(tmp_path):
+    "Alone on the base it would be another model; the run's folder knows what lies below it"
+    model, tokenizer = load_model(small_base(), "none", "fp32", verbose=False)
+    stack = stack_adapter(add_lora(model, LoraArgs(r=2)), LoraArgs(r=2), name="cot")
+    few = dict(save_steps=0, eval_steps=0, sample_steps=0, batch_size=2)
+    run = sft(stack, tokenizer, str(data_file("heldout.jsonl")), SFTArgs(max_steps=1, out=str(tmp_path / "run"), **few))
+    for folder in ("adapter", "adapter/cot"):
+        refused(run.folder / folder, "Name the run's folder, run, which knows both")
+
+
+def test_a_pickled_adapter(adapter):
+    folder, _ = adapter
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    refused(folder, "adapter_model.bin, a pickle")
+
+
+def test_tinylora_where_no_layer_takes_it(tmp_path):
+    config = GPT2Config(vocab_size=1024, n_embd=64, n_layer=2, n_head=4, n_positions=256, **ENDS)
+    model, _ = load_model(saved(tmp_path, config), "none", "fp32", verbose=False)
+    with pytest.raises(TinyTrainerError, match="has none in its blocks. Use LoRA"):
+        add_tinylora(model)

@@ -64,7 +64,8 @@ def add_settings(
         kind = field_type(f)
         unit = f" {f.metadata['unit']}" if f.metadata.get("unit") else ""
         default = defaults.get(f.name, "none" if f.default == "" else f.default)
-        limits = f"; {allowed(f)}" if allowed(f) != "text" else ""
+        limits = allowed(f)
+        limits = "" if limits == "text" else f"; {limits}"
         words = f"{f.metadata['help']}{limits} (default {default}{unit})"
         switch = dict(nargs="?", const=as_text(True)) if kind is bool else {}
         metavar = {int: "N", float: "X", bool: "BOOL"}.get(kind, "TEXT")

@@ -85,8 +85,8 @@ def give_back() -> None:
 # %% ../nbs/02_hardware.ipynb #4af647b7
 def matmul_seconds(
     *dtypes: torch.dtype,   # compared with one another
-    rows: int = 256,
-    width: int = 1024,
+    rows: int = 256,        # of the left factor
+    width: int = 1024,      # of both factors
     repeats: int = 5,       # of each at least
     patience: float = 0.2,  # seconds that more repeats may take
 ) -> list[float]:           # seconds of each
@@ -108,10 +108,9 @@ def default_device() -> str: # "cuda" or "cpu"
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 def _has_bf16_instructions() -> bool:
-    "Whether the CPU has AVX512-BF16 or AMX, and nobody has hidden them from PyTorch by a variable."
+    "Whether the CPU has AVX512-BF16, as those with AMX have too, and no variable hides it from PyTorch."
     hidden = any(os.environ.get(name) for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"))
-    known = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return not hidden and any(asked is not None and asked() for asked in known)
+    return not hidden and torch.cpu._is_avx512_bf16_supported()
 
 @functools.cache
 def _bf16_gain(threads: int) -> float:
@@ -127,7 +126,7 @@ def probe_dtype(device: str) -> tuple[torch.dtype, str]: # the compute dtype, an
     ratio = _bf16_gain(torch.get_num_threads())
     if ratio > 1.2: return torch.bfloat16, f"a bf16 product is {ratio:.1f}x as fast as fp32 on this CPU"
     if _has_bf16_instructions():
-        return torch.bfloat16, f"this CPU has bf16 instructions, though it is too busy to show it ({ratio:.1f}x)"
+        return torch.bfloat16, f"this CPU has bf16 instructions, though just now a product was {ratio:.1f}x as fast"
     return torch.float32, f"a bf16 product is only {ratio:.1f}x as fast as fp32 on this CPU"
 
 # %% ../nbs/02_hardware.ipynb #6e170061

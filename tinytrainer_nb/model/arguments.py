@@ -63,8 +63,9 @@ def find_base(base: str | Path) -> str:
 def _why_no_model(folder: Path) -> str:
     "What a folder without a config.json holds instead, and what to name."
     if (folder / "adapter_config.json").exists():
-        run = folder.resolve().parent.name
-        return f"this folder holds an adapter without its base. Name the run's folder instead, {run}, which knows both."
+        run = _run_around(folder)
+        if run is None: return "this folder holds an adapter, which is no base of another one."
+        return f"this folder holds an adapter without its base. Name the run's folder, {run.name}, which knows both."
     if below := [str(p.parent) for p in sorted([*folder.glob("*/config.json"), *folder.glob("*/run.json")])]:
         return f"no model is here, but below it are: {', '.join(below)}. Name one of them."
     return f"this folder has no config.json, so it holds no model. {_KNOWN}."
@@ -73,11 +74,15 @@ def is_run(base: str | Path) -> bool:
     "Whether a name is that of a run's folder."
     return str(base) != "tiny" and (Path(base) / "run.json").exists()
 
+def _run_around(folder: Path) -> Path | None:
+    "The run that an adapter's folder is part of; one of a stack lies a floor deeper."
+    return next((above for above in folder.resolve().parents[:2] if is_run(above)), None)
+
 def is_adapter(base: str | Path) -> bool:
     "Whether a name is that of a folder that holds an adapter alone, from elsewhere: no model, and not part of a run."
     folder = Path(base)
     alone = (folder / "adapter_config.json").exists() and not (folder / "config.json").exists()
-    return str(base) != "tiny" and alone and not is_run(folder.resolve().parent)
+    return str(base) != "tiny" and alone and _run_around(folder) is None
 
 def base_of_adapter(folder: str | Path) -> str:
     "The base that an adapter names. Raises `TinyTrainerError` for none, or one that is neither here nor a Hub id."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LINEAR', 'quantization_of', 'written_out', 'has_adapter', 'plain_model', 'plain_layer', 'adapter_layers',
-           'linear_names', 'trainable', 'count_trainable', 'keep_gradients', 'unpacked']
+           'linear_layers', 'linear_names', 'trainable', 'count_trainable', 'keep_gradients', 'unpacked']
 
 # %% ../../nbs/model/03_layers.ipynb #c06b1b4e
 import contextlib, copy
@@ -66,17 +66,18 @@ def adapter_layers(model: nn.Module) -> list[BaseTunerLayer]:
     return [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
 
 # %% ../../nbs/model/03_layers.ipynb #ae766943
-def linear_names(
+def linear_layers(
     model: nn.Module,
     kinds: tuple = (nn.Linear, Conv1D), # GPT-2 and its kin have the second: a linear layer, stored the other way round
 ) -> list[str]:
-    "Names of the linear layers inside the model's blocks, each once."
-    found = {} # a dictionary keeps their order
-    for name, module in model.named_modules():
-        in_block = any(part.isdigit() for part in name.split(".")) # blocks are numbered, whatever their list is called
-        if in_block and isinstance(module, kinds) and ".lora_" not in name:
-            found[name.removesuffix(".base_layer").rpartition(".")[2]] = None
-    return [name for name in found if not name.isdigit()]
+    "Whole names of the linear layers inside the model's blocks, which are numbered, whatever their list is called."
+    in_block = lambda name: any(part.isdigit() for part in name.split(".")) and ".lora_" not in name
+    return [name for name, module in model.named_modules() if isinstance(module, kinds) and in_block(name)]
+
+def linear_names(model: nn.Module, kinds: tuple = (nn.Linear, Conv1D)) -> list[str]: # kinds: of layers
+    "The last parts of their names, each once, as an adapter's settings name its targets."
+    last = [name.removesuffix(".base_layer").rpartition(".")[2] for name in linear_layers(model, kinds)]
+    return [name for name in dict.fromkeys(last) if not name.isdigit()]
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     "The parameters that are trained, by name."

@@ -105,11 +105,9 @@ def _fitting(folder: Path):
 
 def _need_whole_adapter(model, name: str, folder: Path) -> None: # name: of the adapter; folder: of its file
     "Raise `TinyTrainerError` if an adapter's file holds other tensors than the adapter on the model, or broken ones."
-    file = folder / "adapter_model.safetensors"
-    if not file.exists(): return
-    saved = load_file(file)
+    saved = load_file(folder / "adapter_model.safetensors")
     own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    parts = lambda names: sorted(name for name in names if ".lora_" in name) # TinyLoRA's P may come from its seed
+    parts = lambda names: sorted(n for n in names if ".lora_" in n) # TinyLoRA's P may come from its seed
     lacking, unknown = parts(own.keys() - saved), parts(saved.keys() - own)
     if lacking or unknown:
         what = f"lacks {lacking[0]}" if lacking else f"holds {unknown[0]}, for which the base has no layer"
@@ -130,10 +128,12 @@ def with_adapter(
     Raises `TinyTrainerError` for a TinyLoRA adapter of another base, for one that does not fit the model's layers, is
     not complete or holds numbers that are none."""
     report, names = model.load_report, saved_adapters(folder)
+    places = {name: folder / name if name in names[1:] else folder for name in names}
+    for place in places.values(): _no_pickle(place)
     with quiet(), _fitting(folder):
         model = PeftModel.from_pretrained(model, folder, is_trainable=True, config=adapter_config(folder))
-        for name in names[1:]: model.load_adapter(folder / name, name)
-    for name in names: _need_whole_adapter(model, name, folder / name if name in names[1:] else folder)
+        for name in names[1:]: model.load_adapter(places[name], name)
+    for name, place in places.items(): _need_whole_adapter(model, name, place)
     train_last(model, names)
     model.load_report = report
     return model

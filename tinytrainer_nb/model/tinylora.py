@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core import TinyTrainerError, builds, patch_to, progress, quiet
 from .arguments import TinyLoraArgs
-from .layers import has_adapter, linear_names, written_out
+from .layers import has_adapter, linear_layers, linear_names, written_out
 from .cache import base_hash
 from huggingface_hub import try_to_load_from_cache
 from peft import PeftConfig, TinyLoraConfig, get_peft_model
@@ -273,14 +273,16 @@ def add_tinylora(
     args: TinyLoraArgs = None, # how many numbers, shared by how many layers
     seed: int = 0,             # of the P, and of the search for the subspaces
 ):                             # a `peft.PeftModel`
-    "Put a fresh TinyLoRA adapter on `model`; raises `TinyTrainerError` if it has an adapter already."
+    "Put a fresh TinyLoRA adapter on `model`. Raises `TinyTrainerError` if it has an adapter, or no layer to take one."
     args = args or TinyLoraArgs()
     if has_adapter(model):
         raise TinyTrainerError(
             "this model has an adapter already. Train that one, or merge it first: save_merged(run, folder), "
             "then load_model(folder).")
     report, (base, quantization) = getattr(model, "load_report", None), base_marks(model)
-    layers = sum(isinstance(m, nn.Linear) and ".layers." in name for name, m in model.named_modules())
+    layers = len(linear_layers(model, (nn.Linear,))) # Conv1D stores its weight the other way round
+    if not layers:
+        raise TinyTrainerError("TinyLoRA moves nn.Linear layers, and this model has none in its blocks. Use LoRA.")
     config = TinyConfig(
         r=args.r, u=args.u, n_tie=args.n_tie, weight_tying=1 - math.ceil(layers / args.n_tie) / layers,
         projection_seed=seed, parametrization=args.parametrization, target_modules=linear_names(model, (nn.Linear,)),
