@@ -13,7 +13,7 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from . import __version__
-from .core import TinyTrainerError, read_json
+from .core import TinyTrainerError, local_path, read_json
 from .settings import allowed, as_text, field_type, parse_value, suggestion
 from .data.arguments import DataArgs
 from .model.arguments import LoadArgs, LoraArgs, need_base
@@ -83,8 +83,8 @@ def read_settings(cls: type, values: dict, prefix: str = ""):
 def with_config(parser: Parser, given: dict) -> dict:
     "The values of `--config`, overwritten by the flags. Raises `TinyTrainerError` for a file that does not fit."
     if "config" not in given: return given
-    file = given["config"]
-    if not Path(file).is_file():
+    file = local_path(given["config"])
+    if not file.is_file():
         raise TinyTrainerError(f"{file}: no such file. --config takes a JSON file of values by flag name.")
     values, known = read_json(file), {a.dest for a in parser._actions} - {"help", "config"}
     if not isinstance(values, dict):
@@ -156,7 +156,7 @@ def train_command(recipe: Recipe, parser: Parser, given: dict) -> int: # exit st
     values = with_config(parser, given)
     args, load = read_settings(recipe.settings_class, values), read_settings(LoadArgs, values)
     data, lora = read_data_settings(values), read_settings(LoraArgs, values, "lora_")
-    out = Path(args.out)
+    out = local_path(args.out)
     if out.is_file():
         raise TinyTrainerError(f"{args.out}: is a file, so no run can be made there. Choose another --out.")
     _need(load, data)
@@ -181,7 +181,7 @@ def _resume_flags(parser: Parser) -> None:
 def resume_command(parser: Parser, given: dict) -> int: # exit status
     "Go on with an interrupted run; a finished one says so. Raises `TinyTrainerError` if the run cannot go on."
     from tinytrainer_nb.runs.run import Run
-    folder = Path(given["folder"])
+    folder = given["folder"]
     run = Run.open(folder)
     if run.status == "finished":
         print(f"{folder}: this run is finished, there is nothing to resume. "

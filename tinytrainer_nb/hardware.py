@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'num_threads', 'free_memory', 'peak_memory', 'memory', 'give_back', 'matmul_seconds', 'default_device',
-           'probe_dtype', 'dtype_name', 'unused_gpu', 'hardware', 'versions', 'seed_everything', 'mix_seed']
+           'probe_dtype', 'dtype_name', 'unused_gpu', 'hardware', 'versions', 'seed_everything', 'random_kept',
+           'mix_seed']
 
 # %% ../nbs/02_hardware.ipynb #c06b1b4e
 import contextlib, ctypes, functools, gc, hashlib, math, os, platform, random, shutil, sys, time
@@ -176,6 +177,16 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+@contextlib.contextmanager
+def random_kept():
+    "Inside, numbers may be seeded and drawn; afterwards the generators of Python, NumPy and PyTorch are as before."
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try: yield
+    finally:
+        for put_back, state in zip((random.setstate, np.random.set_state, torch.set_rng_state), before): put_back(state)
+        if gpus: torch.cuda.set_rng_state_all(gpus)
 
 def mix_seed(*parts: int | str) -> int: # 63 bits, for torch.Generator.manual_seed
     "One seed from several numbers, such as (seed, round, row): neighbours give unrelated streams."

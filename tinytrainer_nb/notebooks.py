@@ -8,14 +8,14 @@ __all__ = ['short_name', 'shipped_notebooks', 'find_notebook', 'Parameter', 'not
            'run_notebook']
 
 # %% ../nbs/90_notebooks.ipynb #bfebab79
-import ast, contextlib, difflib, os, re, subprocess, sys
+import ast, contextlib, difflib, json, os, re, subprocess, sys
 from dataclasses import dataclass
 from pathlib import Path
 import nbformat
 import papermill
 import tinytrainer_nb
 import yaml
-from .core import TinyTrainerError, shipped
+from .core import TinyTrainerError, is_there, local_path, shipped
 from .runs.run import free_sibling
 from .views.terminal import Watch
 from nbclient.exceptions import DeadKernelError
@@ -36,7 +36,7 @@ def shipped_notebooks() -> dict[str, Path]: # short name: path
 # %% ../nbs/90_notebooks.ipynb #9573a9ee
 def find_notebook(name: str | Path) -> Path:
     "The notebook with this path or short name. Raises `TinyTrainerError` that lists the known ones."
-    if Path(name).suffix == ".ipynb" and Path(name).is_file(): return Path(name)
+    if Path(name).suffix == ".ipynb" and is_there(name): return local_path(name)
     shipped = shipped_notebooks()
     if short_name(name) in shipped: return shipped[short_name(name)]
     near = difflib.get_close_matches(short_name(name), shipped, n=1)
@@ -73,14 +73,16 @@ def notebook_parameters(path: Path | str) -> dict[str, Parameter]:
     return found
 
 # %% ../nbs/90_notebooks.ipynb #ebfda4b0
-_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+_KINDS = {
+    bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a dict",
+}
 
 def _from_text(text: str, kind: type):
     "`text` as a `kind`; raises ValueError."
     if kind in (bool, int, float, str): return from_text(text, kind)
-    try: return ast.literal_eval(text)
-    except (ValueError, SyntaxError): # a word
-        return None if text.lower() in NOTHING else TRUTH.get(text.lower(), text)
+    for read in (json.loads, ast.literal_eval): # as JSON and as Python have it
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError): return read(text)
+    return None if text.lower() in NOTHING else TRUTH.get(text.lower(), text) # a word
 
 def parameter_value(parameter: Parameter, value):
     "`value` in the type of the parameter's default. Raises `TinyTrainerError` that says what is allowed."
@@ -106,7 +108,7 @@ def check_parameters(path: Path, values: dict) -> dict: # by name, in their type
 # %% ../nbs/90_notebooks.ipynb #dd9ba9f8
 def read_parameters(path: Path | str) -> dict:
     "Values by name from a YAML or JSON file. Raises `TinyTrainerError` if it holds none."
-    try: values = yaml.safe_load(Path(path).read_text(encoding="utf8"))
+    try: values = yaml.safe_load(local_path(path).read_text(encoding="utf8"))
     except OSError as e: raise TinyTrainerError(f"{path}: cannot be read ({e.strerror}).") from None
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise TinyTrainerError(f"{path}: not readable as YAML or JSON ({str(e).splitlines()[0]}).") from None
@@ -120,11 +122,11 @@ def _is_path(name: str, value) -> bool:
     if name == "out": return True
     named = name in ("base", "data") and value not in ("", "tiny")
     looks_so = named or "/" in value or os.sep in value or Path(value).suffix
-    return bool(looks_so and Path(value).exists())
+    return bool(looks_so and is_there(value))
 
 def anchor_paths(values: dict) -> dict:
     "`values` with paths that hold from anywhere."
-    return {name: str(Path(v).resolve()) if _is_path(name, v) else v for name, v in values.items()}
+    return {name: str(local_path(v).resolve()) if _is_path(name, v) else v for name, v in values.items()}
 
 # %% ../nbs/90_notebooks.ipynb #f3d0614c
 def heading_above(nb, index: int) -> str:
@@ -211,7 +213,7 @@ def run_notebook(
     Raises `TinyTrainerError` for unknown names, wrong values and failing cells."""
     source = find_notebook(name).resolve()
     values = anchor_paths(check_parameters(source, parameters or {}))
-    wanted = Path(out or short_name(source))
+    wanted = local_path(out or short_name(source))
     folder = free_sibling(wanted)
     if "out" in notebook_parameters(source): values.setdefault("out", ".")
     try: folder.mkdir(parents=True, exist_ok=True)

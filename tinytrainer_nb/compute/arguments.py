@@ -8,7 +8,7 @@ __all__ = ['GenerateArgs']
 # %% ../../nbs/compute/01_arguments.ipynb #c06b1b4e
 from dataclasses import dataclass
 from ..core import TinyTrainerError
-from ..settings import Settings, setting
+from ..settings import LARGEST_SEED, Settings, setting
 
 # %% ../../nbs/compute/01_arguments.ipynb #c2becf47
 @dataclass
@@ -21,7 +21,7 @@ class GenerateArgs(Settings):
     top_p: float = setting(1.0, "draw among the likeliest tokens that together have this probability "
                                 "(nucleus sampling, Holtzman et al. 2020, arXiv 1904.09751)", gt=0, le=1)
     stop: tuple = setting((), "texts that end a completion, which is cut before them")
-    seed: int = setting(0, "of the draws; each row has its own stream", ge=0)
+    seed: int = setting(0, "of the draws; each row has its own stream", ge=0, le=LARGEST_SEED)
     batch_size: int = setting(256, "rows generated together", "rows", ge=1)
 
     def __post_init__(self):

@@ -279,11 +279,14 @@ def stream(
     _check_lengths(model, [ids], args.max_new_tokens)
     spoken, shown = Spoken(tokenizer, 1, end_tokens(model, tokenizer), args.stop), 0
     seed = mix_seed(args.seed, 0, 0) if seed is None else seed
-    with _decoding(model, dtype, decoder, 1) as step:
-        for _ in _speak(model, step, [ids], args, [seed], spoken):
-            text = spoken.text(0)
-            sure = len(text) - _unsure(text, args.stop)
-            if sure > shown:
-                yield text[shown:sure]
-                shown = sure
+    decoder = decoder or Decoder(model, dtype, 1)
+    with _decoding(model, dtype, decoder, 1) as step: speaking = _speak(model, step, [ids], args, [seed], spoken)
+    while True:
+        with _decoding(model, dtype, decoder, 1): goes_on = next(speaking, None) is not None
+        if not goes_on: break # between two tokens the model is as it was, and gradients are on
+        text = spoken.text(0)
+        sure = len(text) - _unsure(text, args.stop)
+        if sure > shown:
+            yield text[shown:sure]
+            shown = sure
     if len(text) > shown: yield text[shown:]

@@ -13,7 +13,7 @@ from ..settings import Settings, setting
 @dataclass
 class DataArgs(Settings):
     "Which data is read."
-    data: str = setting("", "a file, a folder of texts, or a Hub data set; empty: the project's own")
+    data: str = setting("", "a file, a folder of texts, or a Hub data set; empty: the project's own", path=True)
     columns: str = setting("", "which columns of the data are meant, such as prompt=question,completion=answer; "
                                "or a mapping's name, such as arc")
     split: str = setting("train", "part of a Hub data set, such as test or train[:1000]")

@@ -17,7 +17,7 @@ import pyarrow.parquet
 from datasets import Dataset, Features, Json, List, Value, concatenate_datasets, load_dataset
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
-from ..core import TinyTrainerError, file_hash
+from ..core import TinyTrainerError, file_hash, is_there, local_path
 
 # %% ../../nbs/data/02_formats.ipynb #1c40195b
 @dataclass
@@ -171,7 +171,7 @@ def read_rows(
     path: Path | str, # a data file, a text file, or a folder of text files
 ) -> tuple[list[dict], Source]: # rows, and where they came from
     "Rows of a file or folder. Raises `TinyTrainerError` with file and place for what cannot be read."
-    path = Path(path)
+    path = local_path(path)
     if path.is_dir(): return _read_folder(path)
     suffix = path.suffix.lower()
     if suffix in TEXT_SUFFIXES: return [dict(text=_read_text(path))], Source(str(path), [path])
@@ -537,13 +537,13 @@ def _open(data, split: str) -> tuple[list[dict], Source, str | None]: # rows, wh
         raise TinyTrainerError(f"data {data!r:.60}: expected a file, a folder of texts, a Hub id, a list of dicts "
                                "or a datasets.Dataset.")
     need_data(data)
-    if Path(data).exists(): return *read_rows(data), None
+    if is_there(data): return *read_rows(data), None
     name, config, mapping = _hub_id(str(data))
     return *_from_hub(name, config, split), mapping
 
 def need_data(data: str | Path) -> None:
     "Raise `TinyTrainerError` for a name that is no file, no folder and no data set of the Hub."
-    if not Path(data).exists() and not _hub_id(str(data)): raise TinyTrainerError(f"{data}: no such file or folder.")
+    if not is_there(data) and not _hub_id(str(data)): raise TinyTrainerError(f"{data}: no such file or folder.")
 
 # %% ../../nbs/data/02_formats.ipynb #43445408
 def load_examples(

@@ -10,7 +10,7 @@ __all__ = ['SHAPES', 'DEFAULT_BASE', 'known_shape', 'LoadArgs', 'find_base', 'is
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from ..core import TinyTrainerError, data_file, read_json
+from ..core import TinyTrainerError, data_file, local_path, read_json
 from ..settings import Settings, setting
 
 # %% ../../nbs/model/01_arguments.ipynb #25e5cb17
@@ -38,7 +38,7 @@ class LoadArgs(Settings):
     "Which base is loaded, and in which form. Raises `TinyTrainerError` for a value that is not allowed."
     base: str = setting(
         "tiny", "tiny (the embedded base), a model's folder, a run's folder, a Hub id; "
-        "to pretrain also new:tiny (an untrained model)")
+        "to pretrain also new:tiny (an untrained model)", path=True)
     quantization: str = setting("auto", "how the base's weights are stored", choices=("auto", "nf4", "int8", "none"))
     dtype: str = setting("auto", "number format of the computation", choices=("auto", "bf16", "fp16", "fp32"))
 
@@ -52,7 +52,7 @@ _KNOWN = "Known: 'tiny', a model's folder, a run's folder, a Hub id"
 def find_base(base: str | Path) -> str:
     "The path or Hub id that `transformers` can load for `base`. Raises `TinyTrainerError` with what is allowed."
     if str(base) == "tiny": return str(data_file("tiny"))
-    path = Path(base)
+    path = local_path(base)
     if path.is_dir():
         if (path / "config.json").exists(): return str(path.resolve())
         raise TinyTrainerError(f"{base}: {_why_no_model(path)}")
@@ -72,7 +72,7 @@ def _why_no_model(folder: Path) -> str:
 
 def is_run(base: str | Path) -> bool:
     "Whether a name is that of a run's folder."
-    return str(base) != "tiny" and (Path(base) / "run.json").exists()
+    return str(base) != "tiny" and (local_path(base) / "run.json").exists()
 
 def _run_around(folder: Path) -> Path | None:
     "The run that an adapter's folder is part of; one of a stack lies a floor deeper."
@@ -80,13 +80,13 @@ def _run_around(folder: Path) -> Path | None:
 
 def is_adapter(base: str | Path) -> bool:
     "Whether a name is that of a folder that holds an adapter alone, from elsewhere: no model, and not part of a run."
-    folder = Path(base)
+    folder = local_path(base)
     alone = (folder / "adapter_config.json").exists() and not (folder / "config.json").exists()
     return str(base) != "tiny" and alone and _run_around(folder) is None
 
 def base_of_adapter(folder: str | Path) -> str:
     "The base that an adapter names. Raises `TinyTrainerError` for none, or one that is neither here nor a Hub id."
-    try: base = read_json(Path(folder) / "adapter_config.json")["base_model_name_or_path"]
+    try: base = read_json(local_path(folder) / "adapter_config.json")["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError): base = None
     if not isinstance(base, str) or not base:
         raise TinyTrainerError(f"{folder}: this folder holds an adapter that names no base. {_KNOWN}.")

@@ -9,7 +9,7 @@ __all__ = ['merged', 'save_merged']
 from pathlib import Path
 import torch
 from torch import nn
-from ..core import TinyTrainerError, quiet, whole_folder
+from ..core import TinyTrainerError, local_path, quiet, whole_folder
 from ..hardware import DTYPES
 from .layers import written_out, plain_layer, plain_model
 from .load import load_model
@@ -74,7 +74,7 @@ def save_merged(
     """Write a run's result as one model, with its tokenizer.
 
     Raises `TinyTrainerError` if the run has none yet, or `folder` holds something."""
-    run, folder = run if isinstance(run, Run) else Run.open(run), Path(folder)
+    run, folder = Run.open(run), local_path(folder)
     if dtype not in DTYPES:
         raise TinyTrainerError(f"dtype={dtype!r} is not allowed: it must be one of {', '.join(DTYPES)}.")
     if folder.is_file() or folder.is_dir() and any(folder.iterdir()):

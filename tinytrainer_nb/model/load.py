@@ -86,8 +86,8 @@ def load_model(
 ) -> tuple:                          # (model, tokenizer); the report is `model.load_report`
     "A model, ready for an adapter, and its tokenizer. Raises `TinyTrainerError` for an unknown name or setting."
     asked, device = LoadArgs(str(name), quantization, dtype), _existing(device)
-    if is_run(name): return load_result(Path(name), asked, device, verbose)
-    if is_adapter(name): return _load_from_elsewhere(Path(name), asked, device, step_tokens, verbose)
+    if is_run(asked.base): return load_result(Path(asked.base), asked, device, verbose)
+    if is_adapter(asked.base): return _load_from_elsewhere(Path(asked.base), asked, device, step_tokens, verbose)
     model, tokenizer = _load_base(asked, device, step_tokens)
     if verbose: _say(model.load_report)
     return model, tokenizer

@@ -13,7 +13,7 @@ from itertools import combinations
 from pathlib import Path
 import ipywidgets as widgets
 import numpy as np
-from ..core import TinyTrainerError, patch_to, visible
+from ..core import TinyTrainerError, local_path, patch_to, visible
 from ..model.base import LoadRecord
 from .widgets import Panel, scrolled, small, wrapped
 from ..views.plots import COLOURS, PANELS, STYLES, Picture, figure_html, figure_name
@@ -25,7 +25,7 @@ def find_runs(
     runs,        # runs or their folders; or one folder, for all runs in it
 ) -> list[Run]:  # the oldest first, if they were found in a folder
     "The runs that are meant. Raises `TinyTrainerError` if there is none."
-    if isinstance(runs, (str, Path)): return _runs_below(Path(runs))
+    if isinstance(runs, (str, Path)): return _runs_below(local_path(runs))
     if found := [Run.open(run) for run in ([runs] if isinstance(runs, Run) else runs)]: return found
     raise TinyTrainerError("there is no run to show. Give runs, their folders, or one folder with runs in it.")
 

@@ -13,7 +13,7 @@ from ..hardware import give_back
 from ..compute.arguments import GenerateArgs
 from ..compute.decode import Decoder
 from ..model.load import load_model
-from .widgets import Panel, button, complaint, scrolled, small, source_of, wrapped
+from .widgets import Panel, button, complaint, number_in, scrolled, small, source_of, wrapped
 from ..recipes.restore import as_handed_over, at_checkpoint, take_step, trains_here
 from ..runs.run import Run
 from ..views.plots import table_html
@@ -162,8 +162,8 @@ def _make_fields(self) -> widgets.Box:
     wide = lambda width: dict(layout=widgets.Layout(width=width), style=dict(description_width="initial"))
     self.say = widgets.Textarea(description="say", rows=2, placeholder="a question, to all sides", **wide("auto"))
     self.temperature = widgets.FloatText(0.0, description="temperature", step=0.1, **wide("11em"))
-    self.seed = widgets.IntText(0, description="seed", **wide("9em"))
-    self.longest = widgets.IntText(128, description="longest answer (tokens)", **wide("18em"))
+    self.seed = widgets.FloatText(0, description="seed", **wide("9em"))
+    self.longest = widgets.FloatText(128, description="longest answer (tokens)", **wide("18em"))
     self.send_button = button("Send", "paper-plane", "ask all sides", self.post)
     stops = "end the answer that is coming; the run is not stopped"
     self.stop_button = button("Stop answer", "stop", stops, self.stop, "9em")
@@ -217,7 +217,7 @@ def alone(self):
 def _turn(self, text: str) -> dict[str, str]:
     "One question to all sides; what goes wrong leaves the conversation as it was."
     args = GenerateArgs(
-        temperature=self.temperature.value, seed=self.seed.value, max_new_tokens=self.longest.value)
+        temperature=self.temperature.value, seed=number_in(self.seed), max_new_tokens=number_in(self.longest))
     voice, turn = self.the_voice(), dict(step=None, you=text)
     before = {name: (list(chat.messages), chat.forgotten, chat.tokens) for name, chat in self.chats.items()}
     try:

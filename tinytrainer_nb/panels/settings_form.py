@@ -12,7 +12,7 @@ from pathlib import Path
 import ipywidgets as widgets
 from ..core import TinyTrainerError, escaped, patch_to, visible
 from ..settings import Settings, as_text, check_value, field_type, grouped, parse_value
-from .widgets import Panel, complaint, small, wrapped
+from .widgets import Panel, complaint, number_in, small, wrapped
 from ..recipes.table import find_recipe, recipe_of, run_settings
 from ..recipes.reproduce import as_command, as_parameters, as_python
 from ..runs.run import Run
@@ -20,7 +20,7 @@ from ..runs.run import Run
 # %% ../../nbs/panels/02_settings_form.ipynb #573837a8
 def field_widget(field, value) -> widgets.Widget:
     "The widget that suits a field: a list of choices, a box to tick, a whole number, a number, else text."
-    number = {int: widgets.IntText, float: widgets.FloatText}.get(field.type)
+    number = widgets.FloatText if field.type in (int, float) else None
     common = dict(
         description=field.name,
         tooltip=field.metadata["help"],
@@ -34,7 +34,8 @@ def field_widget(field, value) -> widgets.Widget:
 
 def read_widget(field, widget):
     "What the widget says, as the field's type. Raises `TinyTrainerError` if it is not allowed."
-    return parse_value(field, widget.value) if isinstance(widget.value, str) else check_value(field, widget.value)
+    if isinstance(widget.value, str): return parse_value(field, widget.value)
+    return check_value(field, number_in(widget) if isinstance(widget, widgets.FloatText) else widget.value)
 
 # %% ../../nbs/panels/02_settings_form.ipynb #0a84e1f6
 def _ends(field) -> tuple: # None where there is no bound

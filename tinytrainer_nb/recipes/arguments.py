@@ -10,7 +10,7 @@ __all__ = ['TRACKERS', 'TrainArgs', 'trackers', 'SFTArgs', 'PairArgs', 'DPOArgs'
 from dataclasses import dataclass
 from importlib.util import find_spec
 from ..core import TinyTrainerError, patch_to, processes
-from ..settings import Settings, setting
+from ..settings import LARGEST_SEED, Settings, setting
 
 # %% ../../nbs/recipes/01_arguments.ipynb #9fdbd896
 @dataclass
@@ -26,7 +26,7 @@ class TrainArgs(Settings):
     }
     presets = {"a first look": dict(max_steps=20, save_steps=10, eval_steps=10, sample_steps=10)}
 
-    out: str = setting("runs/run", "folder of the run")
+    out: str = setting("runs/run", "folder of the run", path=True)
     max_steps: int = setting(100, "how long to train", "steps", ge=1)
     batch_size: int = setting(16, "examples per step, all processes together", "examples", ge=1)
     learning_rate: float = setting(2e-4, "size of the largest step", gt=0, le=1, live=True, log=1e-7)
@@ -49,7 +49,7 @@ class TrainArgs(Settings):
     patience: int = setting(
         0, "evaluations without improvement after which the run ends; 0: never", "evaluations", ge=0)
     sample_steps: int = setting(50, "steps between samples; 0: never", "steps", ge=0)
-    seed: int = setting(0, "seed of data order, dropout and sampling", ge=0)
+    seed: int = setting(0, "seed of data order, dropout and sampling", ge=0, le=LARGEST_SEED)
     report_to: str = setting(
         "none", "trackers that get the figures too, comma-separated: none, tensorboard, trackio, wandb")
 
@@ -89,7 +89,7 @@ class SFTArgs(TrainArgs):
     "Settings of supervised fine-tuning. Raises `TinyTrainerError` for a value that is not allowed."
     presets = TrainArgs.presets | {"a billion parameters": dict(learning_rate=2e-4, max_length=1024)}
 
-    out: str = setting("runs/sft", "folder of the run")
+    out: str = setting("runs/sft", "folder of the run", path=True)
     learning_rate: float = setting(
         1e-3, "size of the largest step; models of a billion parameters take about 2e-4",
         gt=0, le=1, live=True, log=1e-7)
@@ -117,7 +117,7 @@ class DPOArgs(PairArgs):
     "Settings of DPO. Raises `TinyTrainerError` for a value that is not allowed."
     presets = TrainArgs.presets | {"a billion parameters": dict(learning_rate=2e-5)}
 
-    out: str = setting("runs/dpo", "folder of the run")
+    out: str = setting("runs/dpo", "folder of the run", path=True)
     learning_rate: float = setting(
         5e-4, "size of the largest step; models of a billion parameters take about 2e-5",
         gt=0, le=1, live=True, log=1e-7)
@@ -132,7 +132,7 @@ class RewardModelArgs(PairArgs):
     "Settings of a reward model. Raises `TinyTrainerError` for a value that is not allowed."
     presets = TrainArgs.presets | {"a billion parameters": dict(learning_rate=1e-4)}
 
-    out: str = setting("runs/reward_model", "folder of the run")
+    out: str = setting("runs/reward_model", "folder of the run", path=True)
     learning_rate: float = setting(
         1e-3, "size of the largest step; models of a billion parameters take about 1e-4",
         gt=0, le=1, live=True, log=1e-7)
@@ -146,7 +146,7 @@ class PretrainArgs(TrainArgs):
             batch_size=1024, max_length=2048, learning_rate=4e-4, warmup_steps=2000, schedule="cosine"),
     }
 
-    out: str = setting("runs/pretrain", "folder of the run")
+    out: str = setting("runs/pretrain", "folder of the run", path=True)
     max_steps: int = setting(3000, "how long to train", "steps", ge=1)
     batch_size: int = setting(16, "blocks per step", "blocks", ge=1)
     learning_rate: float = setting(2e-3, "size of the largest step", gt=0, le=1, live=True, log=1e-7)
@@ -206,7 +206,7 @@ class PPOArgs(RolloutArgs):
         "a billion parameters": dict(learning_rate=1.41e-5, max_new_tokens=256, temperature=0.7),
     }
 
-    out: str = setting("runs/ppo", "folder of the run")
+    out: str = setting("runs/ppo", "folder of the run", path=True)
     kl_coef: float = setting(
         0.01, "strength of the pull towards the reference: the cost of one nat of KL, per token "
         "(beta; Ouyang et al. 2022, arXiv 2203.02155, eq. 2)", ge=0, live=True)
@@ -242,7 +242,7 @@ class GRPOArgs(RolloutArgs):
         "Dr. GRPO": dict(loss_type="dr_grpo", scale_rewards="none"),
     }
 
-    out: str = setting("runs/grpo", "folder of the run")
+    out: str = setting("runs/grpo", "folder of the run", path=True)
     num_generations: int = setting(8, "completions per prompt, which are compared with each other", ge=2)
     batch_size: int = setting(8, "prompts per round, all processes together", "prompts", ge=1)
     kl_coef: float = setting(

@@ -7,7 +7,7 @@ __all__ = ['PIECES', 'train_tokenizer', 'token_stream', 'Blocks', 'BlockCollator
            'read_back', 'pretrain', 'read_texts', 'load_for_pretraining']
 
 # %% ../../nbs/recipes/06_pretrain.ipynb #39b3a205
-import contextlib, hashlib
+import contextlib, copy, hashlib
 from dataclasses import replace
 from pathlib import Path
 import torch
@@ -111,8 +111,11 @@ class PretrainTrainer(RunTrainer, Trainer):
 def save_base(model, tokenizer, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     "Write weights (safetensors, `dtype`), config and tokenizer."
     weights = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    saved = type(model)(model.config).to(dtype)
-    saved.config.use_cache, saved.config.pad_token_id = True, tokenizer.pad_token_id
+    config, how = copy.deepcopy(model.config), copy.deepcopy(model.generation_config)
+    config.use_cache = how.use_cache = True # the trainer had switched it off; without it decoding is ten times slower
+    config.pad_token_id = how.pad_token_id = tokenizer.pad_token_id
+    saved = type(model)(config).to(dtype)
+    saved.generation_config = how
     saved.load_state_dict(weights)
     saved.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

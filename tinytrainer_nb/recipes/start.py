@@ -7,9 +7,9 @@ __all__ = ['need_trainable', 'need_heldout', 'describe', 'begin', 'tell', 'load_
 
 # %% ../../nbs/recipes/03_start.ipynb #c06b1b4e
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from ..core import TinyTrainerError, whole_folder
-from ..hardware import seed_everything
+from ..hardware import random_kept, seed_everything
 from ..runs.run import Run
 from ..runs.worker import launch
 from ..model.arguments import LoadArgs, LoraArgs
@@ -89,13 +89,15 @@ def start(
 ) -> Run:
     "Build a run's trainer and train. Raises `TinyTrainerError` if another run is being trained in this process."
     run.model, run.tokenizer = model, tokenizer
-    with run.failing(), ExitStack() as stack:
+    with run.failing(), random_kept(), ExitStack() as stack:
         seed_everything(args.seed)
         trainer = stack.enter_context(built(run, model, tokenizer, args, **material))
         model.adapter_from = None # from now on it is neither a fresh one nor that of an earlier run
         built_here = stack.pop_all()
     def work():
-        with built_here: trainer.fit()
+        with built_here, nullcontext() if live else random_kept():
+            if not live: seed_everything(args.seed) # a reward may draw; other cells draw beside a live run
+            trainer.fit()
         model.adapter_from = dict(run=str(run.folder))
     try:
         with run.failing(): return launch(run, work, live)

@@ -16,6 +16,7 @@ from ..core import TinyTrainerError, builds, file_hash, patch_to, processes, pro
 from ..core import remove_whole, share, whole_folder, write_json
 from ..settings import check_value, may_change
 from ..hardware import peak_memory
+from ..compute.dropout import OwnDropout, drops
 from ..compute.onednn import has_blocks
 from ..compute.path import choose_path, on_path
 from ..model.layers import count_trainable, keep_gradients, trainable
@@ -27,6 +28,7 @@ from .arguments import TrainArgs, trackers
 from .restore import load_trained
 from .start import tell
 from ..runs.run import Run
+from ..runs.worker import in_worker
 from transformers import PrinterCallback, TrainingArguments
 
 # %% ../../nbs/recipes/04_trainer.ipynb #ae8caec5
@@ -103,6 +105,7 @@ class RunTrainer:
         self.run, self.settings, self.dtype = run, replace(settings), dtype
         run.settings = self.settings
         if dtype == torch.float16: self.accelerator.scaler = torch.amp.GradScaler(device)
+        self.dropout = OwnDropout(device) if drops(model) else None
         self.figures, self.best = {}, {}      # of this step; of the best evaluation
         self.broken = 0                       # steps in a row whose gradient was not finite
         self.tokens, self.seconds = 0, 0.0    # of the whole run, and of its earlier sessions
@@ -125,6 +128,7 @@ def training_step(
     inputs = self._prepare_inputs(inputs)
     weight = inputs.get("weight", 1.0) * self.args.world_size # the processes' gradients and losses are averaged
     parts, total = inputs["micro_batches"], 0
+    if self.dropout: self.dropout.seed(self.args.seed, self.state.global_step, self.args.process_index)
     for part in parts:
         loss_of = lambda: weight * self.token_loss(model, part, inputs["num_items"])
         total = total + self.backward(model, loss_of, last=part is parts[-1])
@@ -146,7 +150,7 @@ def backward(
 ) -> torch.Tensor:     # scalar
     "Add the gradient of one micro-batch; several processes average theirs after the `last` one. Returns the loss."
     with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-        with compute_context(self.model, self.dtype): loss = loss_of()
+        with compute_context(self.model, self.dtype), self.dropout or contextlib.nullcontext(): loss = loss_of()
         self.accelerator.backward(loss)
     return loss.detach()
 
@@ -227,7 +231,13 @@ def get_train_dataloader(self):
     if self.args.world_size > 1:
         sampler = loader.batch_sampler
         sampler.num_processes, sampler.process_index, sampler.even_batches = 1, 0, False
+    getattr(loader, "base_dataloader", loader).generator = torch.Generator() # it draws a number that nobody uses
     return loader
+
+@patch_to(RunTrainer)
+def _load_rng_state(self, checkpoint) -> None:
+    "Go on with the random numbers of a checkpoint, but not beside other cells that draw from them."
+    if not in_worker(): super(RunTrainer, self)._load_rng_state(checkpoint)
 
 # %% ../../nbs/recipes/04_trainer.ipynb #e8089d0a
 @patch_to(RunTrainer)

@@ -9,7 +9,8 @@ __all__ = ['STATES', 'ACTIVE', 'Run', 'free_sibling']
 import contextlib, errno, glob, os, re, shutil, sys, tempfile, threading, time
 from pathlib import Path
 import psutil
-from ..core import TinyTrainerError, patch_to, plain, processes, read_json, share, sync_folder, write_json
+from ..core import TinyTrainerError, hidden_beside, local_path, patch_to, plain, processes
+from ..core import read_json, share, sync_folder, write_json
 from .journal import Journal
 from .lock import Lock, TURN, _alive, _me
 
@@ -20,7 +21,7 @@ ACTIVE = ("running", "paused") # a process trains, or waits to go on
 class Run:
     "A training run on disk: read its journal, leave requests, resume it."
     def __init__(self, folder: Path | str):
-        self._at(Path(folder))
+        self._at(local_path(folder))
         self.model = self.tokenizer = self.worker = self.settings = None # set where the run is made
         self.still = threading.Lock() # held by whoever uses `model` of a paused run; the trainer waits for it
         self.leads = processes()[0] == 0 # of several processes that train together, one writes
@@ -37,8 +38,9 @@ def open(cls, folder: "Path | str | Run") -> "Run":
     if isinstance(folder, Run): return folder
     if not isinstance(folder, (str, Path)):
         raise TinyTrainerError(f"{folder!r:.60} is no run. Give a run, or the path of its folder.")
-    if (Path(folder) / "run.json").exists(): return cls(folder)
-    found = [path for depth in ("*", "*/*") for path in sorted(Path(folder).glob(f"{depth}/run.json"))]
+    folder = local_path(folder)
+    if (folder / "run.json").exists(): return cls(folder)
+    found = [path for depth in ("*", "*/*") for path in sorted(folder.glob(f"{depth}/run.json"))]
     if not found: raise TinyTrainerError(f"{folder}: no run is here (no run.json).")
     below = ", ".join(str(path.parent) for path in found[:6])
     raise TinyTrainerError(f"{folder}: no run is here, but there are below it: {below}.")
@@ -104,8 +106,9 @@ def __repr__(self) -> str:
 # %% ../../nbs/runs/03_run.ipynb #baadf628
 def free_sibling(folder: Path, allowed: tuple[str, ...] = ()) -> Path:
     "`folder` if it holds nothing but `allowed`, else NAME-2, NAME-3, ... Raises `TinyTrainerError` if it is a file."
-    if folder.exists() and not folder.is_dir():
-        raise TinyTrainerError(f"{folder}: is a file, so no run can be made there. "
+    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+        what = "is a file" if folder.exists() else "is a link that leads nowhere"
+        raise TinyTrainerError(f"{folder}: {what}, so no run can be made there. "
                                "Choose another folder (out; in a terminal --out).")
     if not folder.exists() or all(p.name in allowed for p in folder.iterdir()): return folder
     siblings = (folder.with_name(f"{folder.name}-{n}") for n in range(2, 10_000))
@@ -132,11 +135,12 @@ def _refuse_unfinished(folder: Path, info: dict) -> None:
 # %% ../../nbs/runs/03_run.ipynb #5d5319be
 def _beside(target: Path) -> Path:
     "A hidden folder of this process in which the run of `target` is prepared; those of dead processes go."
-    for left in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
-        ending = left.name.removeprefix(f".{target.name}") # unfinished files of others have another one
+    before = hidden_beside(target, "").name
+    for left in target.parent.glob(f"{glob.escape(before)}*.partial"):
+        ending = "." + left.name.removeprefix(before) # unfinished files of others have another one
         process = re.fullmatch(r"\.(\d+)-\d+\.partial", ending)
         if process and not psutil.pid_exists(int(process[1])): shutil.rmtree(left)
-    folder = target.with_name(f".{target.name}.{os.getpid()}-{time.time_ns()}.partial")
+    folder = hidden_beside(target, f"{os.getpid()}-{time.time_ns()}.partial")
     (folder / "checkpoints").mkdir(parents=True)
     return folder
 
@@ -180,7 +184,8 @@ def prepare(
         with cls._shadow(settings) as run: yield run
         return
     TURN.need()
-    folder = Path(out) if Path(out).name not in ("", "..") else Path(out).resolve()
+    folder = local_path(out)
+    if folder.name in ("", ".."): folder = folder.resolve()
     _refuse_unfinished(folder, dict(recipe=recipe, settings=settings.to_dict(), **info))
     free = lambda: free_sibling(folder, allowed=("notebook.ipynb",)) # the notebook that made this run
     try: run = cls(_beside(free()))
