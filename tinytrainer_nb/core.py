@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LARGEST', 'PLAIN', 'BUILDING', 'TinyTrainerError', 'MissingFile', 'processes', 'share', 'gathered', 'patiently',
            'sync_folder', 'write_whole', 'plain', 'write_json', 'need_flat', 'need_file', 'read_json', 'unfit',
-           'read_typed', 'file_hash', 'remove_whole', 'whole_folder', 'visible', 'one_line', 'say', 'Markup', 'escaped',
-           'inert', 'command', 'shipped', 'data_file', 'in_notebook', 'progress', 'quiet', 'builds', 'patch_to',
-           'repeated_share']
+           'read_typed', 'need_fit', 'file_hash', 'remove_whole', 'whole_folder', 'visible', 'one_line', 'say',
+           'Markup', 'escaped', 'inert', 'command', 'shipped', 'data_file', 'in_notebook', 'progress', 'quiet',
+           'builds', 'patch_to', 'repeated_share']
 
 # %% ../nbs/00_core.ipynb #a2756417
 import builtins, contextlib, functools, hashlib, inspect, json, math
@@ -116,7 +116,7 @@ def read_json(path: Path | str):
     raise TinyTrainerError(f"{path} is not readable as JSON ({why}). Restore it or remove it.")
 
 # %% ../nbs/00_core.ipynb #e1def77b
-LARGEST = 2**53 # of whole numbers; a float cannot tell larger ones apart
+LARGEST = 2**53 # of counts; a float cannot tell larger ones apart
 PLAIN = "text|number|flag?" # what settings hold
 
 def _is_number(value) -> bool: return type(value) in (int, float) and abs(value) <= 1e100 # NaN is not
@@ -125,7 +125,7 @@ _SORTS = dict( # word: whether a value is so, how an error calls it
     text=(lambda v: isinstance(v, str), "a text"),
     flag=(lambda v: isinstance(v, bool), "true or false"),
     number=(_is_number, "a number"),
-    whole=(lambda v: type(v) is int and abs(v) <= LARGEST, "a whole number"),
+    whole=(lambda v: type(v) is int, "a whole number"), # of any size, such as a seed
     count=(lambda v: type(v) is int and 0 <= v <= LARGEST, "a whole number from 0"),
     moment=(lambda v: _is_number(v) and 0 <= v < 2.5e11, "a time in seconds since 1970"),
     object=(lambda v: isinstance(v, dict), "an object"),
@@ -173,7 +173,10 @@ def read_typed(
     need: tuple = (), # fields that must be there
 ):
     "What a JSON file holds. Raises `TinyTrainerError` that names file and field for what does not fit."
-    found = read_json(path)
+    return need_fit(path, read_json(path), sort, need)
+
+def need_fit(path: Path | str, found, sort, need: tuple = ()):
+    "`found`, the content of the file `path`. Raises `TinyTrainerError` as `read_typed` does."
     wrong = unfit(found, sort)
     if not wrong and (lacking := [name for name in need if name not in found]): wrong = f"it lacks {', '.join(lacking)}"
     if wrong: raise TinyTrainerError(f"{path}: {wrong:.300}. Restore the file, or take another folder.")
@@ -257,16 +260,15 @@ def escaped(text) -> Markup:
     return Markup.escape(text)
 
 # %% ../nbs/00_core.ipynb #6e084419
-_DOES = set("\\`*_{}[]<>&$|~@") # what Markdown, its tables and its formulas are made of
+_DOES = re.compile(r"[\\`*{}[\]<>&$|~@]|_\b|\b_|__+") # what Markdown, its tables and its formulas are made of
 
-def _numbered(c: str) -> str: return f"&#{ord(c)};"
+def _numbered(found: re.Match) -> str: return "".join(f"&#{ord(c)};" for c in found[0])
 
 def inert(text) -> str:
     "`text` as Markdown that shows it and does nothing else, on one line; line breaks become `<br>`."
-    marked = "".join(_numbered(c) if c in _DOES else c for c in visible(text).strip())
-    marked = marked.replace("://", "&#58;//").replace("www.", "www&#46;") # which some renderers make links of
-    begins = re.match(r"[^\w&]|\d+(?=[.)])", marked) # a heading, a list, a rule
-    if begins: marked = "".join(map(_numbered, begins[0])) + marked[begins.end():]
+    marked = _DOES.sub(_numbered, visible(text).strip())
+    marked = re.sub(r":(?=//)|(?<=www)\.", _numbered, marked, flags=re.I) # which some renderers make links of
+    marked = re.sub(r"\A([#+=:-]|\d{1,9}(?=[.)](\s|\Z)))", _numbered, marked) # a heading, a list, a rule
     return marked.replace("\n", "<br>").replace("\t", " ")
 
 # %% ../nbs/00_core.ipynb #fd3c4dfc

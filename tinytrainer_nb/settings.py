@@ -9,7 +9,7 @@ __all__ = ['OTHER_NAMES', 'TRUTH', 'NOTHING', 'setting', 'field_type', 'allowed'
 # %% ../nbs/01_settings.ipynb #4d712558
 import dataclasses, difflib, math, operator, types, typing
 from dataclasses import fields
-from .core import TinyTrainerError
+from .core import TinyTrainerError, inert
 
 # %% ../nbs/01_settings.ipynb #a315afd2
 def setting(
@@ -107,7 +107,7 @@ class Settings:
         return dataclasses.asdict(self)
 
     def _repr_markdown_(self):
-        rows = [f"| `{f.name}` | {getattr(self, f.name)!r} | {f.metadata.get('unit', '')} | {f.metadata['help']} |"
+        rows = [f"| `{f.name}` | {inert(repr(getattr(self, f.name)))} | {f.metadata.get('unit', '')} | {f.metadata['help']} |"
                 for f in fields(self)]
         return "\n".join(["| setting | value | unit | meaning |", "|---|---|---|---|", *rows])
 
