@@ -6,8 +6,8 @@
 __all__ = ['LARGEST', 'PLAIN', 'BUILDING', 'TinyTrainerError', 'MissingFile', 'processes', 'share', 'gathered', 'patiently',
            'sync_folder', 'write_whole', 'plain', 'write_json', 'need_flat', 'need_file', 'read_json', 'unfit',
            'read_typed', 'need_fit', 'file_hash', 'remove_whole', 'whole_folder', 'visible', 'one_line', 'say',
-           'Markup', 'escaped', 'inert', 'command', 'shipped', 'data_file', 'in_notebook', 'progress', 'quiet',
-           'builds', 'patch_to', 'repeated_share']
+           'Markup', 'escaped', 'inert', 'command', 'may_be_on_hub', 'shipped', 'data_file', 'in_notebook', 'progress',
+           'quiet', 'builds', 'patch_to', 'repeated_share']
 
 # %% ../nbs/00_core.ipynb #a2756417
 import builtins, contextlib, functools, hashlib, inspect, json, math
@@ -145,8 +145,8 @@ def _test(sort: str | tuple) -> tuple: # whether a value is of this sort; how an
 def _parts(value, sort, at: str):
     "Of a list or an object: each value, its sort and its place."
     if isinstance(sort, list):
-        for i, item in enumerate(value): yield item, sort[0], f"{at}[{i}]"
-    elif isinstance(sort, dict):
+        for i, item in enumerate(value or ()): yield item, sort[0], f"{at}[{i}]"
+    elif isinstance(sort, dict) and value:
         others = sort.get(...)
         for name, part in value.items():
             if known := sort.get(name, others): yield part, known, f"{at}.{name}" if at else name
@@ -156,12 +156,19 @@ def unfit(value, sort, at: str = "") -> str:
     """What in `value` is not of its sort, with its place `at`; empty if all fits.
 
     A sort is a word of `_SORTS`, several with `|` between, with `?` where null may stand; a tuple of choices;
-    a list of one sort, that of its items; a dict of sorts by field, where `...` stands for all other fields."""
-    fits, must = _test(sort if isinstance(sort, (str, tuple)) else "list" if isinstance(sort, list) else "object")
+    a list of one sort, that of its items; a dict of sorts by field, where `...` stands for all other fields.
+    Where null may stand for a list, "?" is its second item; for an object, `None` is one of its fields."""
+    fits, must = _test(_word_for(sort))
     if not fits(value): return f"{at or 'its content'} must be {must}, found {_called(value):.60}"
     for part in _parts(value, sort, at):
         if wrong := unfit(*part): return wrong
     return ""
+
+def _word_for(sort) -> str | tuple:
+    "The sort of a value as a whole, not of its parts."
+    if isinstance(sort, list): return "list?" if "?" in sort[1:] else "list"
+    if isinstance(sort, dict): return "object?" if None in sort else "object"
+    return sort
 
 def _called(value) -> str: # whose parts may be nested so deeply that they cannot be written
     return {dict: "an object", list: "a list"}.get(type(value)) or repr(value)
@@ -282,6 +289,17 @@ def _word(value) -> str:
 def command(*words) -> str: # a `Path` is one that stands alone, not behind a flag
     "Words as a line that can be copied into a shell."
     return " ".join(map(_word, words))
+
+# %% ../nbs/00_core.ipynb #051a6647
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_ENDINGS = set(".jsonl .json .csv .tsv .parquet .arrow .txt .md .gz .zst .xz .bz2 .zip .tar .safetensors .gguf .bin .pt "
+               ".pth .ckpt .onnx .pkl .npy .npz .ipynb .yaml .yml .toml .xlsx .py".split()) # of files
+
+def may_be_on_hub(name: str) -> bool:
+    "Whether a name that is nothing here can be a Hub id, and does not look like a path."
+    owner, _, rest = name.partition("/")
+    looks_so = bool(_HUB_ID.fullmatch(name)) and ".." not in name
+    return looks_so and Path(rest).suffix.lower() not in _ENDINGS and not Path(owner).exists()
 
 # %% ../nbs/00_core.ipynb #89cd06b5
 def shipped(name: str) -> Path: # `data` or `nbs`

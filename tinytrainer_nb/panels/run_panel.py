@@ -116,7 +116,7 @@ def still_used(run: Run | None, name: str) -> str:
     "What a run that goes on uses while a field of its form is wrong; empty if that cannot change in flight."
     if run is None or not run.is_active: return ""
     now = settings_in_flight(run)
-    return f" The run still uses {now[name]:g}." if name in now else ""
+    return f" The run still uses {now[name]}." if name in now else ""
 
 # %% ../../nbs/panels/07_run_panel.ipynb #6487ccf1
 class RunPanel(Panel):

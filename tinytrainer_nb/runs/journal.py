@@ -6,7 +6,7 @@
 __all__ = ['STATES', 'EVENTS', 'Journal']
 
 # %% ../../nbs/runs/01_journal.ipynb #c06b1b4e
-import contextlib, json, os, threading, time
+import json, os, threading, time
 from itertools import islice
 from pathlib import Path
 from ..core import MissingFile, TinyTrainerError, need_file, need_flat, patch_to, plain, unfit, write_whole

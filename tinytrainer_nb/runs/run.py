@@ -6,7 +6,7 @@
 __all__ = ['ACTIVE', 'INFO', 'SUMMARY', 'REQUEST', 'Run', 'free_sibling']
 
 # %% ../../nbs/runs/03_run.ipynb #dfa89909
-import contextlib, errno, glob, os, re, shutil, sys, tempfile, threading, time
+import contextlib, errno, glob, os, re, shutil, tempfile, threading, time
 from pathlib import Path
 import psutil
 from ..core import MissingFile, PLAIN, TinyTrainerError, command, one_line, patch_to, plain
@@ -44,9 +44,10 @@ def open(cls, folder: "Path | str | Run") -> "Run":
     raise TinyTrainerError(f"{folder}: no run is here, but there are below it: {below}.")
 
 # %% ../../nbs/runs/03_run.ipynb #7dbbccc2
+_MADE = {None: "may be null", "run": "text", "lora": {...: PLAIN}, "tinylora": {...: PLAIN}, "seed": "whole"}
 _LOAD = {name: "text" for name in ("base", "path", "sha256")} | dict(
     quantization=("none", "nf4", "int8"), dtype=("bf16", "fp16", "fp32"), device=("cpu", "cuda"), seed="whole?",
-    adapter="object?", adapter_from="object?", chat_template="text|object?", decoding="object?")
+    adapter="object?", adapter_from=_MADE, chat_template="text|object?", decoding="object?")
 INFO = dict( # sorts of the fields of run.json, as in `core.unfit`
     recipe="text",
     status=STATES,
