@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['LARGEST', 'PLAIN', 'BUILDING', 'TinyTrainerError', 'MissingFile', 'processes', 'share', 'gathered', 'patiently',
            'sync_folder', 'write_whole', 'plain', 'write_json', 'need_flat', 'need_file', 'read_json', 'unfit',
-           'read_typed', 'need_fit', 'file_hash', 'remove_whole', 'whole_folder', 'visible', 'one_line', 'say',
-           'Markup', 'escaped', 'inert', 'command', 'may_be_on_hub', 'shipped', 'data_file', 'in_notebook', 'progress',
-           'quiet', 'builds', 'patch_to', 'repeated_share']
+           'read_typed', 'need_fit', 'file_hash', 'need_no_link', 'remove_whole', 'whole_folder', 'visible', 'one_line',
+           'say', 'Markup', 'escaped', 'inert', 'command', 'may_be_on_hub', 'shipped', 'data_file', 'in_notebook',
+           'progress', 'quiet', 'builds', 'patch_to', 'repeated_share']
 
 # %% ../nbs/00_core.ipynb #a2756417
 import builtins, contextlib, functools, hashlib, inspect, json, math
-import os, re, secrets, shlex, shutil, sys, threading, time, unicodedata, warnings
+import os, re, shlex, shutil, sys, threading, time, unicodedata, warnings
 from pathlib import Path
 from tqdm.std import tqdm
 import markupsafe
@@ -91,7 +91,7 @@ def write_json(path: Path | str, value) -> Path:
     return write_whole(path, json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n")
 
 def need_flat(value, deepest: int = 100): # levels
-    "`value`, if its lists and objects are not nested so deeply that whoever walks through them fails: `RecursionError`."
+    "`value`; raises `RecursionError` if its lists and objects are nested too deeply for whoever walks through them."
     level = [value]
     for _ in range(deepest):
         inner = (v.values() if isinstance(v, dict) else v for v in level if isinstance(v, (dict, list)))
@@ -195,11 +195,15 @@ def file_hash(path: Path | str) -> str: # 64 hexadecimal digits
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 # %% ../nbs/00_core.ipynb #c6f674e5
+def need_no_link(path: Path) -> None:
+    "Raise `TinyTrainerError` for a link, through which something would be written elsewhere."
+    if path.is_symlink(): raise TinyTrainerError(f"{path}: is a link, and nothing is written through it. Remove it.")
+
 def remove_whole(folder: Path) -> None:
     """Remove a folder at once: if the process dies meanwhile, no half of it is left under its name.
     Raises `TinyTrainerError` for a link."""
     if not folder.exists(): return
-    if folder.is_symlink(): raise TinyTrainerError(f"{folder}: is a link, and nothing is written through it. Remove it.")
+    need_no_link(folder)
     doomed = folder.with_name(f".{folder.name}.{os.getpid()}.gone.partial")
     os.replace(folder, doomed)
     shutil.rmtree(doomed)
@@ -292,8 +296,8 @@ def command(*words) -> str: # a `Path` is one that stands alone, not behind a fl
 
 # %% ../nbs/00_core.ipynb #051a6647
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_ENDINGS = set(".jsonl .json .csv .tsv .parquet .arrow .txt .md .gz .zst .xz .bz2 .zip .tar .safetensors .gguf .bin .pt "
-               ".pth .ckpt .onnx .pkl .npy .npz .ipynb .yaml .yml .toml .xlsx .py".split()) # of files
+_ENDINGS = set(".jsonl .json .csv .tsv .parquet .arrow .txt .md .gz .zst .xz .bz2 .zip .tar .safetensors .gguf .bin "
+               ".pt .pth .ckpt .onnx .pkl .npy .npz .ipynb .yaml .yml .toml .xlsx .py".split()) # of files
 
 def may_be_on_hub(name: str) -> bool:
     "Whether a name that is nothing here can be a Hub id, and does not look like a path."
@@ -346,7 +350,8 @@ def progress(
     quiet = quiet or threading.current_thread() is not threading.main_thread()
     cell = in_notebook()
     look = dict(file=_Cell(), ncols=90, ascii=True) if cell else dict(file=sys.stderr, dynamic_ncols=True)
-    return tqdm(iterable, total=total, desc=one_line(desc), disable=quiet, mininterval=0.5, delay=0.5, leave=False, **look)
+    look |= dict(desc=one_line(desc), disable=quiet, mininterval=0.5, delay=0.5, leave=False)
+    return tqdm(iterable, total=total, **look)
 
 # %% ../nbs/00_core.ipynb #89678bf6
 @contextlib.contextmanager

@@ -107,7 +107,8 @@ class Settings:
         return dataclasses.asdict(self)
 
     def _repr_markdown_(self):
-        rows = [f"| `{f.name}` | {inert(repr(getattr(self, f.name)))} | {f.metadata.get('unit', '')} | {f.metadata['help']} |"
+        value = lambda f: inert(repr(getattr(self, f.name)))
+        rows = [f"| `{f.name}` | {value(f)} | {f.metadata.get('unit', '')} | {f.metadata['help']} |"
                 for f in fields(self)]
         return "\n".join(["| setting | value | unit | meaning |", "|---|---|---|---|", *rows])
 

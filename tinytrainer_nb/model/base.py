@@ -103,7 +103,7 @@ def _no_code(path: str) -> None: # folder or Hub id
     "Raise `TinyTrainerError` for a model's folder whose model or tokenizer is code of its own."
     if own := Path(path).is_dir() and _own_code(Path(path)):
         raise TinyTrainerError(
-            f"{path}: its files name code of their own (auto_map: {', '.join(own[:3])}), which would be run, and is not. "
+            f"{path}: its files name code of their own (auto_map: {', '.join(own[:3])}), which is not run. "
             "Take a model that transformers knows by itself.")
 
 def _pretrained(kind, path: str, **kwargs):

@@ -9,7 +9,7 @@ __all__ = ['merged', 'save_merged']
 from pathlib import Path
 import torch
 from torch import nn
-from ..core import TinyTrainerError, quiet, whole_folder
+from ..core import TinyTrainerError, need_no_link, quiet, whole_folder
 from ..hardware import DTYPES
 from .layers import written_out, plain_layer, plain_model
 from .load import load_model
@@ -33,7 +33,8 @@ def _merged_weight(layer: BaseTunerLayer) -> torch.Tensor: # (out, in) in fp32
 # %% ../../nbs/model/09_export.ipynb #2bb16628
 def _empty(base: nn.Module, dtype: torch.dtype):
     "A model of the same architecture on the CPU, its weights not yet filled in; nothing is quantized."
-    with torch.device("meta"): plain = AutoModelForCausalLM.from_config(base.config, dtype=dtype, trust_remote_code=False)
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(base.config, dtype=dtype, trust_remote_code=False)
     plain.config.quantization_config = None # so that there is one to delete
     del plain.config.quantization_config
     plain.to_empty(device="cpu")
@@ -77,7 +78,7 @@ def save_merged(
     run, folder = run if isinstance(run, Run) else Run.open(run), Path(folder)
     if dtype not in DTYPES:
         raise TinyTrainerError(f"dtype={dtype!r} is not allowed: it must be one of {', '.join(DTYPES)}.")
-    if folder.is_symlink(): raise TinyTrainerError(f"{folder}: is a link, and nothing is written through it. Name a new folder.")
+    need_no_link(folder)
     if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
         raise TinyTrainerError(f"{folder}: something is here already. Name a new folder.")
     model, tokenizer = load_model(run.folder, device="cpu", verbose=False)

@@ -156,7 +156,7 @@ def save_adapter(model, folder: Path) -> None:
     if len(names) > 1: write_json(Path(folder) / "stack.json", names)
 
 def saved_adapters(folder: Path) -> list[str]:
-    "Names of the adapters that `save_adapter` left in a folder, the lowest first. Raises `TinyTrainerError` for others."
+    "Names of the adapters that `save_adapter` left, the lowest first. Raises `TinyTrainerError` for a damaged file."
     stack = Path(folder) / "stack.json"
     if not stack.exists(): return ["default"]
     names = read_typed(stack, ["text"])

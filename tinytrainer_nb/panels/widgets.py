@@ -82,7 +82,8 @@ class Panel(widgets.VBox):
         self._twins, self._kept, self._since = [], "", 0.0 # outputs with the twin, what they say, since when
         self.mark = f"tinytrainer-{uuid.uuid4().hex[:12]}" # class of the twin in the page
         self.trouble = widgets.HTML()
-        hiding = widgets.HTML(Markup("<style>.{}{{display:none}}</style>").format(self.mark), layout=widgets.Layout(display="none"))
+        style = Markup("<style>.{}{{display:none}}</style>").format(self.mark)
+        hiding = widgets.HTML(style, layout=widgets.Layout(display="none"))
         super().__init__([*children, self.trouble, hiding])
         for name in ("panel", type(self).__name__.lower()): self.add_class(f"tinytrainer-{name}")
 

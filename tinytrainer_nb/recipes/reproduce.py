@@ -77,7 +77,8 @@ def _model_of(run: Run, args: Settings) -> tuple[LoadArgs, LoraArgs]:
     if "lora" in made and made.get("seed") == args.seed:
         return LoadArgs(record.source, record.quantization, record.dtype), LoraArgs(**made["lora"])
     why = "is none that a command makes"
-    if "lora" in made: why = f"was drawn with seed {made.get('seed')}, and a command draws it with the run's, {args.seed}"
+    if "lora" in made:
+        why = f"was drawn with seed {made.get('seed')}, and a command draws it with the run's, {args.seed}"
     raise TinyTrainerError(f"{run.folder}: no command can repeat it, for its adapter {why}. Take it as Python.")
 
 def as_command(

@@ -12,8 +12,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from ..core import PLAIN, TinyTrainerError, builds, file_hash, patch_to, processes, progress, quiet, read_typed
-from ..core import remove_whole, share, whole_folder, write_json
+from ..core import PLAIN, TinyTrainerError, builds, file_hash, patch_to, processes, progress, quiet
+from ..core import read_typed, remove_whole, share, whole_folder, write_json
 from ..settings import check_value, may_change
 from ..hardware import peak_memory
 from ..compute.onednn import has_blocks
@@ -311,7 +311,8 @@ def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
     _need_intact(checkpoint, done["sha256"])
     load_trained(self.model, checkpoint / "trained.safetensors")
     self.tokens, self.seconds, self.best = done["tokens"], done["seconds"], done["best"]
-    for name in may_change(self.settings): setattr(self.settings, name, done["settings"].get(name, getattr(self.settings, name)))
+    for name in may_change(self.settings):
+        if name in done["settings"]: setattr(self.settings, name, done["settings"][name])
 
 def _need_intact(checkpoint: Path, hashes: dict[str, str]) -> None: # by file name
     "Raises `TinyTrainerError` if a file is not as it was written."

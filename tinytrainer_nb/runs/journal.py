@@ -9,7 +9,7 @@ __all__ = ['STATES', 'EVENTS', 'Journal']
 import json, os, threading, time
 from itertools import islice
 from pathlib import Path
-from ..core import MissingFile, TinyTrainerError, need_file, need_flat, patch_to, plain, unfit, write_whole
+from ..core import MissingFile, need_file, need_flat, need_no_link, patch_to, plain, unfit, write_whole
 
 # %% ../../nbs/runs/01_journal.ipynb #6f1908c3
 class Journal:
@@ -24,7 +24,7 @@ class Journal:
         line = json.dumps(event, ensure_ascii=False) + "\n"
         with self._lock:
             if not self.path.exists(): write_whole(self.path, "")
-            if self.path.is_symlink(): raise TinyTrainerError(f"{self.path}: is a link, and nothing is written through it.")
+            need_no_link(self.path)
             with open(self.path, "rb+") as f:
                 _cut_torn_line(f)
                 f.write(line.encode("utf8"))
@@ -57,8 +57,8 @@ _FIGURES = {name: "number?" for name in ("loss", "reward", "kl", "accuracy", "se
 EVENTS = dict( # kind: sorts of its fields, besides those of each event, as in `core.unfit`
     metrics=_FIGURES | dict(numbers=["number"]),
     evaluation=_FIGURES,
-    sample=dict(prompt="text", completion="text", reward="number?", parts={...: "number?"}, group="count", index="count",
-                advantage="number?", tokens="count", finished="flag"),
+    sample=dict(prompt="text", completion="text", reward="number?", parts={...: "number?"}, group="count",
+                index="count", advantage="number?", tokens="count", finished="flag"),
     checkpoint=dict(path="text", asked="moment"),
     change=dict(setting="text", old="number", new="number", asked="moment"),
     status=dict(value=STATES, asked="moment"),
@@ -72,7 +72,8 @@ def _is_event(event) -> bool:
     "Whether a line of the journal holds what its kind may hold."
     if not isinstance(event, dict) or not isinstance(event.get("kind"), str): return False
     sorts, needed = EVENTS.get(event["kind"], _EVERY), _NEEDED.get(event["kind"], ())
-    if unfit(event, sorts) or not _EVERY.keys() <= event.keys() or any(name not in event for name in needed): return False
+    if unfit(event, sorts) or not _EVERY.keys() <= event.keys(): return False
+    if any(name not in event for name in needed): return False
     try: return bool(need_flat(event))
     except RecursionError: return False
 

@@ -51,7 +51,7 @@ _LOAD = {name: "text" for name in ("base", "path", "sha256")} | dict(
 INFO = dict( # sorts of the fields of run.json, as in `core.unfit`
     recipe="text",
     status=STATES,
-    settings=dict(max_steps="count?", sample_steps="count", num_generations="count") | {...: PLAIN},
+    settings=dict(max_steps="number?", sample_steps="number", num_generations="number") | {...: PLAIN},
     process=dict(pid="count", started="number"),
     seed="whole", created="moment", may_change=["text"], versions={...: "text?"}, hardware={...: PLAIN},
     load=_LOAD,

@@ -73,7 +73,8 @@ def samples_text(summary: dict, count: int = 6) -> str:
     for sample in summary.get("samples", [])[:count]:
         answers = [(words, _said(sample[stage])) for stage, words in stages.items() if sample.get(stage) is not None]
         answers.append(("right", one_line(sample["reference_answer"])))
-        blocks.append("\n".join([f"  {one_line(sample['prompt'])}", *(f"    {who:12} {what}" for who, what in answers)]))
+        told = (f"    {who:12} {what}" for who, what in answers)
+        blocks.append("\n".join([f"  {one_line(sample['prompt'])}", *told]))
     return "\n\n".join(blocks)
 
 # %% ../../nbs/views/05_quickstart.ipynb #ac1f4af1
@@ -96,4 +97,5 @@ def _machine_text(measured: dict) -> str:
     "What was asked, and what it ran on."
     machine, versions = measured["hardware"], measured["versions"]
     return (f"Share of {measured['runs'][0]['n']} held-out word problems answered right, greedy. "
-            f"{inert(machine['cpu'])}, {machine['cores']} cores, Python {versions['python']}, torch {versions['torch']}.")
+            f"{inert(machine['cpu'])}, {machine['cores']} cores, "
+            f"Python {versions['python']}, torch {versions['torch']}.")
