@@ -8,12 +8,12 @@ __all__ = ['COMMANDS', 'Parser', 'add_settings', 'read_settings', 'with_config',
            'quiet_libraries', 'quiet_bars', 'main']
 
 # %% ../nbs/91_cli.ipynb #6dbdfd67
-import argparse, contextlib, difflib, json, logging, os, sys, time, warnings
+import argparse, contextlib, difflib, glob, json, logging, os, sys, time, warnings
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from . import __version__
-from .core import TinyTrainerError, local_path, read_json
+from .core import command as shell, local_path, one_line, read_json, say, TinyTrainerError
 from .settings import allowed, as_text, field_type, parse_value, suggestion
 from .data.arguments import DataArgs
 from .model.arguments import LoadArgs, LoraArgs, need_base
@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         "Say what is wrong, in one line, and exit with status 2."
         end = "" if message.endswith((".", "?")) else "."
-        print(f"error: {message}{end} `{self.prog} --help` shows what there is.", file=sys.stderr)
+        say(f"error: {message}{end} `{self.prog} --help` shows what there is.", error=True)
         raise SystemExit(2)
 
     def parse(self, argv: list[str]) -> dict: # the values given, by name
@@ -127,21 +127,23 @@ def _need(load: LoadArgs, data: DataArgs) -> None:
 def report(run) -> None:
     "Print how a run ended and where everything is."
     from tinytrainer_nb.views.terminal import summary_line
-    print(summary_line(run))
+    say(summary_line(run))
     made = {"adapter": "what was trained", "model": "what was trained", "figure.png": "the curves",
             "summary.json": "the figures", "events.jsonl": "the journal"}
     for name, words in made.items():
-        if (run.folder / name).exists(): print(f"  {str(run.folder / name):40} {words}")
-    go_on = run.how_to_resume().strip("`") if run.status == "stopped" else f"tinytrainer chat {run.folder}"
-    print(f"next: {go_on}")
+        if (run.folder / name).exists(): say(f"  {str(run.folder / name):40} {words}")
+    chat = shell("tinytrainer", "chat", run.folder)
+    say(f"next: {run.how_to_resume().strip('`') if run.status == 'stopped' else chat}")
 
 def _begun_here(out: Path):
     "The run at `out`, or beside it, that this process began; None if there is none."
     from tinytrainer_nb.runs.run import Run
-    folders = (out, *out.parent.glob(f"{out.name}-*"))
-    runs = [Run(folder) for folder in folders if (folder / "run.json").exists()]
-    found = [run for run in runs if run.info["process"]["pid"] == os.getpid()]
-    return max(found, key=lambda run: run.info["created"], default=None)
+    folders = (out, *out.parent.glob(f"{glob.escape(out.name)}-*"))
+    found = []
+    for run in (Run(folder) for folder in folders if (folder / "run.json").exists()):
+        with contextlib.suppress(TinyTrainerError): # a damaged one is not ours
+            if run.info["process"].get("pid") == os.getpid(): found.append(run)
+    return max(found, key=lambda run: run.info.get("created", 0), default=None)
 
 # %% ../nbs/91_cli.ipynb #c1dc4e79
 def _trained(recipe: Recipe, args, load: LoadArgs, data: DataArgs, lora: LoraArgs, reward: str):
@@ -169,7 +171,7 @@ def train_command(recipe: Recipe, parser: Parser, given: dict) -> int: # exit st
     except KeyboardInterrupt:
         run = _begun_here(out)
         left = f": {run.how_to_resume()} goes on." if run else " before the run began."
-        print(f"\ninterrupted{left}", file=sys.stderr)
+        say("", f"interrupted{left}", error=True)
         return 130
     return 0
 
@@ -184,8 +186,8 @@ def resume_command(parser: Parser, given: dict) -> int: # exit status
     folder = given["folder"]
     run = Run.open(folder)
     if run.status == "finished":
-        print(f"{folder}: this run is finished, there is nothing to resume. "
-              f"`tinytrainer chat {folder}` talks to what it made; `--base {folder}` trains on from it.")
+        say(f"{folder}: this run is finished, there is nothing to resume. `{shell('tinytrainer', 'chat', folder)}` "
+            f"talks to what it made; `{shell('--base', folder)}` trains on from it.")
         return 0
     if "reward" in given and "reward" not in run.info:
         raise TinyTrainerError(f"{folder}: a run of {run.info['recipe']} has no reward. Leave out --reward.")
@@ -193,7 +195,7 @@ def resume_command(parser: Parser, given: dict) -> int: # exit status
     quiet_bars()
     try: report(run.resume(reward=given.get("reward")))
     except KeyboardInterrupt:
-        print(f"\ninterrupted: {run.how_to_resume()} goes on.", file=sys.stderr)
+        say("", f"interrupted: {run.how_to_resume()} goes on.", error=True)
         return 130
     return 0
 
@@ -229,7 +231,7 @@ def evaluate_command(parser: Parser, given: dict) -> int: # exit status
     model, tokenizer = load_model(load.base, load.quantization, load.dtype, verbose=not given.get("json"))
     how = {name: given[name] for name in ("limit", "max_new_tokens") if name in given}
     found = evaluate(model, tokenizer, examples, reward, **how)
-    print(json.dumps(found.to_dict()) if given.get("json") else found)
+    say(json.dumps(found.to_dict()) if given.get("json") else found)
     return 0
 
 # %% ../nbs/91_cli.ipynb #e05ec530
@@ -259,18 +261,17 @@ def _cache_flags(parser: Parser) -> None:
 def cache_command(parser: Parser, given: dict) -> int: # exit status
     "List or clear the kept weights."
     from tinytrainer_nb.model.cache import cache_entries, cache_folder, cache_limit, clear_cache
-    from tinytrainer_nb.core import visible
     if given.get("clear"):
-        print(f"{cache_folder()}: {clear_cache() / 1e9:.2f} GB removed")
+        say(f"{cache_folder()}: {clear_cache() / 1e9:.2f} GB removed")
         return 0
     entries = cache_entries()
     used, limit = sum(e.bytes for e in entries) / 1e9, cache_limit() / 1e9
-    print(f"{cache_folder()}: {used:.2f} of at most {limit:.2f} GB")
+    say(f"{cache_folder()}: {used:.2f} of at most {limit:.2f} GB")
     for e in reversed(entries):
         about = {"base": "unreadable", "quantization": "", "dtype": ""} | e.about
-        model = f"{visible(about['base']):40} {about['quantization']:5} {about['dtype']:5}"
+        model = f"{one_line(about['base']):40} {one_line(about['quantization']):5} {one_line(about['dtype']):5}"
         last = time.strftime("%Y-%m-%d %H:%M", time.localtime(e.used))
-        print(f"  {model} {e.bytes / 1e9:6.2f} GB   last used {last}")
+        say(f"  {model} {e.bytes / 1e9:6.2f} GB   last used {last}")
     return 0
 
 # %% ../nbs/91_cli.ipynb #b13990e7
@@ -291,7 +292,7 @@ def _interrupted_notebook(folder: Path) -> int: # exit status
     from tinytrainer_nb.runs.run import Run
     runs = [Run(file.parent) for file in folder.glob("**/run.json")]
     hints = "".join(f" {run.how_to_resume()} goes on with its training." for run in runs if run.status != "finished")
-    print(f"\ninterrupted: the notebook as far as it came is in {folder}.{hints}", file=sys.stderr)
+    say("", f"interrupted: the notebook as far as it came is in {folder}.{hints}", error=True)
     return 130
 
 # %% ../nbs/91_cli.ipynb #d3234542
@@ -307,16 +308,15 @@ def notebook_command(parser: Parser, given: dict) -> int: # exit status
     except KeyboardInterrupt as e:
         if not e.args: raise
         return _interrupted_notebook(Path(e.args[0]))
-    runs = sorted((Run(file.parent) for file in folder.glob("**/run.json")), key=lambda run: run.info["created"])
+    runs = sorted((Run(file.parent) for file in folder.glob("**/run.json")), key=lambda run: run.info.get("created", 0))
     summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else {}
     if "accuracy" in summary:
-        print("\nshare of held-out problems answered right\n" + accuracy_text(summary))
+        say("", "share of held-out problems answered right", *accuracy_text(summary).split("\n"))
     if summary.get("samples"):
-        print("\nbefore and after (the base in the better of its two forms)\n" + samples_text(summary))
-    print("\nsaved")
-    print(f"  {str(target):40} the executed notebook")
-    for run in runs: print(f"  {str(run.folder):40} {summary_line(run) if run.summary else run.status}")
-    if runs: print(f"next: tinytrainer chat {runs[-1].folder}")
+        say("", "before and after (the base in the better of its two forms)", *samples_text(summary).split("\n"))
+    say("", "saved", f"  {str(target):40} the executed notebook")
+    for run in runs: say(f"  {str(run.folder):40} {summary_line(run) if run.summary else run.status}")
+    if runs: say(f"next: {shell('tinytrainer', 'chat', runs[-1].folder)}")
     return 0
 
 # %% ../nbs/91_cli.ipynb #b46aa28a
@@ -378,8 +378,8 @@ def _one_speaks():
 def _complain(error: Exception) -> None:
     "One line on stderr, from whichever process."
     rank, text = os.environ.get("RANK", "0"), " ".join(str(error).split())
-    if rank == "0": print("error:", text, file=sys.stderr)
-    else: print(f"process {rank}: error:", text, file=sys.__stderr__)
+    if rank == "0": say(f"error: {text}", error=True)
+    else: print(one_line(f"process {rank}: error: {text}"), file=sys.__stderr__)
 
 def _command(argv: list[str]) -> int: # exit status
     "Find the command, read its flags, call it."

@@ -15,7 +15,7 @@ import nbformat
 import papermill
 import tinytrainer_nb
 import yaml
-from .core import TinyTrainerError, is_there, local_path, shipped
+from .core import is_there, local_path, one_line, shipped, TinyTrainerError
 from .runs.run import free_sibling
 from .views.terminal import Watch
 from nbclient.exceptions import DeadKernelError
@@ -171,7 +171,7 @@ class WatchedEngine(Engine):
 papermill_engines.register("watched", WatchedEngine)
 
 # %% ../nbs/90_notebooks.ipynb #dbcf8a4d
-_LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#|/)(?=[^)\s]+\))") # the place in front of a relative link's target
+_LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#|/)(?=[^)\s]{1,2000}\))") # the place in front of a relative link's target
 
 @contextlib.contextmanager
 def _links_mended(source: Path, target: Path):
@@ -221,7 +221,7 @@ def run_notebook(
         raise TinyTrainerError(f"{folder}: cannot be made ({e.strerror}). Choose another --out.") from None
     target, runs = folder / "notebook.ipynb", folder / values.get("out", "")
     if folder != wanted:
-        print(f"{out or short_name(source)} is taken: everything goes to {folder}", file=stream or sys.stderr)
+        print(one_line(f"{out or short_name(source)} is taken: everything goes to {folder}"), file=stream or sys.stderr)
     try: _execute(source, target, values, [folder, runs], stream)
     except KeyboardInterrupt: raise KeyboardInterrupt(str(folder)) from None # so that whoever catches it knows where
     return target, runs

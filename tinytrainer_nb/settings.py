@@ -9,7 +9,7 @@ __all__ = ['LARGEST', 'LARGEST_SEED', 'OTHER_NAMES', 'TRUTH', 'NOTHING', 'settin
 # %% ../nbs/01_settings.ipynb #4d712558
 import contextlib, dataclasses, difflib, math, operator, types, typing
 from dataclasses import fields
-from .core import TinyTrainerError, local_path
+from .core import inert, local_path, TinyTrainerError
 
 # %% ../nbs/01_settings.ipynb #a315afd2
 def setting(
@@ -122,7 +122,8 @@ class Settings:
         return dataclasses.asdict(self)
 
     def _repr_markdown_(self):
-        rows = [f"| `{f.name}` | {getattr(self, f.name)!r} | {f.metadata.get('unit', '')} | {f.metadata['help']} |"
+        value = lambda f: inert(repr(getattr(self, f.name)))
+        rows = [f"| `{f.name}` | {value(f)} | {f.metadata.get('unit', '')} | {f.metadata['help']} |"
                 for f in fields(self)]
         return "\n".join(["| setting | value | unit | meaning |", "|---|---|---|---|", *rows])
 

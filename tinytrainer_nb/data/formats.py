@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TEXT_SUFFIXES', 'READERS', 'ROLES', 'SAID', 'STYLES', 'KINDS', 'KNOWN_COLUMNS', 'MAPPINGS', 'TURNS', 'UNFIT',
-           'HUB_ID', 'Source', 'read_rows', 'find_kind', 'Mapping', 'need_data', 'load_examples', 'Sourced',
-           'data_origin', 'empty_rows', 'as_examples', 'load_prompts']
+           'Source', 'read_rows', 'find_kind', 'Mapping', 'need_data', 'load_examples', 'Sourced', 'data_origin',
+           'empty_rows', 'as_examples', 'load_prompts']
 
 # %% ../../nbs/data/02_formats.ipynb #dc122039
-import bisect, csv, io, json, re, sys
+import bisect, csv, io, json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +17,7 @@ import pyarrow.parquet
 from datasets import Dataset, Features, Json, List, Value, concatenate_datasets, load_dataset
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
-from ..core import TinyTrainerError, file_hash, is_there, local_path
+from ..core import file_hash, is_there, local_path, may_be_on_hub, say, TinyTrainerError
 
 # %% ../../nbs/data/02_formats.ipynb #1c40195b
 @dataclass
@@ -158,7 +158,7 @@ def _read_folder(path: Path) -> tuple[list[dict], Source]:
     if not texts:
         only = f", only {more}" if others else ""
         raise TinyTrainerError(f"{path}: no {kinds} file in this folder{only}. Name a data file, or a folder of texts.")
-    if others: print(f"{path}: {len(others)} of {len(files)} files left out: not {kinds} ({more})", file=sys.stderr)
+    if others: say(f"{path}: {len(others)} of {len(files)} files left out: not {kinds} ({more})", error=True)
     places = [f.relative_to(path).as_posix() for f in texts]
     return [dict(text=_read_text(f)) for f in texts], Source(str(path), texts, "file", places)
 
@@ -238,13 +238,19 @@ def _answer(row: dict, column: str, asked: list[dict]) -> str:
                      f"before it, found roles {[t['role'] for t in turns]}")
 
 # %% ../../nbs/data/02_formats.ipynb #923cc721
-_INSTRUCTION = re.compile(r"\s*### Instruction:\s*(.*?)\s*(?:### Input:\s*(.*?)\s*)?### Response:\s*(.*?)\s*", re.S)
+def _parts(text: str) -> list[str] | None: # instruction, input, response
+    "What stands behind the headings of an instruction's text; None if it does not begin so. One look at each letter."
+    before, instruction, rest = text.partition("### Instruction:")
+    asked, response, answer = rest.partition("### Response:")
+    if before.strip() or not instruction or not response: return None
+    asked, _, given = asked.partition("### Input:")
+    return [part.strip() for part in (asked, given, answer)]
 
 def _text(row: dict) -> dict:
     "A `text` row; `### Instruction: ... ### Response: ...`, with or without an input, becomes a conversation."
-    found = _INSTRUCTION.fullmatch(_field(row, "text"))
+    found = _parts(_field(row, "text"))
     if not found: return dict(text=row["text"])
-    instruction, given, response = found.groups()
+    instruction, given, response = found
     return dict(messages=_chat("\n".join(filter(None, [instruction, given])), response))
 
 def _instruction(row: dict) -> dict:
@@ -495,18 +501,15 @@ def _say_left_out(source: Source, numbers: list[int], total: int, why: str) -> N
     "One line on stderr, so that JSON on stdout stays JSON; the first five rows are named."
     if not numbers: return
     places = source.at(numbers[:5]) + (", ..." if len(numbers) > 5 else "")
-    print(f"{source.name}: {len(numbers)} of {total} rows left out: {why} ({places})", file=sys.stderr)
+    say(f"{source.name}: {len(numbers)} of {total} rows left out: {why} ({places})", error=True)
 
 # %% ../../nbs/data/02_formats.ipynb #36540cb3
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-
 def _hub_id(data: str) -> tuple[str, str | None, str | None] | None: # (id, config, mapping), None if it is no Hub id
     "A Hub data set by its id or by the name of a mapping."
     name, _, config = data.partition(":")
     known = name if name in MAPPINGS else next((k for k, m in MAPPINGS.items() if m.hub == name), None)
     if known: return MAPPINGS[known].hub, config or MAPPINGS[known].config, known
-    is_file = Path(name).suffix.lower() in (*READERS, *TEXT_SUFFIXES)
-    return (name, config or None, None) if HUB_ID.fullmatch(name) and not is_file else None
+    return (name, config or None, None) if may_be_on_hub(name) else None
 
 # %% ../../nbs/data/02_formats.ipynb #0ae758db
 def _from_hub(name: str, config: str | None, split: str) -> tuple[list[dict], Source]:

@@ -10,7 +10,7 @@ __all__ = ['SHAPES', 'DEFAULT_BASE', 'known_shape', 'LoadArgs', 'find_base', 'is
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from ..core import TinyTrainerError, data_file, local_path, read_json
+from ..core import data_file, local_path, may_be_on_hub, read_json, TinyTrainerError
 from ..settings import Settings, setting
 
 # %% ../../nbs/model/01_arguments.ipynb #25e5cb17
@@ -56,7 +56,7 @@ def find_base(base: str | Path) -> str:
     if path.is_dir():
         if (path / "config.json").exists(): return str(path.resolve())
         raise TinyTrainerError(f"{base}: {_why_no_model(path)}")
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(base)): return str(base)
+    if may_be_on_hub(str(base)): return str(base)
     found = "is a file, and a model is a folder" if path.is_file() else "no such model"
     raise TinyTrainerError(f"{base}: {found}. {_KNOWN} such as {DEFAULT_BASE}.")
 

@@ -7,12 +7,12 @@ __all__ = ['WORTH_KEEPING', 'count_parameters', 'Preset', 'model_preset', 'step_
            'stored_form', 'form_to_load', 'tensor_bytes', 'weights_key', 'LoadReport', 'new_model', 'LoadRecord']
 
 # %% ../../nbs/model/05_base.ipynb #dfd88545
-import contextlib, copy, functools, hashlib, json, os, sys
+import contextlib, copy, functools, hashlib, json, os, re
 from dataclasses import dataclass, fields
 from pathlib import Path
 import torch
 from torch import nn
-from ..core import TinyTrainerError, file_hash, processes, quiet
+from ..core import TinyTrainerError, file_hash, processes, quiet, read_json, say
 from ..hardware import DTYPES, default_device, dtype_name, free_memory, hardware, num_threads
 from ..hardware import probe_dtype, versions
 from .arguments import SHAPES, known_shape
@@ -20,6 +20,7 @@ from .layers import keep_gradients
 from . import attention # noqa: F401, registers "packed"
 from .attention import _OTHER_MODEL
 from .cache import base_hash, cache_limit, find_tensors, keep_tensors
+import transformers
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, LlamaConfig
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -27,7 +28,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 # %% ../../nbs/model/05_base.ipynb #94a5371d
 def _without_memory(config) -> nn.Module: # config: of `transformers`
     "The model that `config` describes, its tensors not allocated."
-    with torch.device("meta"): return AutoModelForCausalLM.from_config(config)
+    with torch.device("meta"): return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 def count_parameters(config) -> int: # config: of `transformers`
     "Parameters of the architecture that `config` describes."
@@ -89,12 +90,30 @@ def compute_context(model: nn.Module, dtype: torch.dtype):
     with torch.autocast(device, dtype=dtype), disable_input_dtype_casting(model): yield
 
 # %% ../../nbs/model/05_base.ipynb #d526e239
+def _own_code(folder: Path) -> list[str]:
+    "Classes that the files of a model's folder name as code of its own, and that `transformers` has not."
+    found = []
+    for path in (folder / f"{name}.json" for name in ("config", "tokenizer_config", "generation_config")):
+        said = read_json(path) if path.exists() else {}
+        named = json.dumps(said.get("auto_map")) if isinstance(said, dict) else "" # texts, in lists or objects
+        found += [name for name in re.findall(r"\.(\w+)\"", named) if name not in dir(transformers)]
+    return found
+
+def _no_code(path: str) -> None: # folder or Hub id
+    "Raise `TinyTrainerError` for a model's folder whose model or tokenizer is code of its own."
+    if own := Path(path).is_dir() and _own_code(Path(path)):
+        raise TinyTrainerError(
+            f"{path}: its files name code of their own (auto_map: {', '.join(own[:3])}), which is not run. "
+            "Take a model that transformers knows by itself.")
+
 def _pretrained(kind, path: str, **kwargs):
-    "`kind.from_pretrained`; a failure becomes a `TinyTrainerError` of one line."
+    "`kind.from_pretrained`, without code of the model's own; a failure becomes a `TinyTrainerError` of one line."
+    _no_code(path)
     try:
-        with quiet(): return kind.from_pretrained(path, **kwargs)
+        with quiet(): return kind.from_pretrained(path, trust_remote_code=False, **kwargs)
     except Exception as e:
         lines = str(e).strip().splitlines() or [type(e).__name__]
+        if "trust_remote_code" in str(e): lines = ["it needs code of its own, which is not run"]
         hint = "" if Path(path).is_dir() else (
             f" There is no folder {path} here, so it was taken for a Hub id. "
             "Without a network, use 'tiny' or a model's folder.")
@@ -282,7 +301,7 @@ def _keep(model, key: str, path: str, quantization: str, dtype: torch.dtype, dev
     return "miss"
 
 @functools.cache
-def _say_once(text: str) -> None: print(text, file=sys.stderr)
+def _say_once(text: str) -> None: say(text, error=True)
 
 # %% ../../nbs/model/05_base.ipynb #683e7d40
 def _from_cache(key: str, path: str, config, quantization: str, dtype: torch.dtype, device: str):

@@ -9,7 +9,7 @@ __all__ = ['merged', 'save_merged']
 from pathlib import Path
 import torch
 from torch import nn
-from ..core import TinyTrainerError, local_path, quiet, whole_folder
+from ..core import local_path, need_no_link, quiet, TinyTrainerError, whole_folder
 from ..hardware import DTYPES
 from .layers import written_out, plain_layer, plain_model
 from .load import load_model
@@ -33,7 +33,8 @@ def _merged_weight(layer: BaseTunerLayer) -> torch.Tensor: # (out, in) in fp32
 # %% ../../nbs/model/09_export.ipynb #2bb16628
 def _empty(base: nn.Module, dtype: torch.dtype):
     "A model of the same architecture on the CPU, its weights not yet filled in; nothing is quantized."
-    with torch.device("meta"): plain = AutoModelForCausalLM.from_config(base.config, dtype=dtype)
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(base.config, dtype=dtype, trust_remote_code=False)
     plain.config.quantization_config = None # so that there is one to delete
     del plain.config.quantization_config
     plain.to_empty(device="cpu")
@@ -77,6 +78,7 @@ def save_merged(
     run, folder = Run.open(run), local_path(folder)
     if dtype not in DTYPES:
         raise TinyTrainerError(f"dtype={dtype!r} is not allowed: it must be one of {', '.join(DTYPES)}.")
+    need_no_link(folder)
     if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
         raise TinyTrainerError(f"{folder}: something is here already. Name a new folder.")
     model, tokenizer = load_model(run.folder, device="cpu", verbose=False)

@@ -6,10 +6,10 @@
 __all__ = ['load_model', 'with_adapter', 'load_recorded', 'load_result']
 
 # %% ../../nbs/model/08_load.ipynb #c06b1b4e
-import contextlib, sys, time
+import contextlib, time
 from pathlib import Path
 import torch
-from ..core import TinyTrainerError, builds, quiet
+from ..core import TinyTrainerError, builds, need_file, quiet, say
 from ..hardware import DTYPES, default_device, dtype_name, num_threads, probe_dtype, unused_gpu
 from ..data.tokens import ensure_template
 from ..runs.run import Run
@@ -67,12 +67,12 @@ def _existing(device: str | None) -> str:
 
 def _say(report: LoadReport) -> None:
     "Print what was done, and what could be better."
-    print(report)
+    say(report)
     if report.cache not in ("hit", "miss", ""):
         _say_once(
             f"note: the quantized weights are not kept for the next time: {report.cache}. TINYTRAINER_CACHE names "
             "another folder, TINYTRAINER_CACHE_GB how much may lie there (0: nothing).")
-    if report.device == "cpu" and unused_gpu(): print(unused_gpu(), file=sys.stderr)
+    if report.device == "cpu" and unused_gpu(): say(unused_gpu(), error=True)
 
 # %% ../../nbs/model/08_load.ipynb #d526e239
 @builds
@@ -98,7 +98,7 @@ def _fitting(folder: Path):
     "What PEFT says of an adapter that does not fit the model, as one line."
     try: yield
     except TinyTrainerError: raise
-    except (ValueError, RuntimeError, OSError) as e:
+    except Exception as e: # whatever a damaged file makes of PEFT and safetensors
         said = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
         why = said[min(1, len(said) - 1)] # the first line of several announces the others
         raise TinyTrainerError(f"{folder}: this adapter does not fit its base ({why:.200}).") from None
@@ -129,7 +129,9 @@ def with_adapter(
     not complete or holds numbers that are none."""
     report, names = model.load_report, saved_adapters(folder)
     places = {name: folder / name if name in names[1:] else folder for name in names}
-    for place in places.values(): _no_pickle(place)
+    for place in places.values():
+        _no_pickle(place)
+        need_file(place / "adapter_model.safetensors") # or PEFT would look for it on the Hub
     with quiet(), _fitting(folder):
         model = PeftModel.from_pretrained(model, folder, is_trainable=True, config=adapter_config(folder))
         for name in names[1:]: model.load_adapter(places[name], name)
@@ -188,7 +190,7 @@ def load_result(
             f"{folder}: this run has not saved what it trained yet. {run.how_to_resume()} goes on with it.")
     quantization, dtype = (None if value == "auto" else value for value in (asked.quantization, asked.dtype))
     model, tokenizer = load_recorded(LoadRecord.of(run.info), quantization, dtype, device)
-    if verbose: print(model.load_report)
+    if verbose: say(model.load_report)
     model = with_adapter(model, folder / "adapter")
     model.adapter_from = dict(run=str(folder))
     return model, tokenizer

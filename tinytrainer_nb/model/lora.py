@@ -10,7 +10,7 @@ __all__ = ['add_lora', 'is_fresh', 'using_adapters', 'freeze_reference', 'train_
 import contextlib, copy
 from pathlib import Path
 import torch
-from ..core import TinyTrainerError, builds, quiet, read_json, write_json
+from ..core import TinyTrainerError, builds, quiet, read_typed, write_json
 from .arguments import LoraArgs, layer_numbers
 from .layers import adapter_layers, has_adapter, linear_names, trainable
 from peft import LoraConfig, get_peft_model
@@ -156,9 +156,12 @@ def save_adapter(model, folder: Path) -> None:
     if len(names) > 1: write_json(Path(folder) / "stack.json", names)
 
 def saved_adapters(folder: Path) -> list[str]:
-    "Names of the adapters that `save_adapter` left in a folder, the lowest first."
+    "Names of the adapters that `save_adapter` left, the lowest first. Raises `TinyTrainerError` for a damaged file."
     stack = Path(folder) / "stack.json"
-    return read_json(stack) if stack.exists() else ["default"]
+    if not stack.exists(): return ["default"]
+    names = read_typed(stack, ["text"])
+    if names and all(name.isidentifier() for name in names): return names
+    raise TinyTrainerError(f"{stack}: it must hold names of adapters, found {names!r:.60}. Restore the file.")
 
 # %% ../../nbs/model/06_lora.ipynb #8897fca0
 _NAMES = dict( # ours, and PEFT's

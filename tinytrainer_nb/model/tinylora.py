@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core import TinyTrainerError, builds, patch_to, progress, quiet
+from ..core import TinyTrainerError, builds, patch_to, progress, quiet, read_typed
 from .arguments import TinyLoraArgs
 from .layers import has_adapter, linear_layers, linear_names, written_out
 from .cache import base_hash
@@ -311,6 +311,9 @@ def adapter_config(
     folder,          # of a saved adapter
 ) -> PeftConfig:     # for a folder of PEFT's own TinyLoRA, ours in PEFT's parametrization
     "PEFT's settings of a saved adapter; raises `TinyTrainerError` for a TinyLoRA adapter that only PEFT can run."
+    said = read_typed(Path(folder) / "adapter_config.json", dict(peft_type="text", base_model_name_or_path="text?"))
+    if said.get("megatron_config"): # PEFT would import a module that the file names
+        raise TinyTrainerError(f"{folder}: this adapter is for Megatron's layers, which are not supported here.")
     config = PeftConfig.from_pretrained(folder)
     if config.peft_type != "TINYLORA": return config
     plain = dict(tinylora_dropout=0.0, bias="none", modules_to_save=None, fan_in_fan_out=False)

@@ -13,7 +13,7 @@ from itertools import combinations
 from pathlib import Path
 import ipywidgets as widgets
 import numpy as np
-from ..core import TinyTrainerError, local_path, patch_to, visible
+from ..core import local_path, Markup, one_line, patch_to, TinyTrainerError, visible
 from ..model.base import LoadRecord
 from .widgets import Panel, scrolled, small, wrapped
 from ..views.plots import COLOURS, PANELS, STYLES, Picture, figure_html, figure_name
@@ -40,7 +40,7 @@ def run_names(runs: list[Run]) -> list[str]:
     "Short names that tell the runs apart."
     folders = [run.folder.resolve() for run in runs]
     above = Path(os.path.commonpath([f.parent for f in folders]))
-    return [visible(f.relative_to(above).as_posix()) for f in folders]
+    return [one_line(f.relative_to(above).as_posix()) for f in folders]
 
 # %% ../../nbs/panels/06_compare.ipynb #e169db78
 def run_facts(run: Run) -> dict:
@@ -48,7 +48,8 @@ def run_facts(run: Run) -> dict:
     info, machine = run.info, run.info.get("hardware", {})
     settings = {name: value for name, value in info["settings"].items() if name != "out"}
     facts = dict(recipe=info["recipe"]) | settings | _base_facts(info) | _data_facts(info)
-    if "reward" in info: facts |= dict(reward=info["reward"]["spec"] or ", ".join(info["reward"]["names"]))
+    reward = info.get("reward", {})
+    if reward: facts |= dict(reward=reward.get("spec") or ", ".join(reward.get("names", [])))
     facts |= {name: machine[name] for name in ("cpu", "cores", "gpu") if name in machine}
     return facts | {f"version of {name}": version for name, version in info.get("versions", {}).items()}
 
@@ -92,7 +93,7 @@ def _text(value) -> str:
     if isinstance(value, list): return ", ".join(map(str, value))
     return "none" if value is None else str(value)
 
-def difference_html(runs) -> str: # what `find_runs` takes
+def difference_html(runs) -> Markup: # what `find_runs` takes
     "The differences as a table, a column for each run. Raises `TinyTrainerError` if there is no run."
     runs = find_runs(runs)
     rows = [[name, *map(_text, values)] for name, values in settings_difference(runs).items()]
@@ -191,7 +192,6 @@ def _name_lines(figure: Picture, lines: list, runs: list[Run]) -> None:
     title = "lines: running means; marks: held out"
     legend = figure.legend(lines, labels, loc="outside lower left", fontsize=9, frameon=False, handlelength=4,
                            title=title, title_fontsize=9, alignment="left")
-    for text in legend.get_texts(): text.set_parse_math(False) # a folder may be called $x$
 
 def _label(name: str, difference: str) -> str:
     "A line of the legend; matplotlib would leave one out that begins with _."
@@ -237,7 +237,7 @@ def _marked(values: list, better=None) -> list[str]: # None among the values: a 
     return list(map(text, values))
 
 # %% ../../nbs/panels/06_compare.ipynb #3b6e82d5
-def final_html(runs) -> str: # what `find_runs` takes
+def final_html(runs) -> Markup: # what `find_runs` takes
     "The last figures as a table, a column for each run. Raises `TinyTrainerError` if there is no run."
     runs = find_runs(runs)
     rows = [[name, *texts] for name, texts in final_figures(runs).items()]
@@ -258,7 +258,7 @@ class MovingOverlay:
     "The curves of runs that go on; the layout is made anew only when there is something else to see."
     def __init__(self): self.kind = None
 
-    def html(self, runs: list[Run], x: str, looks: list) -> str: # as in `overlay_figure`
+    def html(self, runs: list[Run], x: str, looks: list) -> Markup: # as in `overlay_figure`
         "The picture as it is now, told in words, too."
         titles = common_titles(runs)
         kind = [run.folder for run in runs], x, titles
@@ -285,7 +285,7 @@ class OverlayPanel(Panel):
     "Several runs over one another."
     def __init__(self, runs, every: float = 2.0): # seconds between two looks, at least
         self.runs, self._drawn, self._drawing = find_runs(runs), None, threading.Lock()
-        self.picture = MovingOverlay()
+        self.picture, self._shown = MovingOverlay(), Markup()
         self.differences, self.curves, self.finals = (widgets.HTML() for _ in range(3))
         for table in (self.differences, self.finals): table.add_class("jp-RenderedHTMLCommon") # looks like other tables
         self.boxes = list(map(_box, run_names(self.runs)))
@@ -302,7 +302,12 @@ class OverlayPanel(Panel):
 
     def touched(self): return [run.touched() for run in self.runs]
 
-    def twin(self) -> str: return f"<div>{self.differences.value}{self.curves.value}{self.finals.value}</div>"
+    def twin(self) -> Markup: return self._shown
+
+    def _keep_shown(self, *parts: Markup) -> None:
+        "Show the differences, the curves and the last figures; the twin shows them, too."
+        self.differences.value, self.curves.value, self.finals.value = parts
+        self._shown = Markup("<div>{}{}{}</div>").format(*parts)
 
 def _box(name: str) -> widgets.Checkbox:
     "A box that hides a run."
@@ -327,12 +332,10 @@ def _draw(self) -> None:
     looks = [i for i, box in enumerate(self.boxes) if box.value]
     runs, wanted = [self.runs[i] for i in looks], self.axis.value
     if not runs:
-        self.differences.value, self.curves.value, self.finals.value = small("All runs are hidden: tick one."), "", ""
+        self._keep_shown(small("All runs are hidden: tick one."), Markup(), Markup())
         return
     x = wanted if wanted in common_axes(runs) else "step"
-    self.differences.value = difference_html(runs)
-    self.curves.value = self.picture.html(runs, x, looks)
-    self.finals.value = final_html(runs)
+    self._keep_shown(difference_html(runs), self.picture.html(runs, x, looks), final_html(runs))
     missing = f"Not all of these runs say their {wanted}: the curves are drawn over steps."
     self.trouble.value = small(missing) if x != wanted else ""
 

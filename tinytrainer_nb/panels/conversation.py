@@ -8,7 +8,7 @@ __all__ = ['held_still', 'Voice', 'Conversation', 'ChatPanel', 'chat_panel']
 # %% ../../nbs/panels/03_conversation.ipynb #162ddf2d
 import contextlib, threading, time
 import ipywidgets as widgets
-from ..core import TinyTrainerError, patch_to
+from ..core import Markup, TinyTrainerError, patch_to
 from ..hardware import give_back
 from ..compute.arguments import GenerateArgs
 from ..compute.decode import Decoder
@@ -146,14 +146,14 @@ class Conversation(Panel):
         "The states that are asked, each a context in which `voice.model` is in this state; each panel fills this in."
         return {"answer": contextlib.nullcontext}
 
-    def twin(self) -> str: return self.table() if self.turns else small("Nothing was asked.")
+    def twin(self) -> Markup: return self.table() if self.turns else small("Nothing was asked.")
 
-    def table(self) -> str:
+    def table(self) -> Markup:
         "The conversation as HTML: a row a turn, a column a side."
         names = dict.fromkeys(name for turn in self.turns for name in turn)
         columns = [name for name in names if any(turn.get(name) is not None for turn in self.turns)]
         rows = [[turn.get(name) for name in columns] for turn in self.turns]
-        return table_html(columns, rows, "conversation") if rows else ""
+        return table_html(columns, rows, "conversation") if rows else Markup()
 
 # %% ../../nbs/panels/03_conversation.ipynb #b84f1d03
 @patch_to(Conversation)
@@ -259,7 +259,7 @@ def _listen(self, chat: Chat, turn: dict, name: str) -> None:
 @patch_to(Conversation)
 def draw(self) -> None:
     "Show the conversation as it is now."
-    self.shown.value = f"<div style='line-height:1.4'>{self.table()}</div>"
+    self.shown.value = Markup("<div style='line-height:1.4'>{}</div>").format(self.table())
     self._drawn = time.monotonic()
 
 @patch_to(Conversation)

@@ -6,10 +6,10 @@
 __all__ = ['groups_of', 'ordered', 'columns_of', 'spread', 'groups_html', 'RolloutPanel', 'rollout_panel']
 
 # %% ../../nbs/panels/04_rollouts.ipynb #f3850674
-import re, threading
+import threading
 from statistics import mean
 import ipywidgets as widgets
-from ..core import escaped, visible
+from ..core import Markup, one_line
 from .widgets import Panel, button, close_inside, scrolled, small, source_of, wrapped
 from ..views.plots import alarm_lines, table_html
 from ..runs.run import Run
@@ -77,7 +77,7 @@ def _signal(rows: list[dict], whole: bool) -> str:
     return " No signal: nothing to learn from it." if advantages and whole else ""
 
 # %% ../../nbs/panels/04_rollouts.ipynb #e765d76e
-_STYLE = """<style>
+_STYLE = Markup("""<style>
 .tinytrainer-groups {line-height: 1.35; container-type: inline-size}
 .tinytrainer-groups .prompt {
   white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext;
@@ -97,7 +97,7 @@ _STYLE = """<style>
 .tinytrainer-groups tr {display: grid; grid-template-columns: subgrid; grid-column: 1 / -1}
 .tinytrainer-groups :is(th, td):last-child {grid-column: 1 / -1; max-width: 100cqi}
 }
-</style>"""
+</style>""")
 
 # %% ../../nbs/panels/04_rollouts.ipynb #c4e81f60
 _HEADS = dict(index="#") # columns that a page calls by another name
@@ -106,19 +106,26 @@ def groups_html(
     groups: list[dict],       # from `groups_of`
     column: str = "reward",   # that each group is sorted by
     descending: bool = True,
-) -> str:
+) -> Markup:
     "A step's groups, a table each; every text escaped."
-    if not groups: return ""
+    if not groups: return Markup()
     columns, sign = columns_of(groups), " ▼" if descending else " ▲"
-    broken = lambda name: re.sub(r"(.{5,}?[/_])", r"\1\n", _HEADS.get(name, name))
-    heads = [broken(name) + sign * (name == column) for name in columns]
-    parts = []
+    heads = [_broken(_HEADS.get(name, name)) + sign * (name == column) for name in columns]
+    parts, prompt_of = [], Markup("<div class='prompt'>{}</div>").format
     for i, group in enumerate(groups, start=1):
         rows = [_cells(row, columns) for row in ordered(group["rows"], column, descending)]
-        prompt = f"<div class='prompt'>{escaped(group['prompt'])}</div>"
-        parts.append(prompt + small(spread(group)) + table_html(heads, rows, f"completions of prompt {i}"))
-    around = f"<div class='tinytrainer-groups' style='--numbers:{len(columns) - 1}'>"
-    return f"{_STYLE}{around}<b>step {groups[0]['step']}</b>{''.join(parts)}</div>"
+        told = small(spread(group)) + table_html(heads, rows, f"completions of prompt {i}")
+        parts.append(prompt_of(group["prompt"]) + told)
+    around = Markup("<div class='tinytrainer-groups' style='--numbers:{}'><b>step {}</b>{}</div>")
+    return _STYLE + around.format(len(columns) - 1, groups[0]["step"], Markup().join(parts))
+
+def _broken(name: str) -> str:
+    "A column's name with a line break behind each / and _ that has five letters before it."
+    lines = [""]
+    for c in name:
+        lines[-1] += c
+        if c in "/_" and len(lines[-1]) > 5: lines.append("")
+    return "\n".join(lines)
 
 def _cells(row: dict, columns: list[str]) -> list:
     "The cells of a completion; whether it ended is a word."
@@ -147,9 +154,9 @@ class RolloutPanel(Panel):
     @property
     def run(self) -> Run | None: return self.source if isinstance(self.source, Run) else self.source.run
 
-    def twin(self) -> str:
+    def twin(self) -> Markup:
         if self.run is None: return small("No run was started.")
-        alarms = "".join(f"<p>{small(line)}</p>" for line in alarm_lines(self.run).values())
+        alarms = Markup().join(Markup("<p>{}</p>").format(small(line)) for line in alarm_lines(self.run).values())
         return alarms + (groups_html(groups_of(self.run)) or small(_why_none(self.run)))
 
 def _choice(name: str, first: str) -> widgets.Dropdown:
@@ -195,7 +202,7 @@ def _update(self, run: Run, events: list[dict]) -> None:
     "Offer the steps and columns that there are, and show the alarms."
     steps = list(dict.fromkeys(e["step"] for e in events if e["kind"] == "sample"))
     _offer(self.step, [("newest", "newest"), *((f"step {step}", step) for step in steps)])
-    columns = [(visible(_HEADS.get(name, name)), name) for name in columns_of(groups_of(run))]
+    columns = [(one_line(_HEADS.get(name, name)), name) for name in columns_of(groups_of(run))]
     _offer(self.sort, columns or [("reward", "reward")])
     self._ring({e["name"]: e["step"] for e in events if e["kind"] == "alarm"}, steps)
 
@@ -221,11 +228,11 @@ def _ring(self, rang: dict, steps: list[int]) -> None: # rang: the step at which
 @patch_to(RolloutPanel)
 def _alarm(self, line: str, name: str, step: int | None) -> widgets.Box:
     "An alarm in words, and the way to its samples if there are any."
-    text = f"<div style='line-height:1.35'>{small(line)}</div>"
+    text = Markup("<div style='line-height:1.35'>{}</div>").format(small(line))
     words = widgets.HTML(text, layout=widgets.Layout(flex="1 1 20em", width="auto"))
     if step is None: return wrapped(words)
     def jump(): self.step.value = step
-    label = visible(f"{name.replace('_', ' ')}: step {step}")
+    label = one_line(f"{name.replace('_', ' ')}: step {step}")
     return wrapped(button(label, "search", "show the samples nearest to where it rang last", jump, "auto"), words)
 
 def rollout_panel(

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 import psutil
 import ipywidgets as widgets
-from ..core import TinyTrainerError, escaped, in_notebook, patch_to
+from ..core import Markup, TinyTrainerError, in_notebook, patch_to
 from ..settings import Settings
 from ..hardware import memory
 from .widgets import Panel, badge, button, close_inside, complaint, scrolled, small, wrapped
@@ -33,7 +33,7 @@ def run_memory(run: Run, status: str) -> float | None: # GiB
     """What the process that trains uses now: on a GPU of this process what is allocated there, else what is resident.
     Of a run that has ended, the most it took."""
     if status not in ACTIVE: return run.summary.get("peak_memory_gb")
-    pid = run.info["process"]["pid"]
+    pid = run.info["process"].get("pid")
     if pid == os.getpid(): return memory(next(run.model.parameters()).device if run.model is not None else "cpu")
     with contextlib.suppress(psutil.Error): # it may end at this moment
         return psutil.Process(pid).memory_info().rss / 2**30
@@ -63,29 +63,31 @@ def head_html(
     recipe: str,
     state: dict, # from `run_state`
     folder="",   # where the run is
-) -> str:
+) -> Markup:
     "The line above the curve."
-    place = f" in {escaped(folder)}" if str(folder) else ""
+    place = f" in {folder}" if str(folder) else ""
     of_total = f" of {state['total']}" if state["total"] else ""
-    parts = [f"<b>{escaped(recipe)}</b>{place}", f"step {state['step']}{of_total}"]
+    parts = [Markup("<b>{}</b>{}").format(recipe, place), f"step {state['step']}{of_total}"]
     if state["seconds_left"] is not None: parts.append(f"{duration(state['seconds_left'])} left")
     if state["tokens_per_s"]: parts.append(f"{state['tokens_per_s']:,.0f} tokens/s")
     if state["memory_gb"]: parts.append(f"{state['memory_gb']:.2f} GiB")
-    return f"<b>{badge(state['status'], state['status'])}</b>&ensp;" + "&ensp;·&ensp;".join(parts)
+    status, gap = badge(state["status"], state["status"]), Markup("&ensp;")
+    return Markup("<b>{}</b>{}{}").format(status, gap, Markup("&ensp;·&ensp;").join(parts))
 
-def bar_html(state: dict) -> str: # from `run_state`
+def bar_html(state: dict) -> Markup: # from `run_state`
     "How far a run is."
     step, total = state["step"], state["total"] or max(1, state["step"])
-    said = f"aria-label='steps done' style='width:100%' value='{step}' max='{total}'"
-    return f"<progress {said}>{step} of {total}</progress>"
+    bar = "<progress aria-label='steps done' style='width:100%' value='{0}' max='{1}'>{0} of {1}</progress>"
+    return Markup(bar).format(step, total)
 
 # %% ../../nbs/panels/07_run_panel.ipynb #b59431cc
+_TOLD = ("change", "checkpoint", "status") # kinds of events that say what came of a request
 _DONE = dict(paused="pause", running="continue", stopped="stop", finished="stop")
 
 def request_lines(run: Run, count: int = 5) -> list[str]: # the newest first
     "Requests and what came of them, waiting ones included."
     waiting = [f"{_clock(r['asked'])}  {_wanted(r)}: waits for the end of this step" for r in run.waiting()]
-    done = (e for e in reversed(run.events) if e.get("asked"))
+    done = (e for e in reversed(run.events) if e["kind"] in _TOLD and e.get("asked"))
     return waiting[::-1][:count] + [_took_effect(e) for e in islice(done, max(0, count - len(waiting)))]
 
 def _wanted(request: dict) -> str:
@@ -107,13 +109,14 @@ def settings_in_flight(run: Run) -> dict:
     "The settings that may change in flight, as they are now."
     info = run.info
     began = {name: info["settings"][name] for name in info["may_change"] if name in info["settings"]}
-    return began | {e["setting"]: e["new"] for e in run.events if e["kind"] == "change"}
+    changed = {e["setting"]: e["new"] for e in run.events if e["kind"] == "change" and e["setting"] in began}
+    return began | changed
 
 def still_used(run: Run | None, name: str) -> str:
     "What a run that goes on uses while a field of its form is wrong; empty if that cannot change in flight."
     if run is None or not run.is_active: return ""
     now = settings_in_flight(run)
-    return f" The run still uses {now[name]:g}." if name in now else ""
+    return f" The run still uses {now[name]}." if name in now else ""
 
 # %% ../../nbs/panels/07_run_panel.ipynb #6487ccf1
 class RunPanel(Panel):
@@ -139,7 +142,7 @@ class RunPanel(Panel):
         super().__init__([*above, *pictures, doors, self.below], every)
         self.wake()
 
-    def twin(self) -> str: return run_html(self.run)
+    def twin(self) -> Markup: return run_html(self.run)
 
     def pace(self) -> float: # seconds
         "A run that has ended is looked at seldom."
@@ -191,7 +194,7 @@ def look(self) -> bool: # whether the run goes on
     return status != "finished" # one that was stopped may go on, here or elsewhere
 
 @patch_to(RunPanel)
-def _show_requests(self) -> None: self.asked.value = "<br>".join(map(small, request_lines(self.run)))
+def _show_requests(self) -> None: self.asked.value = Markup("<br>").join(map(small, request_lines(self.run)))
 
 @patch_to(RunPanel)
 def _show_settings(self) -> None:
@@ -211,9 +214,9 @@ def _show_curves(self, status: str) -> None:
     if self._drawn is not None and self._drawn[0] != status: self.keep()
     self._drawn = drawn
 
-def _event_html(event: dict | None) -> str:
+def _event_html(event: dict | None) -> Markup:
     "A note or an error in one line."
-    if event is None: return ""
+    if event is None: return Markup()
     text = f"step {event['step']}: {event['message']}"
     return badge(text, "error") if event["kind"] == "error" else small(text)
 
@@ -293,7 +296,7 @@ class LaunchPanel(Panel):
 
     def pace(self) -> float: return self.every * (1 if self.start_button.disabled else 3)
 
-    def twin(self) -> str: return run_html(self.run) if self.run is not None else small("No run was started.")
+    def twin(self) -> Markup: return run_html(self.run) if self.run is not None else small("No run was started.")
 
 # %% ../../nbs/panels/07_run_panel.ipynb #d82c6f1b
 @patch_to(LaunchPanel)

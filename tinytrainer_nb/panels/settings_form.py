@@ -10,7 +10,7 @@ import contextlib, math, time
 from dataclasses import fields, replace
 from pathlib import Path
 import ipywidgets as widgets
-from ..core import TinyTrainerError, escaped, patch_to, visible
+from ..core import Markup, TinyTrainerError, one_line, patch_to
 from ..settings import Settings, as_text, check_value, field_type, grouped, parse_value
 from .widgets import Panel, complaint, number_in, small, wrapped
 from ..recipes.table import find_recipe, recipe_of, run_settings
@@ -121,7 +121,7 @@ class Form(Panel):
         self._tell_all()
         return replace(self.args, **{f.name: self.read(f) for f in self.shown})
 
-    def twin(self) -> str: return self.code_html(as_python)
+    def twin(self) -> Markup: return self.code_html(as_python)
 
 # %% ../../nbs/panels/02_settings_form.ipynb #e8a60d4f
 @patch_to(Form)
@@ -148,7 +148,7 @@ def _list(name: str, options: list) -> widgets.Dropdown:
 @patch_to(Form)
 def _make_lists(self, earlier: bool) -> None:
     "The presets, and the earlier runs if they are wanted."
-    presets = [(visible(name), values) for name, values in self.kind.presets.items()]
+    presets = [(one_line(name), values) for name, values in self.kind.presets.items()]
     self.preset = _list("preset", [("as given", {}), *presets])
     self.earlier = _list("as in an earlier run", [("", None)])
     self.lists = [self.preset] * bool(presets) + [self.earlier] * earlier
@@ -158,8 +158,8 @@ def _make_lists(self, earlier: bool) -> None:
 @patch_to(Form)
 def _find(self) -> None:
     "Look for earlier runs."
-    at = lambda run: time.strftime("%Y-%m-%d %H:%M", time.localtime(run.info["created"]))
-    found = [(f"{visible(run.folder.name)}, {at(run)}", run) for run in earlier_runs(self.args)]
+    at = lambda run: time.strftime("%Y-%m-%d %H:%M", time.localtime(run.info.get("created", 0)))
+    found = [(f"{one_line(run.folder.name)}, {at(run)}", run) for run in earlier_runs(self.args)]
     self.earlier.options = [("", None), *found]
     self.earlier.layout.display = None if found else "none"
 
@@ -167,7 +167,8 @@ def _find(self) -> None:
 @patch_to(Form)
 def _make_groups(self) -> None:
     "A box for each group under its heading, and the buttons that switch between them."
-    titled = lambda heading, members: widgets.VBox([widgets.HTML(f"<b>{escaped(heading)}</b>"), self._cells(members)])
+    bold = Markup("<b>{}</b>").format
+    titled = lambda heading, members: widgets.VBox([widgets.HTML(bold(heading)), self._cells(members)])
     self.groups = {heading: titled(heading, members) for heading, members in grouped(self.kind).items()}
     style, layout = dict(button_width="auto"), widgets.Layout(margin="4px 0")
     self.switch = widgets.ToggleButtons(options=[*self.groups, "all"], style=style, layout=layout)
@@ -208,17 +209,17 @@ def _written(self, write, args: Settings) -> str:
     return as_command(args) + _REST
 
 @patch_to(Form)
-def code_html(self, write) -> str: # write(args) -> str
+def code_html(self, write) -> Markup: # write(args) -> str
     "The settings as code, or what is wrong with them."
     try: code = self._written(write, self.value)
     except TinyTrainerError as e: return _lines(complaint(e))
     style = ("user-select:all;-webkit-user-select:all;white-space:pre-wrap;" # one click marks it as a whole
              "overflow-wrap:anywhere;line-height:1.4;margin:2px 0")
-    return f"<pre style='{style}'>{escaped(code)}</pre>"
+    return Markup("<pre style='{}'>{}</pre>").format(style, code)
 
-def _lines(html: str) -> str:
+def _lines(inside: Markup) -> Markup:
     "Lines that stand closer than the page's own."
-    return f"<div style='line-height:1.35'>{html}</div>" if html else ""
+    return Markup("<div style='line-height:1.35'>{}</div>").format(inside) if inside else Markup()
 
 # %% ../../nbs/panels/02_settings_form.ipynb #50c2b7e9
 @patch_to(Form)
@@ -252,7 +253,7 @@ def read(self, field):
     except TinyTrainerError as e:
         line.value = _lines(complaint(e) + small(self.still(field.name)))
         raise
-    line.value = _lines(small(field.metadata["help"])) if self.explain.value else ""
+    line.value = _lines(small(field.metadata["help"])) if self.explain.value else Markup()
     return value
 
 @patch_to(Form)

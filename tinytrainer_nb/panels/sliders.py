@@ -16,7 +16,7 @@ from ..model.base import LoadRecord
 from .widgets import button, complaint, scrolled, small, source_of, wrapped
 from ..views.plots import COLOURS, Picture, figure_html, table_html
 from ..runs.run import Run
-from ..core import patch_to
+from ..core import Markup, patch_to
 from .conversation import Conversation, Voice
 from ..recipes.restore import lent
 from ..model.tinylora import FEW, adapter_line, few_numbers, trained_vector
@@ -86,7 +86,7 @@ def _frame(axes, count: int, largest: float) -> None:
     axes.yaxis.set_major_formatter("{x:.2g}")
 
 # %% ../../nbs/panels/05_sliders.ipynb #e3a50b71
-def bars_html(trained: list[float], moved: dict[int, float] | None = None, dpi: int = 90) -> str:
+def bars_html(trained: list[float], moved: dict[int, float] | None = None, dpi: int = 90) -> Markup:
     "The bars within a page, told in words, too."
     moved = moved or {}
     words = [f"{i}: {v:+.3g}" + (f", moved to {moved[i]:+.3g}" if i in moved else "") for i, v in enumerate(trained)]
@@ -136,7 +136,7 @@ class DialPanel(Conversation):
         moves = dict(self.moves) # those of this moment
         return {"trained": contextlib.nullcontext, "moved": lambda: turned(voice.model, moves)}
 
-    def twin(self) -> str:
+    def twin(self) -> Markup:
         said = super().twin()
         if not self.trained: return said
         rows = [[i, value, self.moves.get(i)] for i, value in enumerate(self.trained)]

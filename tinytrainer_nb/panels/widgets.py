@@ -11,7 +11,7 @@ import threading, time, uuid
 from pathlib import Path
 import ipywidgets as widgets
 from IPython.display import HTML, Javascript, display
-from ..core import TinyTrainerError, escaped
+from ..core import Markup, TinyTrainerError
 from ..runs.run import Run
 from ..core import patch_to
 
@@ -27,17 +27,17 @@ BADGES = dict(
     note="#475569",
 )
 
-def small(text: str) -> str: # HTML
+def small(text: str) -> Markup:
     "A line of small text, escaped; nothing for an empty one."
-    if not text: return ""
-    return f"<span style='display:inline-block;font-size:90%;line-height:1.3'>{escaped(text)}</span>"
+    if not text: return Markup()
+    return Markup("<span style='display:inline-block;font-size:90%;line-height:1.3'>{}</span>").format(text)
 
-def badge(text: str, kind: str) -> str: # a key of BADGES; HTML
+def badge(text: str, kind: str) -> Markup: # kind: a key of BADGES
     "Text on a coloured ground, escaped; nothing for an empty one."
-    if not text: return ""
+    if not text: return Markup()
     style = (f"background:{BADGES[kind]};color:#fff;border-radius:4px;padding:1px 8px;"
              "display:inline-block;line-height:1.5")
-    return f"<span style='{style}'>{escaped(text)}</span>"
+    return Markup("<span style='{}'>{}</span>").format(style, text)
 
 # %% ../../nbs/panels/01_widgets.ipynb #a81799c3
 def button(
@@ -75,7 +75,7 @@ def source_of(run):
     if isinstance(run, Run) or hasattr(run, "run"): return run
     raise TinyTrainerError(f"{run!r:.60} is no run. Give a run, the path of its folder, or a panel that starts one.")
 
-def complaint(error: BaseException) -> str: # HTML
+def complaint(error: BaseException) -> Markup:
     "An error in one line; one that is no `TinyTrainerError` keeps its type."
     known = isinstance(error, TinyTrainerError)
     return badge(str(error) if known else f"{type(error).__name__}: {error}", "error")
@@ -90,7 +90,8 @@ class Panel(widgets.VBox):
         self._twins, self._kept, self._since = [], "", 0.0 # outputs with the twin, what they say, since when
         self.mark = f"tinytrainer-{uuid.uuid4().hex[:12]}" # class of the twin in the page
         self.trouble = widgets.HTML()
-        hiding = widgets.HTML(f"<style>.{self.mark}{{display:none}}</style>", layout=widgets.Layout(display="none"))
+        style = Markup("<style>.{}{{display:none}}</style>").format(self.mark)
+        hiding = widgets.HTML(style, layout=widgets.Layout(display="none"))
         super().__init__([*children, self.trouble, hiding])
         for name in ("panel", type(self).__name__.lower()): self.add_class(f"tinytrainer-{name}")
 
@@ -106,9 +107,9 @@ class Panel(widgets.VBox):
         "What ends a rest when it changes: state and requests of the panel's run. Other panels may fill this in."
         return run.touched() if (run := getattr(self, "run", None)) else None
 
-    def twin(self) -> str: # HTML without widgets
+    def twin(self) -> Markup: # without widgets
         "What stays in a saved notebook; each panel fills this in."
-        return ""
+        return Markup()
 
 # %% ../../nbs/panels/01_widgets.ipynb #1f93e7b4
 @patch_to(Panel)
@@ -147,7 +148,7 @@ def _watch(self) -> None:
 
 # %% ../../nbs/panels/01_widgets.ipynb #3b5d8f16
 @patch_to(Panel)
-def _twin(self) -> HTML: return HTML(f"<div class='{self.mark}'>{self.twin()}</div>")
+def _twin(self) -> HTML: return HTML(Markup("<div class='{}'>{}</div>").format(self.mark, self.twin()))
 
 @patch_to(Panel)
 def keep(self) -> None:

@@ -131,4 +131,5 @@ def rounds(events: list[dict]) -> dict[str, list[float]]:
     "The figures of each round by name, from a run's journal. A missing one is NaN, which raises no alarm."
     metrics = [e for e in events if e["kind"] == "metrics"]
     names = dict.fromkeys(k for e in metrics for k in e if k not in ("time", "step", "kind"))
-    return {name: [nan if e.get(name) is None else e[name] for e in metrics] for name in names}
+    number = lambda value: value if type(value) in (int, float) else nan
+    return {name: [number(e.get(name)) for e in metrics] for name in names}

@@ -6,12 +6,12 @@
 __all__ = ['Z', 'wilson', 'Evaluation', 'evaluate', 'Table', 'score_table', 'answer_table', 'Comparison', 'compare']
 
 # %% ../../nbs/recipes/14_evaluate.ipynb #90f269bf
-import math, re, sys
+import math, re
 from dataclasses import dataclass, field
 from statistics import NormalDist
 import torch
 from ..hardware import DTYPES
-from ..core import TinyTrainerError
+from ..core import TinyTrainerError, inert, one_line, say
 from ..data.formats import as_examples, load_prompts
 from .rewards import Reward, find_reward, reward_columns
 from ..compute.arguments import GenerateArgs
@@ -68,7 +68,7 @@ class Evaluation:
     def __repr__(self) -> str:
         sure = "" if self.interval is None else f" (95 %: {self.interval[0]:.3f} to {self.interval[1]:.3f})"
         also = [f"{name}: {mean:.4f}" for name, mean in self.also.items()]
-        return ", ".join([f"{self.task}: {self.score:.4f} over {self.n} rows{sure}", *also])
+        return ", ".join([f"{one_line(self.task)}: {self.score:.4f} over {self.n} rows{sure}", *also])
 
 # %% ../../nbs/recipes/14_evaluate.ipynb #a8a225e9
 def _to_device(batch: dict, model) -> dict:
@@ -92,7 +92,7 @@ def _askable(model, tokenizer, found: list[dict], prompt_format: str | None, new
         raise TinyTrainerError(f"no prompt is left to answer: all {len(found)} are longer than {room} tokens, "
                                f"which the model's context leaves beside max_new_tokens={new}.")
     if len(kept) < len(found): # told on stderr, since stdout may be JSON
-        print(f"left out: {len(found) - len(kept)} prompts that are longer than {room} tokens", file=sys.stderr)
+        say(f"left out: {len(found) - len(kept)} prompts that are longer than {room} tokens", error=True)
     return [found[i] for i in kept], [asked[i] for i in kept]
 
 # %% ../../nbs/recipes/14_evaluate.ipynb #674f5857
@@ -100,8 +100,8 @@ def _hint(task, rewards: list[float], references: list) -> None:
     "Say on stderr if the references are not made for `exact_answer`."
     if task != "exact_answer" or any(rewards): return
     if any(re.search(r"####|\d", str(reference)) for reference in references): return
-    print("exact_answer compares final answers, and no reference here has one (a number, or what stands behind ####): "
-          "reference_overlap or loss says more of such data", file=sys.stderr)
+    say("exact_answer compares final answers, and no reference here has one (a number, or what stands behind ####): "
+        "reference_overlap or loss says more of such data", error=True)
 
 def evaluate(
     model,                       # from `load_model`, trained or not
@@ -148,8 +148,8 @@ def score_table(
     rows = []
     for name, e in evaluations.items():
         scored = [share(e.score), " to ".join(map(share, e.interval))] if e.rewards else [f"{e.score:.4f}", ""]
-        rows.append([name, *scored, *(share(e.also.get(part)) for part in also), str(e.n)])
-    return _table(["model", "score", "95 % interval", *also, "of"], rows)
+        rows.append([inert(name), *scored, *(share(e.also.get(part)) for part in also), str(e.n)])
+    return _table(["model", "score", "95 % interval", *map(inert, also), "of"], rows)
 
 # %% ../../nbs/recipes/14_evaluate.ipynb #6458a2fd
 def answer_table(
@@ -158,15 +158,14 @@ def answer_table(
     changed: bool = False,              # show first those whose reward is not the same in all
 ) -> Table:
     "Questions with the answers of each and a mark for what they earned: full reward, none, or the number."
-    def cell(text): return str(text).strip().replace("|", "\\|").replace("#", "\\#").replace("\n", "<br>")
     def mark(reward): return {1: "✓", 0: "✗"}.get(reward, f"{reward:.2f}")
     first, all_of_them = next(iter(evaluations.values())), evaluations.values()
     same = [changed and len({e.rewards[i] for e in all_of_them}) == 1 for i in range(first.n)]
     rows = []
     for i in sorted(range(first.n), key=same.__getitem__)[:count]:
-        answers = [f"{cell(e.completions[i])}<br>{mark(e.rewards[i])}" for e in all_of_them]
-        rows.append([cell(first.prompts[i]), cell(first.references[i]), *answers])
-    return _table(["question", "right", *evaluations], rows)
+        answers = [f"{inert(e.completions[i])}<br>{mark(e.rewards[i])}" for e in all_of_them]
+        rows.append([inert(first.prompts[i]), inert(first.references[i]), *answers])
+    return _table(["question", "right", *map(inert, evaluations)], rows)
 
 # %% ../../nbs/recipes/14_evaluate.ipynb #1f119564
 @dataclass(repr=False)

@@ -31,7 +31,7 @@ from ..model.lora import freeze_reference, save_adapter, saved_adapters, using_a
 from .arguments import DPOArgs, PairArgs, RewardModelArgs
 from .trainer import RunTrainer
 from .restore import at_start
-from .start import start, begin, describe, need_heldout, need_trainable, tell
+from .start import start, begin, describe, kept_rows, need_heldout, need_trainable, tell
 from .sft import SFTTrainer
 from .rewards import find_reward, reward_columns
 from ..runs.run import Run
@@ -209,7 +209,7 @@ def _keep(run: Run, **parts: Dataset) -> None:
 
 def read_back(run: Run, tokenizer, args: PairArgs) -> dict:
     "The pairs that a run has kept."
-    train, held = (Dataset.from_list(read_json(run.folder / "data" / f"{name}.json")) for name in ("train", "heldout"))
+    train, held = (Dataset.from_list(kept_rows(run, name)) for name in ("train", "heldout"))
     return dict(train=train, pairs=encode_pairs(tokenizer, train, args.max_length)[0], held=held)
 
 # %% ../../nbs/recipes/09_preference.ipynb #84edc410

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import numpy as np
 from datasets import Dataset
-from ..core import TinyTrainerError, progress, whole_folder
+from ..core import TinyTrainerError, progress, say, whole_folder
 from ..settings import may_change
 from ..data.formats import Sourced, data_origin, load_examples
 from ..data.tinyworld import corpus
@@ -195,8 +195,8 @@ def load_for_pretraining(
     "A loaded model with all weights in fp32, or a new one. Raises `TinyTrainerError` for a run that holds an adapter."
     if load.base.startswith("new:"):
         preset = model_preset(load.base.removeprefix("new:"))
-        print(f"{load.base}: {preset.num_parameters:,} parameters, untrained; "
-              f"a tokenizer of {preset.config.vocab_size:,} pieces is learned first")
+        say(f"{load.base}: {preset.num_parameters:,} parameters, untrained; "
+            f"a tokenizer of {preset.config.vocab_size:,} pieces is learned first")
         tokenizer = train_tokenizer(texts[:20_000], preset.config.vocab_size)
         return new_model(preset.name, args.seed, load.dtype), tokenizer
     model, tokenizer = load_model(load.base, "none", load.dtype)

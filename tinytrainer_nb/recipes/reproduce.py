@@ -6,10 +6,10 @@
 __all__ = ['not_default', 'as_python', 'as_parameters', 'as_command']
 
 # %% ../../nbs/recipes/17_reproduce.ipynb #c06b1b4e
-import math, shlex
+import math
 from dataclasses import fields
 import yaml
-from ..core import TinyTrainerError
+from ..core import TinyTrainerError, command as shell
 from ..settings import Settings, as_text
 from ..data.arguments import DataArgs
 from ..runs.run import Run
@@ -62,8 +62,9 @@ def _reward_of(run: Run) -> list[str]:
     "Its reward as words of a command; none for a recipe without one. Raises `TinyTrainerError` for a function."
     reward = run.info.get("reward")
     if reward is None: return []
-    if reward["spec"]: return ["--reward", reward["spec"]]
-    raise TinyTrainerError(f"{run.folder}: no command can name its reward, the function {', '.join(reward['names'])}. "
+    if reward.get("spec"): return ["--reward", reward["spec"]]
+    names = ", ".join(reward.get("names", []))
+    raise TinyTrainerError(f"{run.folder}: no command can name its reward, the function {names}. "
                            "Put it into a file, and give it as file.py:function.")
 
 # %% ../../nbs/recipes/17_reproduce.ipynb #3730f83f
@@ -73,10 +74,11 @@ def _model_of(run: Run, args: Settings) -> tuple[LoadArgs, LoraArgs]:
     if find_recipe(run.info["recipe"]).whole: return LoadArgs(record.source, "auto", record.dtype), LoraArgs()
     made = record.adapter_from or {}
     if "run" in made: return LoadArgs(made["run"], record.quantization, record.dtype), LoraArgs()
-    if "lora" in made and made["seed"] == args.seed:
+    if "lora" in made and made.get("seed") == args.seed:
         return LoadArgs(record.source, record.quantization, record.dtype), LoraArgs(**made["lora"])
     why = "is none that a command makes"
-    if "lora" in made: why = f"was drawn with seed {made['seed']}, and a command draws it with the run's, {args.seed}"
+    if "lora" in made:
+        why = f"was drawn with seed {made.get('seed')}, and a command draws it with the run's, {args.seed}"
     raise TinyTrainerError(f"{run.folder}: no command can repeat it, for its adapter {why}. Take it as Python.")
 
 def as_command(
@@ -85,7 +87,7 @@ def as_command(
     "A line for a terminal. Raises `TinyTrainerError` for settings that no command has, and a run that none can repeat."
     args = run_settings(of) if isinstance(of, Run) else of
     command, prefix = _command_of(args)
-    if args is of: return shlex.join(["tinytrainer", command, *_flags(args, prefix)])
+    if args is of: return shell("tinytrainer", command, *_flags(args, prefix))
     load, lora = _model_of(of, args)
     source = [*_flags(load), *_flags(_data_of(of)), *_reward_of(of)]
-    return shlex.join(["tinytrainer", command, *source, *_flags(args), *_flags(lora, "lora_")])
+    return shell("tinytrainer", command, *source, *_flags(args), *_flags(lora, "lora_"))

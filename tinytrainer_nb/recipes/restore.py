@@ -14,7 +14,7 @@ from torch import nn
 from ..core import TinyTrainerError
 from ..runs.run import Run
 from ..model.layers import trainable
-from ..model.base import LoadRecord, new_model
+from ..model.base import LoadRecord, new_model, _pretrained
 from ..model.lora import saved_adapters
 from ..model.load import load_recorded, with_adapter
 from transformers import AutoTokenizer
@@ -30,7 +30,7 @@ def at_start(run: Run) -> tuple: # (model, tokenizer)
 
 def _whole_at_start(record: LoadRecord, start: Path) -> tuple:
     "A model of which all weights are trained, in fp32: drawn again from its seed, or loaded."
-    tokenizer = AutoTokenizer.from_pretrained(start)
+    tokenizer = _pretrained(AutoTokenizer, str(start.resolve()))
     if record.base.startswith("new:"):
         model = new_model(record.base.removeprefix("new:"), record.seed, record.dtype, record.device)
     else: model = load_recorded(record, quantization="none")[0].float() # small steps would be lost in 16 bits

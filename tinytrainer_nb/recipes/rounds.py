@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from ..core import BUILDING, TinyTrainerError, gathered, patch_to, processes, read_json
+from ..core import BUILDING, TinyTrainerError, gathered, one_line, patch_to, processes
 from ..core import whole_folder, write_json
 from ..settings import may_change
 from ..hardware import DTYPES, mix_seed
@@ -27,7 +27,7 @@ from ..model.base import LoadRecord, compute_context
 from ..model.lora import freeze_reference, save_adapter, using_adapters
 from .arguments import RolloutArgs
 from .trainer import RunTrainer
-from .start import begin, describe, need_heldout, need_trainable, start, tell
+from .start import begin, describe, need_heldout, kept_rows, need_trainable, start, tell
 from .rewards import Reward, find_reward, reward_columns, same_reward
 from .alarms import new_alarms, round_figures, rounds
 from ..runs.run import Run
@@ -455,7 +455,7 @@ def log(self, logs: dict, start_time=None) -> None:
     for alarm in new_alarms(rounds(self.run.events), watched=self.reward.watched):
         self.run.log("alarm", self.state.global_step, **asdict(alarm))
         if not self.bar.disable:
-            self.bar.write(f"alarm in round {self.state.global_step}: {alarm.message}", file=sys.stderr)
+            self.bar.write(one_line(f"alarm in round {self.state.global_step}: {alarm.message}"), file=sys.stderr)
 
 @patch_to(RolloutTrainer)
 def headline(self, logs: dict) -> str: return f"reward {self.figures['reward']:.2f}, KL {self.figures['kl']:.2f}"
@@ -496,7 +496,7 @@ def learn(
 # %% ../../nbs/recipes/11_rounds.ipynb #65bb0389
 def read_back(run: Run, tokenizer, args: RolloutArgs) -> dict:
     "The prompts that a run has kept."
-    return dict(prompts=read_json(run.folder / "data" / "prompts.json"))
+    return dict(prompts=kept_rows(run, "prompts"))
 
 def reward_again(
     run: Run,    # of a recipe with rounds

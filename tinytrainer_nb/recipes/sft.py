@@ -8,7 +8,7 @@ __all__ = ['SFTTrainer', 'sft', 'read_back', 'built', 'UpperTrainer']
 # %% ../../nbs/recipes/05_sft.ipynb #c8a9604e
 import contextlib
 from datasets import Dataset
-from ..core import patch_to, read_json, remove_whole, write_json
+from ..core import patch_to, remove_whole, write_json
 from ..settings import may_change
 from ..model.base import LoadRecord
 from ..compute.arguments import GenerateArgs
@@ -20,7 +20,7 @@ from ..data.tokens import Collator, ensure_template
 from ..data.rows import encode_rows, hold_out, read_examples
 from .arguments import SFTArgs
 from .trainer import RunTrainer
-from .start import begin, describe, need_heldout, need_trainable, start, tell
+from .start import begin, describe, kept_rows, need_heldout, need_trainable, start, tell
 from ..runs.run import Run
 from transformers import Trainer
 
@@ -89,7 +89,7 @@ def _keep_data(run: Run, train: Dataset, held: Dataset) -> None:
 
 def read_back(run: Run, tokenizer, args: SFTArgs) -> dict:
     "The data that a run has kept: what `built` takes."
-    train, held = (Dataset.from_list(read_json(run.folder / "data" / f"{name}.json")) for name in ("train", "heldout"))
+    train, held = (Dataset.from_list(kept_rows(run, name)) for name in ("train", "heldout"))
     return dict(train=train, rows=encode_rows(tokenizer, train, args.max_length, args.train_on_all)[0], held=held)
 
 # %% ../../nbs/recipes/05_sft.ipynb #2978cf44

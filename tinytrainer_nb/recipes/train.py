@@ -6,8 +6,7 @@
 __all__ = ['read_data', 'train']
 
 # %% ../../nbs/recipes/16_train.ipynb #6b6b211a
-import sys
-from ..core import TinyTrainerError, data_file, patch_to, share, write_json
+from ..core import TinyTrainerError, data_file, patch_to, say, share, write_json
 from ..settings import Settings
 from ..data.arguments import DataArgs
 from ..runs.lock import TURN, _me
@@ -71,10 +70,11 @@ def resume(
         raise TinyTrainerError(f"{self.folder}: process {who['pid']} is training into this folder, "
                                "so there is nothing to resume.")
     before = self.info
+    self.need_own()
     self.take_requests() # those left over from before
     step = self.last_checkpoint()[1]
     where = f"goes on after step {step} of" if step else "has no checkpoint and starts over, steps:"
-    print(f"{self.folder}: {where} {before['settings']['max_steps']}", file=sys.stderr)
+    say(f"{self.folder}: {where} {before['settings'].get('max_steps')}", error=True)
     write_json(self.folder / "run.json", before | dict(status="running", process=_me()))
     try: return _go_on(self, live, reward)
     except BaseException:

@@ -6,8 +6,8 @@
 __all__ = ['in_worker', 'Worker', 'launch']
 
 # %% ../../nbs/runs/04_worker.ipynb #656b54f6
-import atexit, contextlib, sys, threading
-from ..core import TinyTrainerError
+import atexit, contextlib, threading
+from ..core import TinyTrainerError, say
 from .lock import TURN
 from .run import Run
 
@@ -57,8 +57,8 @@ def _end_with(run) -> None:
     done, thread, folder = run.worker.done, run.worker.thread, run.folder # not the run, which holds on to its model
     def end():
         if not done.is_set():
-            print(f"{folder}: this process ends, so the run is stopped after its step. "
-                  "run.wait() waits for all of it.", file=sys.stderr)
+            say(f"{folder}: this process ends, so the run is stopped after its step. "
+                "run.wait() waits for all of it.", error=True)
             with contextlib.suppress(TinyTrainerError): Run.open(folder).stop()
         thread.join(60) # seconds
     atexit.register(end)

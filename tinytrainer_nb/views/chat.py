@@ -8,7 +8,7 @@ __all__ = ['Chat', 'chat_loop']
 # %% ../../nbs/views/03_chat.ipynb #ee24c05b
 import re
 from contextlib import closing
-from ..core import TinyTrainerError, patch_to
+from ..core import TinyTrainerError, inert, patch_to, visible
 from ..hardware import mix_seed
 from ..compute.decode import Decoder
 from ..compute.arguments import GenerateArgs
@@ -76,8 +76,7 @@ def pieces(self, text: str):
 @patch_to(Chat)
 def _repr_markdown_(self) -> str:
     "The conversation, as quoted text."
-    quote = lambda text: "\n".join("    " + line for line in text.splitlines())
-    turns = (f"**{m['role']}**\n\n{quote(m['content'])}" for m in self.messages)
+    turns = (f"**{m['role']}**\n\n> {inert(m['content'])}" for m in self.messages)
     return "\n\n".join(turns) or "*an empty conversation*"
 
 @patch_to(Chat)
@@ -100,6 +99,10 @@ def chat_loop(
     return chat
 
 # %% ../../nbs/views/03_chat.ipynb #52f1c0b8
+def _spoken(piece: str) -> str:
+    "A piece of an answer for the terminal: its lines are moved in, so that none can pass for a line of the program."
+    return visible(piece).replace("\n", "\n       ")
+
 def _turn(chat: Chat, text: str, write) -> None:
     "Answer one line of the user."
     if text == "/reset":
@@ -109,8 +112,8 @@ def _turn(chat: Chat, text: str, write) -> None:
     before, pieces = chat.forgotten, chat.pieces(text)
     try: first = next(pieces, "")
     except TinyTrainerError as e: return write(f"({e})")
-    write(f"model> {first}", end="", flush=True)
-    for piece in pieces: write(piece, end="", flush=True)
+    write(f"model> {_spoken(first)}", end="", flush=True)
+    for piece in pieces: write(_spoken(piece), end="", flush=True)
     write("")
     if chat.forgotten > before:
         lost = f"the model no longer sees the first {chat.forgotten} messages"

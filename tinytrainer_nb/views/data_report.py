@@ -11,7 +11,7 @@ from pathlib import Path
 from matplotlib.ticker import LogLocator, ScalarFormatter
 from ..data.formats import as_examples, data_origin
 from .plots import COLOURS, Picture
-from ..core import patch_to
+from ..core import inert, one_line, patch_to
 from ..data.rows import Reading, read_examples
 from ..data.tokens import ensure_template
 
@@ -50,15 +50,14 @@ def _first(rows, most: int = 10) -> str:
 # %% ../../nbs/views/04_data_report.ipynb #d07c1e58
 @patch_to(DataReport)
 def __str__(self) -> str:
-    return "\n".join([self.name, *(f"  {what}: {words}" for what, words in self.details().items())])
+    return "\n".join(map(one_line, [self.name, *(f"  {what}: {words}" for what, words in self.details().items())]))
 
 DataReport.__repr__ = DataReport.__str__
 
 @patch_to(DataReport)
 def _repr_markdown_(self) -> str:
-    cell = lambda text: text.replace("|", "\\|")
-    rows = [f"| {cell(what)} | {words} |" for what, words in self.details().items()]
-    return "\n".join([f"| {cell(self.name)} | max_length {self.max_length} |", "| --- | --- |", *rows])
+    rows = [f"| {inert(what)} | {inert(words)} |" for what, words in self.details().items()]
+    return "\n".join([f"| {inert(self.name)} | max_length {self.max_length} |", "| --- | --- |", *rows])
 
 # %% ../../nbs/views/04_data_report.ipynb #9a5be03f
 def data_report(
@@ -100,7 +99,7 @@ def figure(self, width: float = 7.0) -> Picture: # inches
     axes.hist(list(parts.values()), bins=edges, stacked=True, color=colours, label=list(parts))
     axes.axvline(limit, color="#666666", linestyle="--", linewidth=1, label=f"max_length {self.max_length:,}")
     axes.set(ylabel="rows")
-    axes.set_title(f"{self.name}: {self.rows:,} rows, {self.tokens:,} tokens", fontsize=10)
+    axes.set_title(f"{one_line(self.name):.80}: {self.rows:,} rows, {self.tokens:,} tokens", fontsize=10)
     _logarithmic(axes, self.lengths)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, frameon=False)

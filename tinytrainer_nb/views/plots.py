@@ -12,11 +12,12 @@ import base64, io, textwrap
 from itertools import islice
 from pathlib import Path
 import numpy as np
-from ..core import escaped, patch_to, visible, write_whole
+from ..core import Markup, one_line, patch_to, visible, write_whole
 from ..runs.run import Run
 from PIL import Image
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 # %% ../../nbs/views/01_plots.ipynb #eda4346b
 PANELS = { # title: (figures of the journal, axis label)
@@ -98,7 +99,7 @@ def alarm_lines(run) -> dict[str, str]:
 
 def _at(events: list[dict]) -> str:
     "Their steps in words."
-    steps = ", ".join(str(e["step"]) for e in events)
+    steps = ", ".join(str(e["step"]) for e in events[:12]) + (", ..." if len(events) > 12 else "")
     return f"step{'s' * (len(events) > 1)} {steps}"
 
 # %% ../../nbs/views/01_plots.ipynb #b60e4f29
@@ -111,11 +112,13 @@ def _marks(run, title: str) -> dict[int, str]: # step: numbers of the alarms
             marks.setdefault(e["step"], []).append(numbers[e["name"]])
     return {step: ",".join(found) for step, found in marks.items()}
 
+_MOST = 100 # marks of a kind in a panel; nobody sees more of them
+
 def _mark_alarms(axes, run, title: str) -> None:
     "A numbered circle at each step with alarms of this panel, neighbours at different heights."
     circle = dict(boxstyle="circle", facecolor="white", edgecolor=COLOURS[1])
     look = dict(ha="center", va="center", fontsize=8, fontweight="bold", color=COLOURS[1], bbox=circle)
-    for i, (step, numbers) in enumerate(_marks(run, title).items()):
+    for i, (step, numbers) in enumerate(islice(_marks(run, title).items(), _MOST)):
         axes.axvline(step, color=COLOURS[1], linestyle=STYLES[2], linewidth=1)
         axes.text(step, 1.0 - 0.1 * (i % 3), numbers, transform=axes.get_xaxis_transform(), **look)
 
@@ -129,12 +132,12 @@ def _curves(run, title: str) -> dict[str, tuple]: # label: (steps, values)
     if title != "reward": return curves
     for name in run.journal.names("metrics"):
         if name.startswith("reward/") and run.history(name) != whole:
-            curves[name.removeprefix("reward/")] = run.history(name)
+            curves[one_line(name.removeprefix("reward/"))[:60]] = run.history(name)
     return curves
 
 def _changes(run) -> list[int]:
     "Steps at which a setting was changed."
-    return [e["step"] for e in run.events if e["kind"] == "change"]
+    return [e["step"] for e in run.events if e["kind"] == "change"][:_MOST]
 
 # %% ../../nbs/views/01_plots.ipynb #1c9e4a70
 def _window(title: str, curves: dict[str, tuple]) -> int: # steps
@@ -177,6 +180,11 @@ def _draw(axes, run, title: str, lines: list, explained: str) -> None: # `lines`
 # %% ../../nbs/views/01_plots.ipynb #a4c2de07
 class Picture(Figure):
     "A figure that a notebook shows, and keeps, without `pyplot`."
+    def draw(self, renderer) -> None:
+        "Draw it, every text as it is: in names and messages a $ begins no formula."
+        for text in self.findobj(Text): text.set_parse_math(False)
+        super().draw(renderer)
+
     def png(self, dpi: int = 100) -> bytes: # dots an inch
         "The figure as a PNG file."
         self.set_dpi(dpi)
@@ -230,7 +238,7 @@ def _figure(run, width: float, curves: dict[str, tuple]) -> Figure: # `curves`: 
 def _alarm_words(run, width: int) -> str: # characters
     "The numbered alarms, broken into lines."
     lines = map(visible, alarm_lines(run).values())
-    numbered = (f"({i}) {line}" for i, line in enumerate(lines, start=1))
+    numbered = (f"({i}) {line[:1000]}" for i, line in enumerate(lines, start=1))
     return "\n".join(textwrap.fill(line, width, subsequent_indent="      ") for line in numbered)
 
 def run_figure(
@@ -250,7 +258,7 @@ def story_figure(
     *left, right = figure.subplots(1, len(curves) + 1)
     for axes, (run, title) in zip(left, curves):
         _draw(axes, run, title, *_lines(run, title))
-        axes.set_title(f"{run.info['recipe'].upper()}: {title}", fontsize=10)
+        axes.set_title(one_line(f"{run.info['recipe'].upper():.40}: {title}"), fontsize=10)
     _draw_scores(right, scores)
     return figure
 
@@ -264,7 +272,7 @@ def _draw_scores(axes, scores: dict[str, float]) -> None:
     axes.set_title("before and after", fontsize=10)
 
 # %% ../../nbs/views/01_plots.ipynb #1f2980ec
-def _cell(value, tag: str) -> str: # td or th
+def _cell(value, tag: str) -> Markup: # td or th
     "One cell of a table; numbers with four digits."
     if value is None: text = ""
     elif isinstance(value, float): text = f"{value + 0.0:.4g}" # -0.0 becomes 0
@@ -272,17 +280,18 @@ def _cell(value, tag: str) -> str: # td or th
     wrap = "anywhere" if tag == "td" else "normal"
     style = (f"text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:{wrap};"
              "line-height:1.4;padding:2px 12px 2px 0;unicode-bidi:plaintext")
-    return f"<{tag} style='{style}'>{escaped(text)}</{tag}>"
+    return Markup("<{0} style='{1}'>{2}</{0}>").format(tag, style, text)
 
 def table_html(
     head: list[str],  # names of the columns
     rows: list[list], # numbers and texts
     label: str,       # the table's name for a screen reader
-) -> str:
+) -> Markup:
     "A table as HTML: everything is escaped, line breaks are kept, and a text's direction ends with its cell."
-    line = lambda values, tag: f"<tr>{''.join(_cell(value, tag) for value in values)}</tr>"
-    body = "".join(line(row, "td") for row in rows)
-    return f"<table aria-label='{escaped(label)}'>{line(head, 'th')}{body}</table>"
+    nothing, row_of = Markup(), Markup("<tr>{}</tr>").format
+    line = lambda values, tag: row_of(nothing.join(_cell(value, tag) for value in values))
+    body = nothing.join(line(row, "td") for row in rows)
+    return Markup("<table aria-label='{}'>{}{}</table>").format(label, line(head, "th"), body)
 
 # %% ../../nbs/views/01_plots.ipynb #2e6f0d8b
 def sample_rows(run, count: int = 6) -> list[dict]:
@@ -290,10 +299,10 @@ def sample_rows(run, count: int = 6) -> list[dict]:
     samples = (e for e in reversed(run.events) if e["kind"] == "sample" and not e.get("index"))
     return list(islice(samples, count))
 
-def samples_html(run, count: int = 6) -> str:
+def samples_html(run, count: int = 6) -> Markup:
     "The latest samples as a table; every text escaped."
     samples = sample_rows(run, count)
-    if not samples: return ""
+    if not samples: return Markup()
     names = ("step", "prompt", "completion", "reward")
     columns = [name for name in names if any(e.get(name) is not None for e in samples)]
     return table_html(columns, [[e.get(name) for name in columns] for e in samples], "latest samples")
@@ -304,15 +313,15 @@ def image_html(
     alt: str,    # what it shows, in words
     width: int,  # pixels in the page
     height: int,
-) -> str:
+) -> Markup:
     "A picture within a page."
     data = base64.b64encode(png).decode()
     style = f"max-width:100%;min-width:{min(width, 640)}px;height:auto"
-    image = (f"<img alt='{escaped(alt)}' decoding='sync' width='{width}' height='{height}' style='{style}' "
-             f"src='data:image/png;base64,{data}'>")
-    return f"<div style='overflow-x:auto'>{image}</div>"
+    image = ("<div style='overflow-x:auto'><img alt='{}' decoding='sync' width='{}' height='{}' style='{}' "
+             "src='data:image/png;base64,{}'></div>")
+    return Markup(image).format(alt, width, height, style, data)
 
-def figure_html(figure: Picture, png: bytes, dpi: int, alt: str) -> str:
+def figure_html(figure: Picture, png: bytes, dpi: int, alt: str) -> Markup:
     "A figure, drawn as `png` at `dpi` dots an inch, within a page."
     width, height = (int(dpi * inches) for inches in figure.get_size_inches())
     return image_html(png, alt, width, height)
@@ -326,25 +335,27 @@ def alt_text(run) -> str:
     return "; ".join(words) or "no step yet"
 
 # %% ../../nbs/views/01_plots.ipynb #17d5c2e6
-def run_html(run) -> str:
+def run_html(run) -> Markup:
     "A run as static HTML: what it is, its picture, its final figures, its alarms, its samples."
-    info, picture = run.info, ""
+    info, picture = run.info, Markup()
     if wanted_panels(run):
         figure = run_figure(run)
         picture = figure_html(figure, figure.png(dpi=90), 90, alt_text(run))
     total = info["settings"].get("max_steps", "?")
-    head = f"<b>{escaped(info['recipe'])}</b> {escaped(run.status)}, step {run.step} of {total}"
-    return f"<div>{head}<br>{picture}{_summary_html(run)}{_alarms_html(run)}{samples_html(run)}</div>"
+    head = Markup("<b>{}</b> {}, step {} of {}").format(info["recipe"], run.status, run.step, total)
+    if skipped := run.journal.skipped: head += f"; {skipped:,} lines of events.jsonl hold no event and are left out"
+    parts = head, picture, _summary_html(run), _alarms_html(run), samples_html(run)
+    return Markup("<div>{}<br>{}{}{}{}</div>").format(*parts)
 
-def _summary_html(run) -> str:
+def _summary_html(run) -> Markup:
     "The final figures as a table; nothing before the end."
     figures = {name: value for name, value in run.summary.items() if name not in ("recipe", "status")}
-    return table_html(list(figures), [list(figures.values())], "final figures") if figures else ""
+    return table_html(list(figures), [list(figures.values())], "final figures") if figures else Markup()
 
-def _alarms_html(run) -> str:
+def _alarms_html(run) -> Markup:
     "The alarms as a numbered list."
-    lines = "".join(f"<li>{escaped(line)}</li>" for line in alarm_lines(run).values())
-    return f"<b>alarms</b><ol>{lines}</ol>" if lines else ""
+    lines = Markup().join(map(Markup("<li>{}</li>").format, alarm_lines(run).values()))
+    return Markup("<b>alarms</b><ol>{}</ol>").format(lines) if lines else Markup()
 
 # %% ../../nbs/views/01_plots.ipynb #c44257f2
 @patch_to(Run)
@@ -382,9 +393,9 @@ class LivePicture:
                 axes.draw_artist(line)
         return png_bytes(self.canvas)
 
-    def html(self) -> str:
+    def html(self) -> Markup:
         "The picture within a page, told in words, too; nothing before the first step."
-        if not wanted_panels(self.run): return ""
+        if not wanted_panels(self.run): return Markup()
         png = self.png()
         return figure_html(self.figure, png, self.dpi, alt_text(self.run))
 

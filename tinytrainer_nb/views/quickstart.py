@@ -6,6 +6,7 @@
 __all__ = ['STAGES', 'quickstart_summary', 'accuracy_text', 'samples_text', 'accuracy_table']
 
 # %% ../../nbs/views/05_quickstart.ipynb #c06b1b4e
+from ..core import inert, one_line
 from ..hardware import peak_memory
 from ..runs.run import Run
 from .terminal import duration
@@ -62,7 +63,7 @@ def accuracy_text(summary: dict) -> str:
 # %% ../../nbs/views/05_quickstart.ipynb #70b5e2d4
 def _said(text: str) -> str:
     "An answer in one line of at most 96 characters."
-    line = " ".join(str(text).split())
+    line = one_line(" ".join(str(text).split()))
     return line if len(line) <= 96 else f"{line[:60]} ... {line[-31:]}"
 
 def samples_text(summary: dict, count: int = 6) -> str:
@@ -71,8 +72,9 @@ def samples_text(summary: dict, count: int = 6) -> str:
     blocks = []
     for sample in summary.get("samples", [])[:count]:
         answers = [(words, _said(sample[stage])) for stage, words in stages.items() if sample.get(stage) is not None]
-        answers.append(("right", sample["reference_answer"]))
-        blocks.append("\n".join([f"  {sample['prompt']}", *(f"    {who:12} {what}" for who, what in answers)]))
+        answers.append(("right", one_line(sample["reference_answer"])))
+        told = (f"    {who:12} {what}" for who, what in answers)
+        blocks.append("\n".join([f"  {one_line(sample['prompt'])}", *told]))
     return "\n\n".join(blocks)
 
 # %% ../../nbs/views/05_quickstart.ipynb #ac1f4af1
@@ -95,4 +97,5 @@ def _machine_text(measured: dict) -> str:
     "What was asked, and what it ran on."
     machine, versions = measured["hardware"], measured["versions"]
     return (f"Share of {measured['runs'][0]['n']} held-out word problems answered right, greedy. "
-            f"{machine['cpu']}, {machine['cores']} cores, Python {versions['python']}, torch {versions['torch']}.")
+            f"{inert(machine['cpu'])}, {machine['cores']} cores, "
+            f"Python {versions['python']}, torch {versions['torch']}.")

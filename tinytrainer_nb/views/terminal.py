@@ -6,10 +6,10 @@
 __all__ = ['duration', 'seconds_left', 'run_line', 'sample_line', 'summary_line', 'news', 'Watch']
 
 # %% ../../nbs/views/02_terminal.ipynb #a3edabd5
-import re, shutil, sys, textwrap, threading, time
+import contextlib, re, shutil, sys, threading, time
 from statistics import median
 from pathlib import Path
-from ..core import patch_to, visible
+from ..core import TinyTrainerError, need_fit, one_line, patch_to
 from ..runs.run import Run
 
 # %% ../../nbs/views/02_terminal.ipynb #e50075b4
@@ -25,19 +25,20 @@ def duration(seconds: float) -> str:
 def seconds_left(run: Run) -> float | None:
     "Estimate from the last twenty steps; None before there are two, and for a run that does not go on."
     steps = [e for e in run.events if e["kind"] == "metrics"][-20:]
-    if len(steps) < 2 or run.status != "running": return None
+    total = run.info["settings"].get("max_steps")
+    if len(steps) < 2 or total is None or run.status != "running": return None
     a_step = median(b["time"] - a["time"] for a, b in zip(steps, steps[1:]))
-    return a_step * (run.info["settings"]["max_steps"] - steps[-1]["step"])
+    return a_step * (total - steps[-1]["step"])
 
 # %% ../../nbs/views/02_terminal.ipynb #9e2d07b6
 def run_line(run: Run) -> str:
     "A run that is going on, in one line; empty before its first step."
     steps = [e for e in run.events if e["kind"] == "metrics"]
     if not steps: return ""
-    last, settings = steps[-1], run.info["settings"]
+    last, total = steps[-1], run.info["settings"].get("max_steps", "?")
     names = ("reward", "kl") if "reward" in last else ("loss", "accuracy")
     figures = "  ".join(f"{name} {last[name]:.2f}" for name in names if last.get(name) is not None)
-    return f"{run.info['recipe']}  step {last['step']}/{settings['max_steps']}  {figures}  {_rest(run)}".rstrip()
+    return f"{run.info['recipe']}  step {last['step']}/{total}  {figures}  {_rest(run)}".rstrip()
 
 def _rest(run: Run) -> str:
     "The time left in words, or that the run is paused; empty if nobody knows."
@@ -53,19 +54,23 @@ def sample_line(event: dict) -> str:
     return f'  step {event["step"]}: "{question}" -> "{answer}"{judged}'
 
 def _one_line(text: str, width: int) -> str:
-    "`text` without line breaks, at most `width` characters."
-    return textwrap.shorten(visible(" ".join(str(text).split())), width, placeholder=" ...")
+    "`text` without line breaks, cut after a word to at most `width` characters."
+    line = one_line(" ".join(str(text)[:20 * width].split()))
+    if len(line) <= width: return line
+    kept = line[:width - len(" ...") + 1].rpartition(" ")[0]
+    return f"{kept or line[:width - len(' ...')]} ..."
 
 # %% ../../nbs/views/02_terminal.ipynb #2bc961f4
 def summary_line(run: Run) -> str:
-    "How a run ended, in one line."
-    s = run.summary
+    "How a run ended, in one line. Raises `TinyTrainerError` if its summary.json is damaged."
+    needed = ("recipe", "status", "steps", "seconds", "tokens_per_s", "peak_memory_gb")
+    s = need_fit(run.folder / "summary.json", run.summary, {}, needed)
     name = "reward" if "first_reward" in s else "loss"
     first, last = s.get(f"first_{name}"), s.get(f"last_{name}")
     steps = f"{s['steps']} step{'s' * (s['steps'] != 1)}"
-    change = "" if last is None else f"{name} {first:.3g} -> {last:.3g}, "
+    change = "" if None in (first, last) else f"{name} {first:.3g} -> {last:.3g}, "
     speed = f"{s['tokens_per_s']:,.0f} tokens/s, " if s["tokens_per_s"] else ""
-    costs = f"{duration(s['seconds'])}, {speed}{s['peak_memory_gb']:.2f} GiB"
+    costs = f"{duration(s['seconds'] or 0)}, {speed}{s['peak_memory_gb'] or 0:.2f} GiB"
     return f"{s['recipe']} {s['status']}: {steps}, {change}{costs}{_rung(run)}"
 
 def _rung(run: Run) -> str:
@@ -126,22 +131,26 @@ class Watch:
         "Lines to keep since the last call."
         lines = []
         for path, run in self.runs.items():
-            events = run.events
-            lines += news(run, events[_told(events, self.told.get(path)):])
-            self.told[path] = events[-1] if events else None
+            with contextlib.suppress(TinyTrainerError): # a damaged run is none to watch
+                events = run.events
+                lines += news(run, events[_told(events, self.told.get(path)):])
+                self.told[path] = events[-1] if events else None
         return lines
 
 # %% ../../nbs/views/02_terminal.ipynb #3e7fa6d4
 def _undrawn(bar: str) -> str:
     "A progress bar's text for a log: its name and figures."
-    return re.sub(r"\s*\d+%\|.*\|\s*", " ", bar)
+    return " ".join(re.sub(r"\d+%\|.*\|", " ", bar[:1000]).split())
 
 @patch_to(Watch)
 def line(self) -> str:
     "What is going on: the newest run that trains, else the bar, else what was said."
     for path in (p for f in self.folders for p in f.rglob("run.json") if p not in self.runs):
         self.runs[path] = Run(path.parent)
-    going = [line for run in self.runs.values() if run.is_active and (line := run_line(run))]
+    going = []
+    for run in self.runs.values():
+        with contextlib.suppress(TinyTrainerError):
+            if run.is_active and (line := run_line(run)): going.append(line)
     if going: return going[-1]
     if self._bar and time.time() - self._bar_since < 5: return self._bar if self.terminal else _undrawn(self._bar)
     return f"{self.doing}  {duration(time.time() - self._doing_since)}"
@@ -162,7 +171,7 @@ def _show(self, last: bool = False) -> None:
 @patch_to(Watch)
 def _write(self, text: str, end: str) -> None:
     "Write `text`; on a terminal, over the line that stands there."
-    wipe = "\r" + " " * self._shown + "\r" if self.terminal else ""
+    wipe, text = "\r" + " " * self._shown + "\r" if self.terminal else "", one_line(text)
     self.stream.write(wipe + text + end)
     self.stream.flush()
     self._shown = 0 if end else len(text)
