@@ -190,25 +190,36 @@ def _beside_in_blocks(product, down: Tensor, up: Tensor):
     return lambda x, *args, **kwargs: beside(into(x), product(x))
 
 # %% ../../nbs/compute/06_decode.ipynb #353a7ce6
+def _marks(layers) -> list:
+    "What differs when weights were trained, merged or replaced since: place, version, and a few of the numbers."
+    few = [m.weight.detach().reshape(-1)[:: max(1, m.weight.numel() // 16)] for m in layers]
+    numbers = torch.cat([part.float() for part in few]).tolist() if few else []
+    return [[(m.weight.data_ptr(), m.weight._version) for m in layers], numbers]
+
 class Decoder:
     "Forward passes without gradient, each weight read in its quickest form."
     def __init__(
         self,
-        model: nn.Module,          # with or without adapters; its frozen weights must not change meanwhile
+        model: nn.Module,          # with or without adapters; copies of weights that change are made anew
         dtype: torch.dtype | None, # computed in; None: as the model was loaded
         rows: int,                 # completions decoded together
         forms: dict | None = None, # from `choose_forms`; None: probe now
     ):
         self.model, self.dtype = model, dtype or next(p.dtype for p in model.parameters() if p.is_floating_point())
         self.forms = forms if forms is not None and self._exist(forms) else choose_forms(model, self.dtype, rows)
+        self._copy()
+
+    @torch.no_grad()
+    def _copy(self) -> None:
+        "Make the copies."
         self.quick = [] # (layers with the same input, their product)
-        usable = {id(m) for m in _linears(model)}
-        with torch.no_grad():
-            for family in _families(model):
-                bases = [plain_layer(m) for m in family]
-                if not all(id(m) in usable for m in bases): continue
-                chosen = [self.forms.get(key(m), "as it is") for m in bases]
-                self.quick += _products(family, bases, chosen, self.dtype)
+        usable = {id(m): m for m in _linears(self.model)}
+        for family in _families(self.model):
+            bases = [plain_layer(m) for m in family]
+            if not all(id(m) in usable for m in bases): continue
+            chosen = [self.forms.get(key(m), "as it is") for m in bases]
+            self.quick += _products(family, bases, chosen, self.dtype)
+        self.marks = _marks(usable.values())
 
     def _exist(self, forms: dict) -> bool:
         "Whether these forms exist here; they may have been chosen on another machine."
@@ -220,6 +231,7 @@ class Decoder:
 def on(self):
     "Inside, forward passes are quick ones; gives the function that decodes one token of every slot."
     changed, handled = [], set()
+    if _marks(_linears(self.model)) != self.marks: self._copy()
     try:
         for family, product in self.quick:
             targets, forwards = _swap(family, product, self.dtype)

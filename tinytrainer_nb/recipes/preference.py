@@ -231,7 +231,7 @@ def _begin(recipe: str, model, tokenizer, data, args: PairArgs, live: bool) -> R
     about = dict(load=describe(model, tokenizer), data=data_origin(examples), may_change=may_change(args))
     with Run.prepare(args.out, recipe, args, **about) as run:
         _keep(run, train=train, heldout=held)
-        begin(run, model)
+        begin(run, model, tokenizer)
         if args.eval_steps and not len(held):
             tell(run, f"no pair is held back for an evaluation: that takes ten pairs, and there are {len(train)}")
         tell(run, f"data: {len(pairs):,} pairs, {tokens:,} tokens; left out: {reasons}; held out: {len(held):,} pairs")

@@ -25,7 +25,7 @@ def at_start(run: Run) -> tuple: # (model, tokenizer)
     "A run's model as it was when the run began, and its tokenizer. Raises `TinyTrainerError` if the base has changed."
     record, start = LoadRecord.of(run.info), run.folder / "start"
     if not (start / "adapter_config.json").exists(): return _whole_at_start(record, start)
-    model, tokenizer = load_recorded(record)
+    model, tokenizer = load_recorded(record, changed=start / "tokenizer")
     return with_adapter(model, start), tokenizer
 
 def _whole_at_start(record: LoadRecord, start: Path) -> tuple:

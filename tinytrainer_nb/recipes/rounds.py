@@ -174,7 +174,7 @@ def prepare(
     about = dict(load=load, data=data, may_change=may_change(args), reward=judge.record)
     with Run.prepare(args.out, recipe, args, **about) as run:
         write_json(run.folder / "data" / "prompts.json", prompts)
-        begin(run, model)
+        begin(run, model, tokenizer)
         if len(prompts) < len(found): tell(run, f"left out: {len(found) - len(prompts)} prompts that are too long")
     return run, prompts
 

@@ -68,7 +68,7 @@ def sft(
     told = dict(load=describe(model, tokenizer), data=data_origin(examples), may_change=may_change(args))
     with Run.prepare(args.out, "sft", args, **told) as run:
         _keep_data(run, train, held)
-        begin(run, model)
+        begin(run, model, tokenizer)
         if args.eval_steps and not len(held):
             tell(run, f"no row is held back for an evaluation: that takes ten rows, and there are {len(train)}")
         tell(run, f"data: {reading}; held out: {len(held):,} rows")

@@ -14,7 +14,7 @@ from ..runs.worker import launch
 from ..model.arguments import LoadArgs, LoraArgs
 from ..model.layers import adapter_layers, has_adapter, trainable
 from ..model.lora import adapter_settings, add_lora, save_adapter
-from ..model.load import load_model
+from ..model.load import load_model, need_whole_vocabulary, vocabulary_hash
 from .arguments import TrainArgs
 from peft import PeftModel
 
@@ -42,18 +42,22 @@ def need_heldout(
 
 # %% ../../nbs/recipes/03_start.ipynb #043eb794
 def describe(model, tokenizer) -> dict:
-    "The part of run.json about the model. Raises `TinyTrainerError` for a model that `load_model` did not load."
+    """The part of run.json about the model.
+    Raises `TinyTrainerError` for a model that `load_model` did not load, or a tokenizer with tokens that it lacks."""
     report = getattr(model, "load_report", None)
     if report is None:
         raise TinyTrainerError("this model was not loaded by load_model(), so the run could not be resumed. "
                                "Load it with load_model(folder).")
+    need_whole_vocabulary(report.base, tokenizer, model.config)
     adapter = dict(adapter=adapter_settings(model), adapter_from=getattr(model, "adapter_from", None))
     return report.__dict__ | adapter | dict(chat_template=tokenizer.chat_template)
 
 # %% ../../nbs/recipes/03_start.ipynb #5de2d199
-def begin(run: Run, model) -> None:
-    "Keep the adapter as it was handed over."
-    with whole_folder(run.folder / "start") as folder: save_adapter(model, folder)
+def begin(run: Run, model, tokenizer) -> None:
+    "Keep the adapter as it was handed over, and the tokenizer if it is not the base's own any more."
+    with whole_folder(run.folder / "start") as folder:
+        save_adapter(model, folder)
+        if vocabulary_hash(tokenizer) != model.load_report.vocabulary: tokenizer.save_pretrained(folder / "tokenizer")
 
 _TURNS = [dict(role="text", content="text"), "?"] # a conversation, or null; sorts as in `core.unfit`
 _ROW = dict(messages=_TURNS, text="text?", chosen="text", rejected="text")

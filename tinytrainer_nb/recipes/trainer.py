@@ -21,6 +21,7 @@ from ..compute.onednn import has_blocks
 from ..compute.path import choose_path, on_path
 from ..model.layers import count_trainable, keep_gradients, trainable
 from ..model.base import compute_context
+from ..model.load import result_hashes
 from ..model.lora import save_adapter
 from ..model.tinylora import few_numbers
 from ..views import plots # noqa: F401, adds `save_figure` to a run
@@ -559,6 +560,7 @@ def finish(self, step: int, status: str) -> None:
     seconds = self.seconds + self.clock()
     summary = summarize(self.run, status, step, count_trainable(self.model), seconds, self.args.device)
     write_json(self.run.folder / "summary.json", summary)
+    self.run.update_info(result=result_hashes(self.run.folder))
     self.run.save_figure()
     self.run.set_status(status, step, **self.ending)
 
