@@ -7,7 +7,8 @@ __all__ = ['LARGEST', 'PLAIN', 'BUILDING', 'TinyTrainerError', 'MissingFile', 'p
            'is_there', 'patiently', 'sync_folder', 'hidden_beside', 'write_whole', 'plain', 'write_json', 'need_flat',
            'need_file', 'read_json', 'unfit', 'read_typed', 'need_fit', 'file_hash', 'need_no_link', 'remove_whole',
            'whole_folder', 'visible', 'one_line', 'say', 'Markup', 'escaped', 'inert', 'command', 'may_be_on_hub',
-           'shipped', 'data_file', 'in_notebook', 'progress', 'quiet', 'builds', 'patch_to', 'repeated_share']
+           'shipped', 'data_file', 'short_name', 'shipped_notebooks', 'in_notebook', 'progress', 'quiet', 'builds',
+           'patch_to', 'repeated_share']
 
 # %% ../nbs/00_core.ipynb #a2756417
 import builtins, contextlib, functools, hashlib, inspect, json, math
@@ -338,6 +339,16 @@ def data_file(name: str) -> Path:
     if path.exists(): return path
     raise TinyTrainerError(f"data/{name} is not there. Run from a clone installed with `pip install -e .`, "
                            "or from an installed wheel; `data/README.md` says how each file is made.")
+
+# %% ../nbs/00_core.ipynb #990e3e7b
+def short_name(path: Path | str) -> str:
+    "A notebook's name without its number and ending."
+    return re.sub(r"^\d+[a-z]?_", "", Path(path).stem)
+
+def shipped_notebooks() -> dict[str, Path]: # short name: path
+    "The tutorials and benchmarks of the project."
+    folders = (shipped("nbs") / kind for kind in ("tutorials", "benchmarks"))
+    return {short_name(path): path for folder in folders for path in sorted(folder.glob("*.ipynb"))}
 
 # %% ../nbs/00_core.ipynb #4f484e80
 class _Cell:

@@ -71,7 +71,17 @@ def summary_line(run: Run) -> str:
     change = "" if None in (first, last) else f"{name} {first:.3g} -> {last:.3g}, "
     speed = f"{s['tokens_per_s']:,.0f} tokens/s, " if s["tokens_per_s"] else ""
     costs = f"{duration(s['seconds'] or 0)}, {speed}{s['peak_memory_gb'] or 0:.2f} GiB"
-    return f"{s['recipe']} {s['status']}: {steps}, {change}{costs}{_rung(run)}"
+    return f"{s['recipe']} {s['status']}: {steps}, {change}{_held_out(run)}{costs}{_rung(run)}"
+
+def _held_out(run: Run) -> str:
+    "The held-out figures of the result: of the last evaluation, or of the best one if its weights were kept."
+    found = [e for e in run.events if e["kind"] == "evaluation"]
+    if not found: return ""
+    told, name = found[-1], "reward" if "reward" in found[-1] else "loss"
+    if run.info["settings"].get("keep_best") and all(e.get(name) is not None for e in found):
+        told = (max if name == "reward" else min)(found, key=lambda e: e[name])
+    value = told.get(name)
+    return "" if value is None else f"held-out {name} {value:.3g} (step {told['step']}), "
 
 def _rung(run: Run) -> str:
     "The alarms of a run, each with the step of its first; empty if there were none."
