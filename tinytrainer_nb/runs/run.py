@@ -132,7 +132,8 @@ def need_own(self) -> None:
     here = self.folder.resolve()
     for above, folders, files in os.walk(self.folder):
         for path in (Path(above, name) for name in (*folders, *files)):
-            if path.is_symlink() and here not in Path(os.path.realpath(path)).parents:
+            inside = path.exists() and here in Path(os.path.realpath(path)).parents
+            if path.is_symlink() and not inside:
                 raise TinyTrainerError(f"{path}: is a link that leads out of the run's folder, and nothing is written "
                                        "through it. Put the file itself here, or remove the link.")
     for path in (self.folder / name for name in ("checkpoints", "requests", "data", "start", "adapter", "model")):
