@@ -121,9 +121,9 @@ def summary(self) -> dict:
 @patch_to(Run)
 def __repr__(self) -> str:
     if not (self.folder / "run.json").exists(): return f"Run({str(self.folder)!r})"
-    info = self.info
-    total = info["settings"].get("max_steps", "?")
-    return one_line(f"Run({str(self.folder)!r}): {info['recipe']}, {self.status}, step {self.step} of {total}")
+    try: told = f"{self.info['recipe']}, {self.status}, step {self.step} of {self.info['settings'].get('max_steps', '?')}"
+    except TinyTrainerError as e: told = str(e) # a damaged run shows what is wrong with it
+    return one_line(f"Run({str(self.folder)!r}): {told}")
 
 # %% ../../nbs/runs/03_run.ipynb #0fae1b51
 @patch_to(Run)
