@@ -424,7 +424,7 @@ def new_model(
     compute, why = probe_dtype(device) if dtype == "auto" else (DTYPES[dtype], "as asked")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(preset.config, dtype=torch.float32).to(device)
+        model = AutoModelForCausalLM.from_config(preset.config, dtype=torch.float32, trust_remote_code=False).to(device)
     model.config._attn_implementation = "packed"
     name, size = f"new:{shape}", tensor_bytes(model)
     model.load_report = LoadReport(

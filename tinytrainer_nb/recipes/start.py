@@ -69,6 +69,7 @@ def kept_rows(
     "Rows that a run has kept. Raises `TinyTrainerError` for a file that is not what it was."
     path = run.folder / "data" / f"{name}.json"
     rows = read_typed(path, [_ROW])
+    if not rows and name != "heldout": raise TinyTrainerError(f"{path}: no row is in it. Restore the file.")
     bare = (i for i, row in enumerate(rows) if not row.get("messages") and row.get("text") is None)
     if (i := next(bare, None)) is None: return rows
     raise TinyTrainerError(f"{path}: [{i}] has neither messages nor a text. Restore the file.")

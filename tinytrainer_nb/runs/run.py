@@ -123,9 +123,9 @@ def summary(self) -> dict:
 @patch_to(Run)
 def __repr__(self) -> str:
     if not (self.folder / "run.json").exists(): return f"Run({str(self.folder)!r})"
-    info = self.info
-    total = info["settings"].get("max_steps", "?")
-    return one_line(f"Run({str(self.folder)!r}): {info['recipe']}, {self.status}, step {self.step} of {total}")
+    try: told = f"{self.info['recipe']}, {self.status}, step {self.step} of {self.info['settings'].get('max_steps', '?')}"
+    except TinyTrainerError as e: told = str(e) # a damaged run shows what is wrong with it
+    return one_line(f"Run({str(self.folder)!r}): {told}")
 
 # %% ../../nbs/runs/03_run.ipynb #0fae1b51
 @patch_to(Run)
@@ -134,7 +134,8 @@ def need_own(self) -> None:
     here = self.folder.resolve()
     for above, folders, files in os.walk(self.folder):
         for path in (Path(above, name) for name in (*folders, *files)):
-            if path.is_symlink() and here not in Path(os.path.realpath(path)).parents:
+            inside = path.exists() and here in Path(os.path.realpath(path)).parents
+            if path.is_symlink() and not inside:
                 raise TinyTrainerError(f"{path}: is a link that leads out of the run's folder, and nothing is written "
                                        "through it. Put the file itself here, or remove the link.")
     for path in (self.folder / name for name in ("checkpoints", "requests", "data", "start", "adapter", "model")):
