@@ -14,7 +14,7 @@ import nbformat
 import papermill
 import tinytrainer_nb
 import yaml
-from .core import TinyTrainerError, is_there, local_path, one_line, short_name, shipped_notebooks
+from .core import TinyTrainerError, is_there, local_path, one_line, shipped_notebooks, short_name
 from .runs.run import free_sibling
 from .views.terminal import Watch
 from nbclient.exceptions import DeadKernelError

@@ -17,7 +17,7 @@ import pyarrow.parquet
 from datasets import Dataset, Features, Json, List, Value, concatenate_datasets, load_dataset
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
-from ..core import file_hash, is_there, local_path, may_be_on_hub, say, TinyTrainerError
+from ..core import TinyTrainerError, file_hash, is_there, local_path, may_be_on_hub, say
 
 # %% ../../nbs/data/02_formats.ipynb #1c40195b
 @dataclass

@@ -9,7 +9,7 @@ __all__ = ['merged', 'save_merged']
 from pathlib import Path
 import torch
 from torch import nn
-from ..core import local_path, need_no_link, quiet, TinyTrainerError, whole_folder
+from ..core import TinyTrainerError, local_path, need_no_link, quiet, whole_folder
 from ..hardware import DTYPES
 from .layers import written_out, plain_layer, plain_model
 from .load import load_model

@@ -7,7 +7,7 @@ __all__ = ['need_trainable', 'need_heldout', 'describe', 'begin', 'kept_rows', '
 
 # %% ../../nbs/recipes/03_start.ipynb #c06b1b4e
 from contextlib import ExitStack, nullcontext
-from ..core import read_typed, say, TinyTrainerError, whole_folder
+from ..core import TinyTrainerError, read_typed, say, whole_folder
 from ..hardware import random_kept, seed_everything
 from ..runs.run import Run
 from ..runs.worker import launch

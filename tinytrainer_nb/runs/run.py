@@ -9,7 +9,7 @@ __all__ = ['ACTIVE', 'INFO', 'SUMMARY', 'REQUEST', 'Run', 'free_sibling']
 import contextlib, errno, glob, os, re, shutil, tempfile, threading, time
 from pathlib import Path
 import psutil
-from ..core import command, hidden_beside, local_path, MissingFile, need_fit, one_line, patch_to
+from ..core import MissingFile, command, hidden_beside, local_path, need_fit, one_line, patch_to
 from ..core import PLAIN, plain, processes, read_json, read_typed, say, share, sync_folder
 from ..core import TinyTrainerError, write_json
 from .journal import Journal, STATES
