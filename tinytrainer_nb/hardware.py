@@ -125,10 +125,12 @@ def probe_dtype(device: str) -> tuple[torch.dtype, str]: # the compute dtype, an
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return (torch.bfloat16, "this GPU has bf16 units") if bf16 else (torch.float16, "this GPU has no bf16 units")
     ratio = _bf16_gain(torch.get_num_threads())
-    if ratio > 1.2: return torch.bfloat16, f"a bf16 product is {ratio:.1f}x as fast as fp32 on this CPU"
-    if _has_bf16_instructions():
+    if ratio < 1.2 and _has_bf16_instructions():
         return torch.bfloat16, f"this CPU has bf16 instructions, though just now a product was {ratio:.1f}x as fast"
-    return torch.float32, f"a bf16 product is only {ratio:.1f}x as fast as fp32 on this CPU"
+    near = "; a near tie, which dtype='bf16' or 'fp32' decides for good"
+    told = f"{ratio:.1f}x as fast as fp32 on this CPU{near * (0.8 < ratio < 1.8)}"
+    if ratio > 1.2: return torch.bfloat16, f"a bf16 product is {told}"
+    return torch.float32, f"a bf16 product is only {told}"
 
 # %% ../nbs/02_hardware.ipynb #6e170061
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
