@@ -30,6 +30,8 @@ ROLES = {
 }
 
 
+MAY_BE_EMPTY = ("system", "tool", "observation")
+
 # What a table means, written a second time and plainly
 
 
@@ -80,6 +82,18 @@ def dialogue(question: str, reply: str) -> list[dict]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
 
 
+ASKS = ("prompt", "question", "instruction", "query", "problem", "input")
+ANSWERS = ("completion", "response", "answer", "output", "reply", "solution", "target")
+
+
+def other_names(columns: set, rows: list[dict]) -> tuple[str, str] | None:
+    "A question's and an answer's column, if only one of each can be meant"
+    asks = [c for c in ASKS if c in columns and not (c == "input" and "instruction" in columns)]
+    texts = [c for c in ANSWERS if all(r.get(c) is None or type(r[c]) is str for r in rows)]
+    answers = [c for c in texts if c in columns]
+    return (asks[0], answers[0]) if len(asks) == len(answers) == 1 and "text" not in columns else None
+
+
 def meaning(rows: list[dict]) -> tuple[list[dict], int]:
     "What should be made of `rows`, and how many of them say nothing"
     if not all(type(r) is dict for r in rows):
@@ -96,17 +110,25 @@ def meaning(rows: list[dict]) -> tuple[list[dict], int]:
         "prompt": {"prompt"},
     }
     kind = next((k for k, needed in kinds.items() if needed <= columns), None)
+    if kind in (None, "prompt") and (pair := other_names(columns, rows)):
+        kind, talk = "pair", pair
+    if kind is None and {"chosen", "rejected"} <= columns:
+        kind, talk = "preference", None
     if kind is None:
         raise Refused(columns)
     made = [one(row, kind, talk) for row in rows]
     blank = [
-        any(not m["content"].strip() for m in r.get("messages", ()))
-        or r.get("messages") == []
+        any(not m["content"].strip() for m in r.get("messages", ()) if m["role"] not in MAY_BE_EMPTY)
+        or "messages" in r
+        and not any(m["content"].strip() for m in r["messages"])
         or any(not r[c].strip() for c in ("text", "chosen", "rejected") if type(r.get(c)) is str and c in used)
         for r, used in made
     ]
     if all(blank):
         raise Refused("nothing is left")
+    for r, _ in made:
+        if "messages" in r:
+            r["messages"] = [m for m in r["messages"] if m["role"] != "system" or m["content"].strip()]
     return [{k: v for k, v in r.items() if v is not None} for (r, _), empty in zip(made, blank) if not empty], sum(
         blank
     )
@@ -114,8 +136,21 @@ def meaning(rows: list[dict]) -> tuple[list[dict], int]:
 
 def one(row: dict, kind: str, talk: str | None) -> tuple[dict, set]:
     "One row as it should come out, other columns included, and the columns that were used"
-    if kind == "preference":
-        before = asked(row, talk)
+    if kind == "pair":
+        question, reply = talk
+        if question == "prompt":
+            said = [] if row.get(reply) is None else [{"role": "assistant", "content": text(row, reply)}]
+            new, used = {"messages": asked(row, "prompt") + said, reply: row.get(reply)}, {"prompt"}
+        else:
+            given = "\n" + text(row, "input") if question == "instruction" and row.get("input") else ""
+            new, used = {"messages": dialogue(text(row, question) + given, text(row, reply))}, {question, reply}
+            used |= {"input"} if question == "instruction" else set()
+    elif kind == "preference":
+        if talk is None:
+            both = [turns(row.get(c))[:-1] if type(row.get(c)) is list else [] for c in ("chosen", "rejected")]
+            if both[0] != both[1] or not both[0]:
+                raise Refused(row)
+        before = asked(row, talk) if talk else both[0]
         if before and before[-1]["role"] in ("assistant", "function_call"):
             raise Refused(row)
         new, used = (
@@ -362,6 +397,8 @@ def csv_rows(whole: str) -> list[dict]:
         raise Refused("open quote")
     if row or state != "start":
         table.append([*row, cell])
+    if table:
+        table[0] = [name.strip() for name in table[0]]
     if not table or len(set(table[0])) < len(table[0]) or any(len(r) != len(table[0]) for r in table):
         raise Refused("ragged")
     return [dict(zip(table[0], r)) for r in table[1:]]
@@ -436,6 +473,12 @@ def save(folder: Path, number: int, suffix: str, files: list[bytes]) -> Path:
     return path
 
 
+def plain(value, wanted):
+    "A value of a column that no type fits, which is kept as JSON, where it says what is wanted"
+    odd = type(value) is str and value != wanted and "\\ud" in value
+    return json.loads(value) if odd else value
+
+
 def check(path: Path, rows: list | None, broken: bool) -> str:
     "Load one file and hold the result against what it means; says what became of it"
     try:
@@ -450,6 +493,7 @@ def check(path: Path, rows: list | None, broken: bool) -> str:
         return "refused"
     found = [{k: v for k, v in r.items() if v is not None} for r in table.to_list()]
     order = lambda rs: sorted(map(repr, rs)) if path.is_dir() else rs
+    found = [{k: plain(v, w.get(k)) for k, v in r.items()} for r, w in zip(found, wanted, strict=True)]
     assert order(found) == order(wanted), "altered"
     assert data_origin(table)["left_out_empty"] == blank and len(table) + blank == len(rows), "lost"
     return "read"

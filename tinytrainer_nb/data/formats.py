@@ -795,7 +795,7 @@ def _say_odd(source: Source, odd: dict[str, Dataset | None]) -> None:
     "One line on stderr about columns whose values have no one type."
     kept, lost = [n for n, made in odd.items() if made is not None], [n for n, made in odd.items() if made is None]
     for names, what in ((kept, "kept as JSON"), (lost, "left out")):
-        if names: print(f"{source.name}: column {_listed(names)} {what}: its values have no one type", file=sys.stderr)
+        if names: print(f"{source.name}: column {_listed(names)} {what}: no column of one type holds its values", file=sys.stderr)
 
 # %% ../../nbs/data/02_formats.ipynb #ae986610
 def _unfit(name: str, values: list) -> str:
