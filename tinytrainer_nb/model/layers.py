@@ -96,7 +96,8 @@ def _position_tables(model: nn.Module) -> list[int]: # tokens
     learned = [m.num_embeddings - getattr(m, "offset", 0) # OPT leaves its first two rows out
                for name, m in model.named_modules()
                if isinstance(m, nn.Embedding) and m is not tokens and is_table(name)]
-    return learned + [len(b) for name, b in model.named_buffers() if name.endswith("embed_positions")]
+    fixed = [getattr(m, name, None) for m in model.modules() for name in ("embed_positions", "pos_encoding")]
+    return learned + [len(table) for table in fixed if isinstance(table, torch.Tensor)]
 
 def context_length(model: nn.Module) -> int | None: # tokens
     "The longest text that `model` can take; None if its positions have no end."
