@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['PACKED', 'TEXT_SUFFIXES', 'READERS', 'ABOUT_DATA', 'SPLITS', 'ROLES', 'SAID', 'ASKING', 'STYLES', 'TALKS', 'KINDS',
-           'KNOWN_COLUMNS', 'ASKED', 'ANSWERS', 'SYSTEM', 'MEANT', 'MAPPINGS', 'ASIDE', 'UNFIT', 'NEEDED', 'HUB_ID',
-           'Source', 'read_rows', 'find_kind', 'Mapping', 'need_data', 'load_examples', 'Sourced', 'data_origin',
-           'empty_rows', 'as_examples', 'load_prompts']
+           'KNOWN_COLUMNS', 'ASKED', 'ANSWERS', 'SYSTEM', 'MEANT', 'MAPPINGS', 'ASIDE', 'UNFIT', 'WRITTEN', 'NEEDED',
+           'HUB_ID', 'Source', 'read_rows', 'find_kind', 'Mapping', 'need_data', 'load_examples', 'Sourced',
+           'data_origin', 'empty_rows', 'as_examples', 'load_prompts']
 
 # %% ../../nbs/data/02_formats.ipynb #dc122039
-import bisect, bz2, csv, gzip, io, json, lzma, math, re, sys
+import bisect, bz2, csv, datetime, gzip, io, json, lzma, math, re, sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from decimal import Decimal
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
+from uuid import UUID
 import pyarrow, pyarrow.parquet
 from datasets import Dataset, Features, Json, List, Value, concatenate_datasets, load_dataset
 from huggingface_hub import constants
@@ -35,7 +37,8 @@ class Source:
 
 def _listed(names) -> str:
     "Names on one line, whatever is in them; shortened if they are many."
-    return " ".join(", ".join(names).split())[:160] or "(none)"
+    line = " ".join(", ".join(names).split())[:160]
+    return line.encode("utf-8", "backslashreplace").decode("utf-8") or "(none)"
 
 # %% ../../nbs/data/02_formats.ipynb #ee818fe5
 def _unpack_zst(data: bytes) -> bytes:
@@ -762,15 +765,21 @@ def _json_column(name: str, values: list) -> Dataset:
     return made
 
 # %% ../../nbs/data/02_formats.ipynb #7a2bcd7e
+WRITTEN = (datetime.date, datetime.time, datetime.timedelta, Decimal, PurePath, UUID)
+
 def _plain(value):
-    "A value as JSON has it: NaN as null, pairs of a name and a value as an object, other things as their text."
+    "A value as JSON has it: NaN as null, dates and the like as text. Raises `TypeError` for what JSON cannot say."
     if isinstance(value, dict): return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set): return [_plain(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value): return None
-    return value if isinstance(value, str | int | float | None) else str(value)
+    if isinstance(value, bytes): return value.decode("utf-8", "backslashreplace")
+    if isinstance(value, WRITTEN): return str(value)
+    if isinstance(value, str | int | float | None): return value
+    raise TypeError(f"{type(value).__name__} has no form in JSON")
 
 def _odd_column(name: str, values: list) -> Dataset | None:
-    "A column of JSON, or of its text; None if it cannot be."
+    "A column of JSON, or of its text; None if it cannot be. NaN among other things, as pandas has it, says nothing."
+    values = [None if isinstance(v, float) and math.isnan(v) else v for v in values]
     try: return _json_column(name, values)
     except Exception: pass # the values may be anything
     try: return _column(name, [None if v is None else json.dumps(_plain(v)) for v in values])
@@ -795,7 +804,8 @@ def _say_odd(source: Source, odd: dict[str, Dataset | None]) -> None:
     "One line on stderr about columns whose values have no one type."
     kept, lost = [n for n, made in odd.items() if made is not None], [n for n, made in odd.items() if made is None]
     for names, what in ((kept, "kept as JSON"), (lost, "left out")):
-        if names: print(f"{source.name}: column {_listed(names)} {what}: no column of one type holds its values", file=sys.stderr)
+        said = f"{source.name}: column {_listed(names)} {what}: no column of one type holds its values"
+        if names: print(said, file=sys.stderr)
 
 # %% ../../nbs/data/02_formats.ipynb #ae986610
 def _unfit(name: str, values: list) -> str:

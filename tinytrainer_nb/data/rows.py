@@ -146,7 +146,8 @@ def _unused(examples: Dataset) -> str:
     "For an error: columns that were not read, and how to say that one of them holds the answers."
     chats = examples["messages"] if "messages" in examples.column_names else []
     said = [turn for turns in chats for turn in turns or [] if turn["role"] in SAID]
-    if said and all(turn.get("weight") == 0 for turn in said): return ". Here every answer has the weight 0, which is not learned"
+    if said and all(turn.get("weight") == 0 for turn in said):
+        return ". Here every answer has the weight 0, so that none is learned"
     columns = [c for c in examples.column_names if c not in ("messages", "text", "reference_answer")]
     if not columns: return ""
     size = lambda c: sum(len(v) for v in examples[c] if isinstance(v, str))

@@ -358,6 +358,13 @@ class Scorer(nn.Module):
         return SequenceClassifierOutput(logits=self.scores(unpadded(input_ids, attention_mask))[:, None])
 
 # %% ../../nbs/recipes/09_preference.ipynb #4595b6f9
+def _need_room(model, rows: list[dict]) -> None:
+    "Raise `TinyTrainerError` for a conversation that a reward model cannot take."
+    longest, context = max(len(row["input_ids"]) for row in rows), context_length(model)
+    if not context or longest <= context: return
+    raise TinyTrainerError(f"a conversation with its answer has {longest} tokens, more than the reward model's "
+                           f"context of {context}. Lower max_length or max_new_tokens.")
+
 def scores(
     scorer,                 # a `Scorer`
     tokenizer,              # its tokenizer
@@ -368,6 +375,7 @@ def scores(
 ) -> list[float]:           # one an answer
     "The worth of answers to a reward model, in evaluation mode and without gradient."
     rows = [dict(input_ids=encode_answer(tokenizer, messages, answer)[0]) for messages, answer in zip(asked, answers)]
+    _need_room(scorer.policy, rows)
     scorer.eval()
     found = []
     with torch.no_grad(), compute_context(scorer, dtype):

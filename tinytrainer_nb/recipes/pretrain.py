@@ -149,7 +149,7 @@ def read_back(run: Run, tokenizer, args: PretrainArgs) -> dict:
 def _tell_blocks(run: Run, blocks: Blocks, args: PretrainArgs) -> None:
     "Say what may surprise: shorter blocks than were asked for, and fewer that are held out."
     if blocks.length < args.max_length:
-        tell(run, f"blocks of {blocks.length} tokens instead of max_length={args.max_length}: it is the model's context")
+        tell(run, f"blocks have {blocks.length} tokens, the model's context, instead of max_length={args.max_length}")
     wanted, held = args.eval_blocks if args.eval_steps else 0, _held_out(blocks, args)
     if held < wanted: tell(run, held_note(len(blocks), wanted, held, "blocks"))
 

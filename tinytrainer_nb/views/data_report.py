@@ -95,14 +95,15 @@ def _fits_or_not(report: DataReport) -> dict[str, list[int]]: # label: lengths i
 
 @patch_to(DataReport)
 def figure(self, width: float = 7.0) -> Picture: # inches
-    "The rows by their length in tokens, and where `max_length` cuts."
+    "The rows by their length in tokens, and where `max_length` or the model's context cuts."
     figure = Picture(figsize=(width, 3.0), layout="constrained")
     axes = figure.subplots()
     parts, edges, limit = _fits_or_not(self), _edges(self.lengths), self.limit + 0.5
     if len(parts) > 1: edges = sorted({*edges, limit}) # no bar on both sides of the line
     colours = [COLOURS[label != "fit"] for label in parts]
     axes.hist(list(parts.values()), bins=edges, stacked=True, color=colours, label=list(parts))
-    axes.axvline(limit, color="#666666", linestyle="--", linewidth=1, label=f"{'max_length' if self.limit == self.max_length else 'context'} {self.limit:,}")
+    name = "max_length" if self.limit == self.max_length else "the model's context"
+    axes.axvline(limit, color="#666666", linestyle="--", linewidth=1, label=f"{name} {self.limit:,}")
     axes.set(ylabel="rows")
     axes.set_title(f"{self.name}: {self.rows:,} rows, {self.tokens:,} tokens", fontsize=10)
     _logarithmic(axes, self.lengths)
