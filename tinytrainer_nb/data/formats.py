@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKED', 'TEXT_SUFFIXES', 'READERS', 'ABOUT_DATA', 'SPLITS', 'ROLES', 'SAID', 'ASKING', 'STYLES', 'TALKS', 'KINDS',
-           'KNOWN_COLUMNS', 'ASKED', 'ANSWERS', 'SYSTEM', 'MEANT', 'MAPPINGS', 'ASIDE', 'UNFIT', 'WRITTEN', 'NEEDED',
-           'HUB_ID', 'Source', 'read_rows', 'find_kind', 'Mapping', 'need_data', 'load_examples', 'Sourced',
+           'KNOWN_COLUMNS', 'ASKED', 'ANSWERS', 'SYSTEM', 'MEANT', 'MAPPINGS', 'ASIDE', 'BESIDE', 'UNFIT', 'WRITTEN',
+           'NEEDED', 'HUB_ID', 'Source', 'read_rows', 'find_kind', 'Mapping', 'need_data', 'load_examples', 'Sourced',
            'data_origin', 'empty_rows', 'as_examples', 'load_prompts']
 
 # %% ../../nbs/data/02_formats.ipynb #dc122039
@@ -173,7 +173,7 @@ def _columns(table: pyarrow.Table) -> tuple[dict[str, list], dict[str, str]]:
     for name in table.column_names:
         try: columns[name] = _values(table[name])
         except Exception as e: # such as a year 20000, or bytes that are no UTF-8
-            if name in MEANT: raise
+            if name in MEANT: raise ValueError(f"column {name}: {e}") from None
             why[name] = " ".join(str(e).split())
     return columns, why
 
@@ -232,8 +232,11 @@ def _of_split(path: Path, files: list[Path], split: str) -> list[Path]:
     found, wanted = {}, SPLITS.get(split, split)
     for f in files: found.setdefault(_split_of(f.relative_to(path)), []).append(f)
     if wanted in found: return found[wanted]
-    if wanted == "train" and ("" in found or len(found) == 1): return found.get("") or files
-    names = [name for name in found if name]
+    if wanted == "train" and "" in found: return found[""]
+    names = sorted(filter(None, found), key=lambda name: not name.startswith(wanted))
+    if wanted == "train" and len(names) == 1:
+        print(f"{path}: its only files are of the split {_listed(names)}, and are read", file=sys.stderr)
+        return files
     cure = f"Name one: split={names[0]!r}, in a terminal --split {names[0]}" if names else "Leave split out"
     raise TinyTrainerError(f"{path}: no file of the split {split!r} in this folder; "
                            f"its files are of {_listed(names)}. {cure}.")
@@ -256,7 +259,7 @@ def _need_one_part(path: Path, files: list[Path]) -> None:
 
 def _texts_of(path: Path, texts: list[Path], split: str) -> list[Path]:
     "The texts of a folder; if the name of each says its split, those of one."
-    told = [f for f in texts if not _tells_of_data(f)] or texts
+    told = [f for f in texts if not _tells_of_data(f)]
     splits = {_split_of(f.relative_to(path)) for f in told}
     return _of_split(path, told, split) if split != "train" or "train" in splits and "" not in splits else told
 
@@ -457,7 +460,8 @@ def _before_answers(row: dict, column: str | None) -> list[dict]: # None: no col
 def _preference(row: dict, column: str | None) -> dict:
     "A question with a better and a worse answer."
     asked = _before_answers(row, column)
-    if not asked and column is None: raise ValueError("'chosen' and 'rejected' have no beginning in common")
+    if not asked and column is None: raise ValueError(
+        "'chosen' and 'rejected' are no conversations with one beginning, and there is no column 'prompt' beside them")
     return dict(messages=asked, chosen=_answer(row, "chosen", asked), rejected=_answer(row, "rejected", asked))
 
 # %% ../../nbs/data/02_formats.ipynb #673a1b39
@@ -527,16 +531,16 @@ def find_kind(
 def _which(columns: list[str]) -> str:
     "How to say which columns are meant; those that differ from ours by case or blanks alone are found."
     found = {c.strip().lower(): c for c in columns}
-    fits = next((needed for _, needed, _, _ in KINDS if set(needed) <= found.keys()), None)
-    pairs = {c: found[c] for c in fits} if fits else _guess(list(found))
+    fits = next((needed for name, needed, _, _ in KINDS if set(needed) <= found.keys() and name != "prompts"), None)
+    pairs = {c: found[c] for c in fits} if fits else _guess(found)
     flag = ",".join(f"{new}={old}" for new, old in pairs.items())
     why = "Yours differ by case" if fits else "Say which are yours"
     return f"{why}: columns={pairs}, in a terminal --columns {flag}"
 
-def _guess(columns: list[str]) -> dict[str, str]:
+def _guess(found: dict[str, str]) -> dict[str, str]: # small letters: the name in the data
     "The columns that may be meant as question and answer."
-    asks, answers = _pair(columns)
-    return dict(prompt=(asks or ["your_column"])[0]) | {"completion": a for a in answers[:1]}
+    asks, answers = _pair(list(found))
+    return dict(prompt=found[asks[0]] if asks else "your_column") | {"completion": found[a] for a in answers[:1]}
 
 # %% ../../nbs/data/02_formats.ipynb #8c447661
 @dataclass
@@ -668,6 +672,8 @@ def _with_system(new: dict, row: dict) -> dict:
 
 # %% ../../nbs/data/02_formats.ipynb #cfeb5339
 ASIDE = ("reasoning_content", "reasoning", "thinking") # fields of a turn
+BESIDE = dict(context="--columns instruction=...,input=context,output=... joins it to the question",
+              history="only the turns of messages come before a question")
 
 def _unread_system(row: dict, system: list[str]) -> list[str]: # system: texts of the conversation's system turns
     "System columns of a row that its conversation does not begin with, in words."
@@ -681,10 +687,10 @@ def _unread_system(row: dict, system: list[str]) -> list[str]: # system: texts o
 def _unread(row: dict, new: dict) -> list[str]:
     "What a row says that the converted one does not, in words."
     system = [t["content"].strip() for t in new.get("messages") or [] if t["role"] == "system"]
-    aside = [c for c in ("context", "history") if row.get(c) and not (c == "context" and "instruction" in row)]
+    beside = [c for c in BESIDE if row.get(c) and not (c == "context" and "instruction" in row)]
     turns = [t for c in (*TALKS, "prompt") if isinstance(row.get(c), list) for t in row[c] if isinstance(t, dict)]
     return [*_unread_system(row, system),
-            *(f"column {c} is not used: --columns says what is part of the conversation" for c in aside),
+            *(f"column {c} is not used: {BESIDE[c]}" for c in beside),
             *(f"field {name} of turns is not used" for name in ASIDE if any(t.get(name) for t in turns))]
 
 # %% ../../nbs/data/02_formats.ipynb #5f2a4f0b

@@ -150,9 +150,10 @@ def _unused(examples: Dataset) -> str:
         return ". Here every answer has the weight 0, so that none is learned"
     columns = [c for c in examples.column_names if c not in ("messages", "text", "reference_answer")]
     if not columns: return ""
-    size = lambda c: sum(len(v) for v in examples[c] if isinstance(v, str))
-    answer = max(columns, key=size)
-    return (f". Columns that were not used: {', '.join(columns)}; if {answer} holds the answers, read the data with "
+    sizes = {c: sum(len(v) for v in examples[c] if isinstance(v, str)) for c in columns}
+    answer, unused = max(columns, key=sizes.get), f". Columns that were not used: {', '.join(columns)}"
+    if not sizes[answer]: return f"{unused}; none of them holds texts, which answers have to be"
+    return (f"{unused}; if {answer} holds the answers, read the data with "
             f"columns={{'completion': '{answer}'}}, in a terminal --columns completion={answer}")
 
 # %% ../../nbs/data/04_rows.ipynb #3d0d0f1b
