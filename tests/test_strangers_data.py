@@ -13,9 +13,16 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, OPTConfig
+from live import adapter
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+)
 
-from tinytrainer_nb.core import TinyTrainerError, data_file, read_events, read_json
+from tinytrainer_nb.core import TinyTrainerError, data_file
 from tinytrainer_nb.data.formats import load_examples, load_prompts
 from tinytrainer_nb.data.rows import encode_rows, held_numbers, hold_out, read_examples
 from tinytrainer_nb.data.tokens import encode_chat, ensure_template, pack_row
@@ -23,12 +30,23 @@ from tinytrainer_nb.model.arguments import LoraArgs
 from tinytrainer_nb.model.layers import context_length
 from tinytrainer_nb.model.load import load_model
 from tinytrainer_nb.model.lora import add_lora
-from tinytrainer_nb.recipes.arguments import DPOArgs, PretrainArgs, RewardModelArgs, SFTArgs
+from tinytrainer_nb.recipes.arguments import (
+    DPOArgs,
+    PretrainArgs,
+    RewardModelArgs,
+    SFTArgs,
+)
 from tinytrainer_nb.recipes.evaluate import evaluate
-from tinytrainer_nb.recipes.preference import dpo, model_reward, reward_model
+from tinytrainer_nb.recipes.preference import (
+    PairTrainer,
+    dpo,
+    model_reward,
+    reward_model,
+)
 from tinytrainer_nb.recipes.pretrain import pretrain
 from tinytrainer_nb.recipes.sft import sft
-from tinytrainer_nb.runs.run import Run
+from tinytrainer_nb.recipes.train import Run
+from tinytrainer_nb.recipes.trainer import RunTrainer
 from tinytrainer_nb.views.data_report import data_report
 
 
@@ -187,9 +205,9 @@ def test_rows_that_differ_in_weights_alone_are_no_duplicates():
 def test_an_empty_system_turn_means_none(capsys):
     for empty in ("", " \n"):
         assert load_examples([dict(messages=[system(empty), *TALK])])["messages"][:] == [TALK]
-        assert load_examples([dict(conversations=[{"from": "system", "value": empty}, human("q"), gpt("a")])])[0] == dict(
-            messages=TALK
-        )
+        assert load_examples([dict(conversations=[{"from": "system", "value": empty}, human("q"), gpt("a")])])[
+            0
+        ] == dict(messages=TALK)
     assert load_examples([dict(messages=[system(""), *TALK], system="S")])["messages"][0][0] == system("S")
     assert capsys.readouterr().err == ""
 
@@ -202,7 +220,11 @@ def test_a_tool_may_return_nothing(role):
 
 
 def test_an_empty_turn_is_named(tmp_path, capsys):
-    rows = [dict(messages=TALK), dict(messages=[system("S"), user(" "), said("a")]), dict(messages=[user("q"), said("")])]
+    rows = [
+        dict(messages=TALK),
+        dict(messages=[system("S"), user(" "), said("a")]),
+        dict(messages=[user("q"), said("")]),
+    ]
     path = folder(tmp_path, a_dot_jsonl=lines(*rows)) / "a.jsonl"
     assert len(load_examples(path)) == 1
     err = capsys.readouterr().err
@@ -300,7 +322,10 @@ def test_an_answer_that_only_some_rows_have():
     [
         (dict(prompt="q", response="a", answer="long answer"), "columns={'completion': 'answer'}"),
         (dict(prompt="q", id="7", text_of_the_reply="It is four."), "--columns completion=text_of_the_reply"),
-        (dict(messages=[user("q")], said="four", n=3), "Columns that were not used: said, n; if said holds the answers"),
+        (
+            dict(messages=[user("q")], said="four", n=3),
+            "Columns that were not used: said, n; if said holds the answers",
+        ),
         (dict(prompt="q", answer=4), "Columns that were not used: answer; none of them holds texts"),
     ],
 )
@@ -380,7 +405,7 @@ def test_splits_of_a_folder(tmp_path, capsys):
     path = folder(tmp_path, README_dot_md=CARD, data__train_dot_jsonl=TRAIN, data__test_dot_jsonl=TEST)
     assert len(load_examples(path, split="test")) == 2 and len(load_prompts(path, split="train")) == 1
     assert "read as one data set: data/test.jsonl" in capsys.readouterr().err
-    assert "its files are of train, test. Name one" in refused(load_examples, path, split="validation")
+    assert "its files are of test, train. Name one" in refused(load_examples, path, split="validation")
     only = folder(tmp_path / "only", test_dot_jsonl=TEST)
     assert len(load_examples(only)) == 2 and "its only files are of the split test" in capsys.readouterr().err
     names = ("train_sft", "train_gen", "test_sft")
@@ -388,7 +413,9 @@ def test_splits_of_a_folder(tmp_path, capsys):
     several = folder(tmp_path / "several", **parts)
     assert "of train_gen, train_sft, test_sft. Name one: split='train_gen'" in refused(load_examples, several)
     assert len(load_examples(several, split="test_sft")) == 1
-    configs = folder(tmp_path / "configs", **{f"{c}__train_dash_00000_dash_of_dash_00001_dot_jsonl": TRAIN for c in "ab"})
+    configs = folder(
+        tmp_path / "configs", **{f"{c}__train_dash_00000_dash_of_dash_00001_dot_jsonl": TRAIN for c in "ab"}
+    )
     assert "a data set of several parts (a, b)" in refused(load_examples, configs)
 
 
@@ -494,7 +521,9 @@ def test_an_odd_column_is_kept_as_json_or_left_out_with_a_line(values, kept, cap
 
 
 def test_odd_parquet_columns(tmp_path, capsys):
-    a_map = pyarrow.array([[("lang", "en")], [("lang", "de"), ("n", "1")]], pyarrow.map_(pyarrow.string(), pyarrow.string()))
+    a_map = pyarrow.array(
+        [[("lang", "en")], [("lang", "de"), ("n", "1")]], pyarrow.map_(pyarrow.string(), pyarrow.string())
+    )
     columns = dict(
         meta=a_map,
         when=pyarrow.array([10**15, 0], pyarrow.timestamp("s")),
@@ -537,10 +566,14 @@ def test_a_needed_column_of_an_odd_type_is_refused_by_name(row, field):
 
 
 def test_held_back_rows_of_small_sets_are_named():
-    table = load_examples([dict(prompt=f"q{i}", completion="a") for i in range(25)] + [dict(prompt=" ", completion="a")])
+    table = load_examples(
+        [dict(prompt=f"q{i}", completion="a") for i in range(25)] + [dict(prompt=" ", completion="a")]
+    )
     numbers = held_numbers(table, 64, 3)
     assert [f"q{n - 1}" for n in numbers] == [m[0]["content"] for m in hold_out(table, 64, 3)[1]["messages"]]
-    shifted = load_examples([dict(prompt=" ", completion="a"), *({"prompt": f"q{i}", "completion": "a"} for i in range(25))])
+    shifted = load_examples(
+        [dict(prompt=" ", completion="a"), *({"prompt": f"q{i}", "completion": "a"} for i in range(25))]
+    )
     assert held_numbers(shifted, 64, 3) == [n + 1 for n in numbers]
 
 
@@ -577,7 +610,7 @@ def loaded(base, lora=True):
 
 
 def notes(run) -> str:
-    return " ".join(e.get("message", "") for e in read_events(run.folder) if e["kind"] == "note")
+    return " ".join(e.get("message", "") for e in run.events if e["kind"] == "note")
 
 
 def test_the_context_is_a_limit_where_positions_are_learned(bases):
@@ -585,7 +618,9 @@ def test_the_context_is_a_limit_where_positions_are_learned(bases):
     assert found == dict(gpt2=CONTEXT, opt=CONTEXT, llama=None)
     for name in ("gpt2", "opt"):
         model = AutoModelForCausalLM.from_pretrained(bases[name])
-        assert context_length(model) == CONTEXT and model(torch.ones(1, CONTEXT, dtype=torch.long)).logits.isfinite().all()
+        assert (
+            context_length(model) == CONTEXT and model(torch.ones(1, CONTEXT, dtype=torch.long)).logits.isfinite().all()
+        )
         with pytest.raises((IndexError, RuntimeError)):
             model(torch.ones(1, CONTEXT + 1, dtype=torch.long))
 
@@ -601,15 +636,30 @@ def test_rows_beyond_the_context_are_left_out_in_sft(bases, name, tmp_path, caps
     assert "64 were asked for" in capsys.readouterr().err
 
 
-def test_a_resumed_run_leaves_out_the_same_rows(bases, tmp_path):
-    args = SFTArgs(max_steps=4, batch_size=4, eval_steps=2, save_steps=2, sample_steps=0, out=str(tmp_path / "run"))
-    model, own = loaded(bases["gpt2"])
-    whole = sft(model, own, LONG + SHORT, args)
-    (whole.folder / "checkpoints" / "step-000004").rename(tmp_path / "gone")
-    info = read_json(whole.folder / "run.json") | dict(status="interrupted")
-    (whole.folder / "run.json").write_text(json.dumps(info))
-    again = Run.open(whole.folder).resume()
-    assert again.status == "finished"
+@pytest.mark.parametrize("recipe, Args", [(sft, SFTArgs), (dpo, DPOArgs)])
+def test_a_resumed_run_leaves_out_the_same_rows(bases, recipe, Args, tmp_path, monkeypatch):
+    rows = LONG + SHORT
+    if recipe is dpo:
+        rows = [dict(prompt=r["prompt"], chosen=r["completion"], rejected="no") for r in rows]
+
+    def train(out):
+        how = dict(max_steps=4, batch_size=4, eval_steps=2, save_steps=2, sample_steps=0)
+        return recipe(*loaded(bases["gpt2"]), rows, Args(out=str(tmp_path / out), **how))
+
+    whole = train("whole")
+    step = PairTrainer.training_step if recipe is dpo else RunTrainer.training_step
+
+    def die(self, *args, **how):
+        if self.state.global_step == 2:
+            raise OSError("no power")
+        return step(self, *args, **how)
+
+    with monkeypatch.context() as m:
+        m.setattr(PairTrainer if recipe is dpo else RunTrainer, "training_step", die)
+        with pytest.raises(OSError):
+            train("cut")
+    again = Run.open(tmp_path / "cut").resume()
+    assert again.status == "finished" and adapter(again) == adapter(whole)
 
 
 def test_texts_are_cut_to_the_context(bases, tmp_path):
@@ -623,7 +673,10 @@ def test_texts_are_cut_to_the_context(bases, tmp_path):
     model, own = loaded(bases["gpt2"], lora=False)
     args = PretrainArgs(max_steps=2, eval_steps=1, save_steps=0, sample_steps=1, out=str(tmp_path / "p"), batch_size=4)
     run = pretrain(model, own, [TALE] * 3, args)
-    assert run.status == "finished" and "blocks have 32 tokens, the model's context, instead of max_length=256" in notes(run)
+    assert (
+        run.status == "finished"
+        and "blocks have 32 tokens, the model's context, instead of max_length=256" in notes(run)
+    )
 
 
 def test_the_loss_is_evaluated_on_rows_that_fit(bases, capsys):
@@ -651,13 +704,16 @@ def test_pairs_beyond_the_context_are_left_out(bases, recipe, Args, tmp_path):
 
 
 def test_max_length_counts_where_it_is_shorter(bases):
-    table = load_examples([dict(prompt="hen", completion="egg " * n) for n in (1, 12, 40)])
-    _, reading = read_examples(tokenizer, table, 16, context=CONTEXT)
+    table = load_examples([dict(prompt="hen", completion="egg " * n) for n in (1, 2, 40)])
+    _, reading = read_examples(tokenizer, table, 30, context=CONTEXT)
     assert reading.left_out == {"too long": [2], "longer than the model's context of 32 tokens": [3]}
-    why = refused(encode_rows, tokenizer, table.select([1]), 16, context=CONTEXT)
-    assert why.endswith("1 too long, with max_length=16. Raise max_length.")
+    why = refused(encode_rows, tokenizer, table.select([1]), 30, context=CONTEXT)
+    assert why.endswith("1 too long, with max_length=30. Raise max_length.")
     report = data_report(tokenizer, table, 512, model=loaded(bases["gpt2"])[0])
-    assert report.left_out == {"longer than the model's context of 32 tokens": [3]} and report.figure().png()[:4] == b"\x89PNG"
+    assert (
+        report.left_out == {"longer than the model's context of 32 tokens": [3]}
+        and report.figure().png()[:4] == b"\x89PNG"
+    )
 
 
 def test_the_filling_of_a_packed_row_has_no_positions_of_its_own():
