@@ -388,12 +388,16 @@ def _said(turns: list[dict]) -> list[tuple]:
     "Roles and texts of turns, to compare them."
     return [(t["role"], t["content"]) for t in turns]
 
+def _answer_turns(row: dict, column: str) -> list[dict]:
+    "An answer as turns, maybe with the conversation before it."
+    value = row.get(column)
+    if isinstance(value, dict): value = [value]
+    return _turns({column: value}, column) if isinstance(value, list) else _chat("", _field(row, column))[1:]
+
 def _answer(row: dict, column: str, asked: list[dict]) -> str:
     "The text of an answer to the conversation `asked`."
-    value = row.get(column)
-    if isinstance(value, str): return value
-    if not isinstance(value, dict | list): raise ValueError(f"field '{column}': expected text, found {value!r:.60}")
-    turns = _turns({column: [value] if isinstance(value, dict) else value}, column)
+    turns = _answer_turns(row, column)
+    if isinstance(row[column], str): return row[column]
     if _said(turns[:len(asked)]) == _said(asked): turns = turns[len(asked):]
     if len(turns) == 1 and turns[0]["role"] in SAID: return turns[0]["content"]
     raise ValueError(f"field '{column}': expected one assistant's turn, with nothing or the very conversation "
@@ -440,17 +444,20 @@ def _prompt_alone(row: dict) -> dict:
 # %% ../../nbs/data/02_formats.ipynb #ec7faec4
 def _shared_beginning(row: dict) -> list[dict]:
     "The turns before the last one, if `chosen` and `rejected` are conversations that have them in common."
-    both = [row.get(c) for c in ("chosen", "rejected")]
-    if not all(isinstance(value, list) and len(value) > 1 for value in both): return []
-    chosen, rejected = (_turns(row, c)[:-1] for c in ("chosen", "rejected"))
+    chosen, rejected = (_answer_turns(row, c)[:-1] for c in ("chosen", "rejected"))
     return chosen if _said(chosen) == _said(rejected) else []
+
+def _agrees(part: list[tuple], whole: list[tuple]) -> bool:
+    "Whether turns are the end of a conversation, or its beginning behind a system turn."
+    begins = whole[1:] if whole[0][0] == "system" else whole
+    return part in (whole[len(whole) - len(part):], begins[:len(part)])
 
 def _before_answers(row: dict, column: str | None) -> list[dict]: # None: no column but the two answers
     "The conversation that two answers continue."
     shared, asked = _shared_beginning(row), _asked(row, column) if column else []
     answered = bool(asked) and asked[-1]["role"] in SAID
     open_end = asked[:-1] if answered else asked
-    if shared and _said(shared[len(shared) - len(open_end):]) == _said(open_end): return shared
+    if shared and _agrees(_said(open_end), _said(shared)): return shared
     if not answered: return asked
     if asked[-1]["content"] in (row.get("chosen"), row.get("rejected")): return open_end
     if column in TALKS and row.get("prompt") is not None: return _asked(row, "prompt")
