@@ -97,7 +97,7 @@ def _end_to_end(rows: list[list[int]], device, multiple: int = 64) -> dict: # te
     "Tokens and positions of the rows in one, filled up to a multiple so that there are few different shapes."
     fill = -sum(map(len, rows)) % multiple
     tokens = [t for row in rows for t in row] + [0] * fill
-    positions = [i for row in rows for i in range(len(row))] + list(range(fill))
+    positions = [i for row in rows for i in range(len(row))] + [0] * fill # the context may be shorter than `fill`
     return dict(input_ids=torch.tensor([tokens], device=device), position_ids=torch.tensor([positions], device=device))
 
 # %% ../../nbs/compute/07_generate.ipynb #ba1de061

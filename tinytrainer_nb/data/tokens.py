@@ -174,6 +174,12 @@ def _in_answer(text: str, start: int, end: int, spans: list[tuple[int, int]]) ->
         if begins_inside and end <= last: return True
     return False
 
+def _by_weight(messages: list[dict], spans: list[tuple[int, int]]) -> tuple[list, list]:
+    "The spans of answers that are learned, and of those whose turn has the weight 0."
+    answers = [m for m in messages if SHOWN_AS.get(m["role"], m["role"]) == "assistant"]
+    unlearned = [span for m, span in zip(answers, spans, strict=True) if m.get("weight") == 0]
+    return [span for span in spans if span not in unlearned], unlearned
+
 def encode_chat(
     tokenizer,                   # a fast tokenizer with a chat template
     messages: list[dict],        # the conversation
@@ -181,8 +187,10 @@ def encode_chat(
 ) -> dict:                       # {"input_ids": [...], "labels": [...]}, -100 where nothing is learned
     "A conversation as token ids and labels. Raises `TinyTrainerError` if the template refuses it or leaves out a turn."
     text, spans = _answer_spans(tokenizer, messages)
+    spans, unlearned = _by_weight(messages, spans)
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    learned = [train_on_all or _in_answer(text, start, end, spans) for start, end in tokens.offset_mapping]
+    learned = [(train_on_all or _in_answer(text, start, end, spans)) and not _in_answer(text, start, end, unlearned)
+               for start, end in tokens.offset_mapping]
     labels = [token if learn else -100 for token, learn in zip(tokens.input_ids, learned)]
     return dict(input_ids=tokens.input_ids, labels=labels)
 
@@ -209,7 +217,8 @@ def pack_row(
     if fill: rows = [*rows, dict(input_ids=[0] * fill, labels=[-100] * fill)]
     lengths = [len(r["input_ids"]) for r in rows]
     ids = torch.tensor([t for r in rows for t in r["input_ids"]])               # (T,)
-    positions = torch.cat([torch.arange(n) for n in lengths])                   # (T,)
+    positions = torch.cat([torch.arange(len(r["input_ids"])) for r in rows])    # (T,)
+    if fill: positions[-fill:] = 0 # a model's context may be shorter than the filling
     shifted = torch.tensor([t for r in rows for t in [*r["labels"][1:], -100]]) # the label of the next token (T,)
     keep = (shifted != -100).nonzero().flatten()                                # (learned tokens,)
     return dict(input_ids=ids[None], position_ids=positions[None], document_lengths=lengths,
@@ -268,7 +277,7 @@ def pack_trees(
             positions += range(len(prompt), len(prompt) + len(completion))
     if fill := -len(ids) % multiple:
         ids += [0] * fill
-        positions += range(fill)
+        positions += [0] * fill # a model's context may be shorter than the filling
         lengths.append(fill)
     labels = [t for row in rows for t in row["completion"]]
     return dict(input_ids=torch.tensor([ids]), position_ids=torch.tensor([positions]), document_lengths=lengths,

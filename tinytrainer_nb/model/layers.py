@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LINEAR', 'quantization_of', 'written_out', 'has_adapter', 'plain_model', 'plain_layer', 'adapter_layers',
-           'linear_layers', 'linear_names', 'trainable', 'count_trainable', 'keep_gradients', 'unpacked']
+           'linear_layers', 'linear_names', 'trainable', 'count_trainable', 'context_length', 'keep_gradients',
+           'unpacked']
 
 # %% ../../nbs/model/03_layers.ipynb #c06b1b4e
 import contextlib, copy
@@ -86,6 +87,21 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 def count_trainable(model: nn.Module) -> int:
     "How many numbers are trained."
     return sum(p.numel() for p in trainable(model).values())
+
+# %% ../../nbs/model/03_layers.ipynb #94088614
+def _position_tables(model: nn.Module) -> list[int]: # tokens
+    "How many positions each of the model's tables of positions holds."
+    is_table = lambda name: any("pos" in part or part == "wpe" for part in name.split("."))
+    tokens = model.get_input_embeddings()
+    learned = [m.num_embeddings - getattr(m, "offset", 0) # OPT leaves its first two rows out
+               for name, m in model.named_modules()
+               if isinstance(m, nn.Embedding) and m is not tokens and is_table(name)]
+    fixed = [getattr(m, name, None) for m in model.modules() for name in ("embed_positions", "pos_encoding")]
+    return learned + [len(table) for table in fixed if isinstance(table, torch.Tensor)]
+
+def context_length(model: nn.Module) -> int | None: # tokens
+    "The longest text that `model` can take; None if its positions have no end."
+    return min(_position_tables(plain_model(model)), default=None)
 
 # %% ../../nbs/model/03_layers.ipynb #1c77e9eb
 def keep_gradients(model: nn.Module) -> nn.Module:

@@ -24,8 +24,8 @@ from ..compute.logprobs import need_plain_logits, token_logprobs
 from ..compute.generate import fitting, generate, prompt_room
 from ..data.formats import as_examples, data_origin, empty_rows, load_prompts
 from ..data.tokens import encode_chat, ensure_template, micro_batches, pack_row
-from ..data.rows import hold_out
-from ..model.layers import plain_model, trainable
+from ..data.rows import Reading, beyond_context, held_note, held_numbers, hold_out
+from ..model.layers import context_length, plain_model, trainable
 from ..model.base import LoadRecord, compute_context
 from ..model.lora import freeze_reference, save_adapter, saved_adapters, using_adapters
 from .arguments import DPOArgs, PairArgs, RewardModelArgs
@@ -82,16 +82,18 @@ def encode_pairs(
     tokenizer,         # with a chat template
     examples: Dataset, # what `load_examples` returns: `messages`, `chosen`, `rejected`
     max_length: int,   # tokens of a conversation with its answer
+    context: int | None = None, # tokens that the model can take at most: `context_length(model)`
 ) -> tuple[list[dict], dict]: # `prompt_ids`, `chosen_ids`, `rejected_ids` of each pair; how many were left out, and why
     "Pairs as TRL wants them. Pairs of equal answers and those too long are left out."
-    pairs, left_out = [], {"equal answers": 0, "too long": 0}
+    pairs, limits = [], Reading(max_length, context=context)
+    left_out = {"equal answers": 0, "too long": 0, beyond_context(context): 0}
     for row in examples:
         chosen, chosen_start = encode_answer(tokenizer, row["messages"], row["chosen"])
         rejected, rejected_start = encode_answer(tokenizer, row["messages"], row["rejected"])
         if chosen == rejected:
             left_out["equal answers"] += 1
-        elif max(len(chosen), len(rejected)) > max_length:
-            left_out["too long"] += 1
+        elif why := limits.too_long(max(len(chosen), len(rejected))):
+            left_out[why] += 1
         else: # a token may hold the prompt's last and the answer's first character
             differ = next(i for i, (a, b) in enumerate(zip(chosen + [-1], rejected + [-2])) if a != b)
             start = min(chosen_start, rejected_start, differ)
@@ -210,31 +212,39 @@ def _keep(run: Run, **parts: Dataset) -> None:
 def read_back(run: Run, tokenizer, args: PairArgs) -> dict:
     "The pairs that a run has kept."
     train, held = (Dataset.from_list(kept_rows(run, name)) for name in ("train", "heldout"))
-    return dict(train=train, pairs=encode_pairs(tokenizer, train, args.max_length)[0], held=held)
+    return dict(train=train, held=held)
 
 # %% ../../nbs/recipes/09_preference.ipynb #84edc410
+def _no_pair(total: int, left_out: dict, args: PairArgs) -> TinyTrainerError:
+    "The error that says why no pair is left, and what helps."
+    cures = {"too long": "raise max_length", "equal answers": "bring pairs whose answers differ",
+             "empty text": "fill the empty texts"}
+    found = [cures.get(why, "shorten the pairs, or take a model with a longer context") for why in left_out]
+    reasons = ", ".join(f"{count:,} {why}" for why, count in left_out.items())
+    limit = f", with max_length={args.max_length}" if "too long" in left_out else ""
+    cure = ", or ".join(found)
+    return TinyTrainerError(f"no pair is left of {total}: {reasons}{limit}. {cure[:1].upper()}{cure[1:]}.")
+
 def _begin(recipe: str, model, tokenizer, data, args: PairArgs, live: bool) -> Run:
     "Prepare the run and start it. Raises `TinyTrainerError` for data or settings that cannot work."
     examples = _pairs_of(data)
     need_trainable(model)
     ensure_template(tokenizer)
     if recipe == "dpo": need_plain_logits(model.config)
-    train, held = hold_out(examples, args.eval_rows if args.eval_steps else 0, args.seed)
+    wanted = args.eval_rows if args.eval_steps else 0
+    train, held = hold_out(examples, wanted, args.seed)
     need_heldout(args, len(held))
-    pairs, left_out = encode_pairs(tokenizer, train, args.max_length)
+    pairs, left_out = encode_pairs(tokenizer, train, args.max_length, context_length(model))
     if empty := len(empty_rows(examples)): left_out = {"empty text": empty} | left_out
     reasons = ", ".join(f"{count:,} {why}" for why, count in left_out.items()) or "none"
-    if not pairs:
-        raise TinyTrainerError(f"no pair is left of {len(train)}: {reasons}, with max_length={args.max_length}. "
-                               "Raise max_length, or bring pairs whose answers differ.")
+    if not pairs: raise _no_pair(len(train), left_out, args)
     tokens = sum(2 * len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in pairs)
     about = dict(load=describe(model, tokenizer), data=data_origin(examples), may_change=may_change(args))
     with Run.prepare(args.out, recipe, args, **about) as run:
         _keep(run, train=train, heldout=held)
         begin(run, model, tokenizer)
-        if args.eval_steps and not len(held):
-            tell(run, f"no pair is held back for an evaluation: that takes ten pairs, and there are {len(train)}")
-        tell(run, f"data: {len(pairs):,} pairs, {tokens:,} tokens; left out: {reasons}; held out: {len(held):,} pairs")
+        kept = held_note(len(examples), wanted, len(held), "pairs", held_numbers(examples, wanted, args.seed))
+        tell(run, f"data: {len(pairs):,} pairs, {tokens:,} tokens; left out: {reasons}; {kept}")
     return start(run, model, tokenizer, args, built, live, train=train, pairs=pairs, held=held)
 
 # %% ../../nbs/recipes/09_preference.ipynb #9c50a56f
@@ -258,9 +268,15 @@ def built(run: Run, model, tokenizer, args: PairArgs, **material):
     return _built(trainer, run, model, tokenizer, args, **material)
 
 @contextlib.contextmanager
-def _built(trainer: type, run: Run, model, tokenizer, args: PairArgs, train: Dataset, pairs: list[dict], held: Dataset):
+def _built(
+    trainer: type, run: Run, model, tokenizer, args: PairArgs,
+    train: Dataset,                  # what is trained on
+    held: Dataset,                   # what is evaluated on
+    pairs: list[dict] | None = None, # of `train`, if they are encoded already
+):
     "A context that gives the trainer; on leaving it the model is as it was, but for its training."
-    heldout = encode_pairs(tokenizer, held, args.max_length)[0]
+    encoded = lambda part: encode_pairs(tokenizer, part, args.max_length, context_length(model))[0]
+    pairs, heldout = pairs or encoded(train), encoded(held)
     data = dict(train_dataset=Dataset.from_list(pairs), eval_dataset=Dataset.from_list(heldout) if heldout else None)
     dtype = LoadRecord.of(run.info).torch_dtype
     with as_it_was(model): yield trainer(run, args, dtype, model, tokenizer, shown=list(held or train), **data)
@@ -342,6 +358,13 @@ class Scorer(nn.Module):
         return SequenceClassifierOutput(logits=self.scores(unpadded(input_ids, attention_mask))[:, None])
 
 # %% ../../nbs/recipes/09_preference.ipynb #4595b6f9
+def _need_room(model, rows: list[dict]) -> None:
+    "Raise `TinyTrainerError` for a conversation that a reward model cannot take."
+    longest, context = max(len(row["input_ids"]) for row in rows), context_length(model)
+    if not context or longest <= context: return
+    raise TinyTrainerError(f"a conversation with its answer has {longest} tokens, more than the reward model's "
+                           f"context of {context}. Lower max_length or max_new_tokens.")
+
 def scores(
     scorer,                 # a `Scorer`
     tokenizer,              # its tokenizer
@@ -352,6 +375,7 @@ def scores(
 ) -> list[float]:           # one an answer
     "The worth of answers to a reward model, in evaluation mode and without gradient."
     rows = [dict(input_ids=encode_answer(tokenizer, messages, answer)[0]) for messages, answer in zip(asked, answers)]
+    _need_room(scorer.policy, rows)
     scorer.eval()
     found = []
     with torch.no_grad(), compute_context(scorer, dtype):

@@ -17,16 +17,17 @@ from ..core import TinyTrainerError, progress, say, whole_folder
 from ..settings import may_change
 from ..data.formats import Sourced, data_origin, load_examples
 from ..data.tinyworld import corpus
+from ..data.rows import Reading, held_note
 from ..model.arguments import LoadArgs, LoraArgs
-from ..model.layers import has_adapter
+from ..model.layers import context_length, has_adapter
 from ..model.base import LoadRecord, model_preset, new_model
 from ..model.load import load_model
 from ..compute.arguments import GenerateArgs
-from ..compute.generate import generate
+from ..compute.generate import generate, prompt_room
 from ..model.cache import base_hash
 from .arguments import PretrainArgs
 from .trainer import RunTrainer
-from .start import describe, need_heldout, start
+from .start import describe, need_heldout, start, tell
 from ..runs.run import Run
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, Trainer
@@ -96,7 +97,8 @@ class PretrainTrainer(RunTrainer, Trainer):
 
     def sample(self) -> None:
         "Two texts that the model writes when nothing is asked, as events."
-        args = GenerateArgs(max_new_tokens=self.settings.sample_tokens, temperature=0.8, seed=self.settings.seed)
+        tokens = max(1, min(self.settings.sample_tokens, prompt_room(self.model, 1))) # the text begins with BOS
+        args = GenerateArgs(max_new_tokens=tokens, temperature=0.8, seed=self.settings.seed)
         out = generate(self.model, self.tokenizer, [""] * 2, args, dtype=self.dtype, quiet=True)
         for text in out.completions:
             self.run.log("sample", self.state.global_step, prompt="", completion=text, reward=None)
@@ -121,6 +123,10 @@ def save_base(model, tokenizer, folder: Path, dtype: torch.dtype = torch.bfloat1
     tokenizer.save_pretrained(folder)
 
 # %% ../../nbs/recipes/06_pretrain.ipynb #27dd7f53
+def _block_length(model, args: PretrainArgs) -> int: # tokens
+    "Tokens a block: `max_length`, or the model's context if it is shorter."
+    return Reading(args.max_length, context=context_length(model)).limit
+
 def _held_out(blocks: Blocks, args: PretrainArgs) -> int:
     "How many blocks are held back for the evaluation."
     return min(args.eval_blocks if args.eval_steps else 0, len(blocks) // 10)
@@ -128,7 +134,7 @@ def _held_out(blocks: Blocks, args: PretrainArgs) -> int:
 @contextlib.contextmanager
 def built(run: Run, model, tokenizer, args: PretrainArgs, stream: np.ndarray): # stream: token ids (N,)
     "A context that gives the trainer."
-    blocks = Blocks(stream, args.max_length)
+    blocks = Blocks(stream, _block_length(model, args))
     held = _held_out(blocks, args)
     train = torch.utils.data.Subset(blocks, range(len(blocks) - held))
     heldout = [blocks[i] for i in range(len(blocks) - held, len(blocks))]
@@ -143,6 +149,13 @@ def read_back(run: Run, tokenizer, args: PretrainArgs) -> dict:
     return dict(stream=np.load(run.folder / "data" / "tokens.npy"))
 
 # %% ../../nbs/recipes/06_pretrain.ipynb #f377d89b
+def _tell_blocks(run: Run, blocks: Blocks, args: PretrainArgs) -> None:
+    "Say what may surprise: shorter blocks than were asked for, and fewer that are held out."
+    if blocks.length < args.max_length:
+        tell(run, f"blocks have {blocks.length} tokens, the model's context, instead of max_length={args.max_length}")
+    wanted, held = args.eval_blocks if args.eval_steps else 0, _held_out(blocks, args)
+    if held < wanted: tell(run, held_note(len(blocks), wanted, held, "blocks"))
+
 def pretrain(
     model,                     # from `new_model`, or a loaded model to go on with
     tokenizer,                 # its tokenizer
@@ -154,17 +167,18 @@ def pretrain(
     args = args or PretrainArgs()
     texts = examples["text"] if isinstance(examples, Dataset) else examples
     stream = token_stream(tokenizer, texts)
-    blocks = Blocks(stream, args.max_length)
+    blocks = Blocks(stream, _block_length(model, args))
     need_heldout(args, _held_out(blocks, args))
     if len(blocks) < 1:
         raise TinyTrainerError(f"the text has {len(stream)} tokens, fewer than one block of "
-                               f"max_length={args.max_length}. Bring more text, or lower max_length.")
+                               f"max_length={blocks.length}. Bring more text, or lower max_length.")
     counts = dict(documents=len(texts), tokens=len(stream), sha256=hashlib.sha256(stream).hexdigest())
     told = dict(load=describe(model, tokenizer), data=data_origin(examples) | counts, may_change=may_change(args))
     with Run.prepare(args.out, "pretrain", args, **told) as run:
         (run.folder / "data").mkdir()
         np.save(run.folder / "data" / "tokens.npy", stream)
         with whole_folder(run.folder / "start") as folder: tokenizer.save_pretrained(folder)
+        _tell_blocks(run, blocks, args)
     model = model.float().requires_grad_(True) # small steps would be lost in 16 bits
     return start(run, model, tokenizer, args, built, live, stream=stream)
 

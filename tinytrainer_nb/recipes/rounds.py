@@ -22,6 +22,7 @@ from ..compute.logprobs import need_plain_logits, token_logprobs
 from ..compute.decode import Decoder, choose_forms
 from ..compute.generate import fitting, generate, prompt_room
 from ..data.formats import data_origin, load_prompts
+from ..data.rows import held_note
 from ..data.tokens import ensure_template, micro_trees, pack_trees
 from ..model.base import LoadRecord, compute_context
 from ..model.lora import freeze_reference, save_adapter, using_adapters
@@ -175,6 +176,8 @@ def prepare(
     with Run.prepare(args.out, recipe, args, **about) as run:
         write_json(run.folder / "data" / "prompts.json", prompts)
         begin(run, model, tokenizer)
+        wanted, held = args.eval_rows if args.eval_steps else 0, held_out(prompts, args)
+        if held < wanted: tell(run, held_note(len(prompts), wanted, held, "prompts"))
         if len(prompts) < len(found): tell(run, f"left out: {len(found) - len(prompts)} prompts that are too long")
     return run, prompts
 
