@@ -9,7 +9,7 @@ __all__ = ['PACKED', 'TEXT_SUFFIXES', 'READERS', 'ABOUT_DATA', 'SPLITS', 'ROLES'
            'data_origin', 'empty_rows', 'as_examples', 'load_prompts']
 
 # %% ../../nbs/data/02_formats.ipynb #dc122039
-import bisect, bz2, csv, datetime, gzip, io, json, lzma, math, re, sys
+import bisect, bz2, csv, datetime, gzip, io, json, lzma, math, re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -189,7 +189,7 @@ def _read_parquet(path: Path) -> tuple[list[dict], Source]:
         raise TinyTrainerError(f"{path}: not readable as Parquet ({_listed([str(e)])}). "
                                "Write it again from its source.") from None
     for name, reason in why.items():
-        print(f"{path}: column {_listed([name])} left out, since it cannot be read ({reason:.100})", file=sys.stderr)
+        say(f"{path}: column {_listed([name])} left out, since it cannot be read ({reason:.100})", error=True)
     return [dict(zip(columns, row)) for row in zip(*columns.values())], Source(str(path), [path])
 
 TEXT_SUFFIXES = (".txt", ".md")
@@ -235,7 +235,7 @@ def _of_split(path: Path, files: list[Path], split: str) -> list[Path]:
     if wanted == "train" and "" in found: return found[""]
     names = sorted(filter(None, found), key=lambda name: not name.startswith(wanted))
     if wanted == "train" and len(names) == 1:
-        print(f"{path}: its only files are of the split {_listed(names)}, and are read", file=sys.stderr)
+        say(f"{path}: its only files are of the split {_listed(names)}, and are read", error=True)
         return files
     cure = f"Name one: split={names[0]!r}, in a terminal --split {names[0]}" if names else "Leave split out"
     raise TinyTrainerError(f"{path}: no file of the split {split!r} in this folder; "
@@ -293,8 +293,8 @@ def _say_files(path: Path, files: list[Path], chosen: list[Path]) -> None:
     name = lambda f: f.relative_to(path).as_posix()
     others = [name(f) for f in files if f not in set(chosen)]
     if not others: return
-    print(f"{path}: {len(others)} of {len(files)} files left out ({_few(others)}); "
-          f"read as one data set: {_few([name(f) for f in chosen])}", file=sys.stderr)
+    say(f"{path}: {len(others)} of {len(files)} files left out ({_few(others)}); "
+        f"read as one data set: {_few([name(f) for f in chosen])}", error=True)
 
 # %% ../../nbs/data/02_formats.ipynb #66b1b8eb
 def read_rows(
@@ -824,7 +824,7 @@ def _say_odd(source: Source, odd: dict[str, Dataset | None]) -> None:
     kept, lost = [n for n, made in odd.items() if made is not None], [n for n, made in odd.items() if made is None]
     for names, what in ((kept, "kept as JSON"), (lost, "left out")):
         said = f"{source.name}: column {_listed(names)} {what}: no column of one type holds its values"
-        if names: print(said, file=sys.stderr)
+        if names: say(said, error=True)
 
 # %% ../../nbs/data/02_formats.ipynb #ae986610
 def _unfit(name: str, values: list) -> str:

@@ -83,7 +83,7 @@ def _evaluate_loss(model, tokenizer, data, limit: int, max_length: int, dtype: t
     table = as_examples(data)
     table = table.select(range(min(limit or len(table), len(table))))
     rows, reading = encode_rows(tokenizer, table, max_length, context=context_length(model))
-    if reading.reasons() != "none": print(f"left out: {reading.reasons()}", file=sys.stderr)
+    if reading.reasons() != "none": say(f"left out: {reading.reasons()}", error=True)
     return Evaluation("loss", mean_loss(model, _to_device(Collator(4096)(rows), model), dtype), len(rows))
 
 def _askable(model, tokenizer, found: list[dict], prompt_format: str | None, new: int) -> tuple[list[dict], list]:
