@@ -7,7 +7,7 @@ __all__ = ['PIECES', 'train_tokenizer', 'token_stream', 'Blocks', 'BlockCollator
            'read_back', 'pretrain', 'read_texts', 'load_for_pretraining']
 
 # %% ../../nbs/recipes/06_pretrain.ipynb #39b3a205
-import contextlib, hashlib
+import contextlib, hashlib, sys
 from dataclasses import replace
 from pathlib import Path
 import torch
@@ -17,6 +17,7 @@ from ..core import TinyTrainerError, progress, whole_folder
 from ..settings import may_change
 from ..data.formats import Sourced, data_origin, load_examples
 from ..data.tinyworld import corpus
+from ..data.tokens import control_words, text_ids
 from ..model.arguments import LoadArgs, LoraArgs
 from ..model.layers import has_adapter
 from ..model.base import LoadRecord, model_preset, new_model
@@ -61,9 +62,16 @@ def token_stream(
     kind = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     parts, texts = [], list(texts)
     for i in progress(range(0, len(texts), 1000), desc="tokens"):
-        for ids in tokenizer(texts[i:i + 1000]).input_ids:
+        for ids in text_ids(tokenizer, texts[i:i + 1000]):
             parts.append(np.asarray([*ids, tokenizer.eos_token_id], dtype=kind))
+    _tell_special(tokenizer, texts)
     return np.concatenate(parts)
+
+def _tell_special(tokenizer, texts: list[str]) -> None:
+    "Say how many documents hold the text of a special token, which is text there."
+    found = [word[0] for text in texts if (word := control_words(tokenizer).search(text))]
+    if found: print(f"note: {len(found):,} documents hold the text of a special token, such as {found[0]!r}; "
+                    "it is learned as text", file=sys.stderr)
 
 # %% ../../nbs/recipes/06_pretrain.ipynb #3c0c6511
 class Blocks(torch.utils.data.Dataset):
