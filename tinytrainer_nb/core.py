@@ -107,7 +107,10 @@ def whole_folder(target: Path):
     staging = target.with_name(f".{target.name}.{os.getpid()}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    yield staging
+    try: yield staging
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
     _sync_tree(staging)
     remove_whole(target)
     os.replace(staging, target)
