@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from ..core import TinyTrainerError, quiet, whole_folder, write_json
 from ..hardware import DTYPES
 from ..data.tokens import turn_ends
-from .layers import plain_model, quantization_of, rows_of, written_out
+from .layers import has_adapter, plain_model, quantization_of, rows_of, written_out
 from .load import load_model
 from ..runs.run import Run
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -29,10 +29,10 @@ def _merged_weight(layer: BaseTunerLayer) -> torch.Tensor: # (out, in) in fp32
     for name in _adding(layer):
         correction = layer.get_delta_weight(name).float()
         if getattr(layer, "fan_in_fan_out", False): correction = correction.T
-        changed = base + correction
+        weight = weight + correction
         if name in getattr(layer, "lora_magnitude_vector", {}):
-            changed *= (layer.lora_magnitude_vector[name].weight / changed.norm(dim=1))[:, None] # (out,) a row
-        weight = weight + changed - base
+            lengths = (base + correction).norm(dim=1) # (out,)
+            weight = weight * (layer.lora_magnitude_vector[name].weight / lengths)[:, None]
     return weight
 
 def _adding(layer: BaseTunerLayer) -> list[str]:
@@ -127,6 +127,8 @@ def merged(
     """A copy of `model` in 16 or 32 bits with its active adapters merged into the weights.
 
     Raises `TinyTrainerError` for a layer whose weight cannot be written out, or an adapter that cannot be merged."""
+    if has_adapter(model) and model.peft_config[model.active_adapters[0]].is_prompt_learning:
+        raise TinyTrainerError("an adapter that puts words in front of a text has no layers to merge. Use the run.")
     base = plain_model(model)
     plain = _empty(base, dtype)
     _fill(base, plain, dtype)
@@ -230,8 +232,8 @@ def save_merged(
 
 def _write_merged(model, tokenizer, folder: Path, dtype: torch.dtype) -> None:
     "Merge, write and read again; raises `TinyTrainerError` if the logits are not the model's."
-    said, plain = exact_logits(model), merged(model, torch.float32)
-    _need_same(said, exact_logits(plain), "the merged model")
+    plain = merged(model, torch.float32)
+    _need_same(exact_logits(model), exact_logits(plain), "the merged model")
     del model
     for p in plain.parameters(): p.data = p.data.to(dtype) # not the buffers, which stay exact
     kept = plain.generation_config

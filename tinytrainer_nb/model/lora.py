@@ -63,12 +63,12 @@ def add_lora(
 
 # %% ../../nbs/model/06_lora.ipynb #24d72ac2
 NEUTRAL = dict( # by PEFT's name of the kind: its parts, and the value at which they change nothing
-    LORA=dict(lora_B=0, lora_embedding_B=0), TINYTRAINER_TINYLORA=dict(tinylora_v=0), ADALORA=dict(lora_E=0),
+    LORA=dict(lora_B=0, lora_embedding_A=0), TINYTRAINER_TINYLORA=dict(tinylora_v=0), ADALORA=dict(lora_E=0),
     IA3=dict(ia3_l=1), VERA=dict(vera_lambda_b=0), OFT=dict(oft_R=0, oft_embedding_R=0), LOHA=dict(hada_w2_b=0),
     LOKR=dict(lokr_w1=0, lokr_w1_a=0),
 )
 _BESIDE = { # parts that change nothing while those above are neutral
-    "lora_A", "lora_embedding_A", "lora_B", "ranknum", "vera_lambda_d", "hada_w1_a", "hada_w1_b", "hada_w2_a",
+    "lora_A", "lora_embedding_B", "lora_B", "ranknum", "vera_lambda_d", "hada_w1_a", "hada_w1_b", "hada_w2_a",
     "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b",
 }
 
@@ -100,7 +100,8 @@ def is_fresh(model) -> bool:
     "Whether the adapter that is trained (of a stack the last one) still changes nothing; False for unknown kinds."
     last = model.active_adapters[-1]
     own = [(name, p) for name, p in model.named_parameters() if last in name.split(".")]
-    known = bool(own) and _kind(model, last) in NEUTRAL
+    biases = getattr(model.peft_config[last], "bias", "none") # the base's own, which some adapters train
+    known = bool(own) and _kind(model, last) in NEUTRAL and biases == "none"
     return known and all(_is_neutral(model, last, name, p) for name, p in own)
 
 # %% ../../nbs/model/06_lora.ipynb #9edd1660
@@ -132,10 +133,13 @@ def freeze_reference(
 
     Raises `TinyTrainerError` for a kind of adapter that cannot stand beside its copy."""
     active = model.active_adapters
+    if not adapter_layers(model): raise _no_copy(_kind(model, active[-1])) # words in front, no layers
     needed = active[:-1] if is_fresh(model) else active
     kept = {adapter: name if len(active) == 1 else f"{name}_{adapter}" for adapter in needed}
     for adapter, second in kept.items():
-        with _possible(model, adapter): model.add_adapter(second, model.peft_config[adapter])
+        config = copy.copy(model.peft_config[adapter])
+        if hasattr(config, "init_lora_weights"): config.init_lora_weights = True # PiSSA would cut the base anew
+        with _possible(model, adapter): model.add_adapter(second, config)
         trained = adapter == active[-1]
         for layer in [*adapter_layers(model), *_trained_whole(model)]:
             _name_again(layer, adapter, second, copied=trained)
