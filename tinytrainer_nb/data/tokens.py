@@ -181,11 +181,9 @@ def _cut(
 # %% ../../nbs/data/03_tokens.ipynb #c488ec09
 def _what_happened(text: str, content: str) -> str:
     "How a template treats a turn that is not in its place."
-    content = content.strip()
-    if content in text: return "puts in another place"
-    beginning = " ".join(content.split())[:20].casefold() # of at least a few words
-    known = len(beginning) > 3 and beginning in " ".join(text.split()).casefold()
-    return "changes the text of" if known or content.casefold() in text.casefold() else "leaves out"
+    if content.strip() in text: return "puts in another place"
+    words, there = set(content.casefold().split()), set(text.casefold().split())
+    return "changes the text of" if 2 * len(words & there) > len(words) else "leaves out"
 
 def _rendered(tokenizer, turns: list[dict], marks: dict[str, str], add_generation_prompt: bool = False) -> str:
     "The text of marked `turns`; raises `TinyTrainerError` for one that the template leaves out or changes."
@@ -243,10 +241,11 @@ def _end_word(tokenizer) -> str:
     try:
         text = _probed(tokenizer, "user", "assistant")
         if found := words.search(text, _place("<1>", text, 0)[1]): return found[0]
-        heading, _, behind = _probed(tokenizer, "user", "assistant", "user").partition("<1>")
+        text = _probed(tokenizer, "user", "assistant", "user")
     except TinyTrainerError: return tokenizer.eos_token # a template that wants another conversation
-    found = words.search(behind.partition("<2>")[0])
-    return found[0] if found and found[0] not in heading else tokenizer.eos_token # else it begins the next turn
+    found = words.search(text, _place("<1>", text, 0)[1], text.find("<2>"))
+    begins = found and found[0] in text[:text.find("<0>")] # it belongs to the next turn
+    return found[0] if found and not begins else tokenizer.eos_token
 
 def turn_ends(
     tokenizer,     # with its chat template, if it has one

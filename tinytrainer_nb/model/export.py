@@ -153,8 +153,9 @@ def _row(model) -> torch.Tensor: # (1, 32)
 
 def _cast(module: nn.Module, *_) -> None:
     "Before a forward pass: the module's own 16-bit parameters in fp32."
-    half = (torch.bfloat16, torch.float16)
-    module.in_16_bits = {p: p.data for p in module.parameters(recurse=False) if p.dtype in half}
+    below = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module # PEFT may move its parameters
+    own, half = [*module.parameters(recurse=False), *below.parameters(recurse=False)], (torch.bfloat16, torch.float16)
+    module.in_16_bits = {p: p.data for p in own if p.dtype in half}
     for p in module.in_16_bits: p.data = p.data.float()
 
 def _cast_back(module: nn.Module, *_) -> None:
@@ -227,7 +228,10 @@ def save_merged(
         raise TinyTrainerError(f"{folder}: something is here already. Name a new folder.")
     model, tokenizer = load_model(run.folder, device="cpu", verbose=False)
     with whole_folder(folder) as staging, quiet():
-        _write_merged(model, tokenizer, staging, DTYPES[dtype])
+        try: _write_merged(model, tokenizer, staging, DTYPES[dtype])
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as e:
+            said = (str(e).strip().splitlines() or [type(e).__name__])[0]
+            raise TinyTrainerError(f"{run.folder}: cannot be merged ({said:.200}). Use the run with its base.") from None
     return folder
 
 def _write_merged(model, tokenizer, folder: Path, dtype: torch.dtype) -> None:

@@ -25,6 +25,7 @@ from ..model.load import load_model
 from ..compute.arguments import GenerateArgs
 from ..compute.generate import generate
 from ..model.cache import base_hash
+from ..model.export import write_generation_config
 from .arguments import PretrainArgs
 from .trainer import RunTrainer
 from .start import describe, need_heldout, start
@@ -117,13 +118,14 @@ class PretrainTrainer(RunTrainer, Trainer):
         self.model.load_report = replace(self.model.load_report, base=path, path=path, sha256=base_hash(path))
 
 def save_base(model, tokenizer, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    "Write weights (safetensors, `dtype`), config and tokenizer."
+    "Write weights (safetensors, `dtype`), configs and tokenizer."
     weights = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
     saved = type(model)(model.config).to(dtype)
     saved.config.use_cache, saved.config.pad_token_id = True, tokenizer.pad_token_id
     saved.load_state_dict(weights)
     saved.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    write_generation_config(model, tokenizer, folder)
 
 # %% ../../nbs/recipes/06_pretrain.ipynb #27dd7f53
 def _held_out(blocks: Blocks, args: PretrainArgs) -> int:
