@@ -106,7 +106,7 @@ def _fill(module: nn.Module, into: nn.Module, dtype: torch.dtype, name: str = ""
         if kind == "weight" and whole is not None: whole = _stored_as(module, into)
         if whole is None or whole.shape != p.shape:
             raise TinyTrainerError(f"{name}.{kind} cannot be merged into a plain model. Use the run with its base.")
-        p.data = whole.detach().to("cpu", dtype)
+        p.data = whole.detach().to("cpu", dtype, copy=True)
     if getattr(module, "bias", None) is not None and getattr(into, "bias", None) is None and not list(into.children()):
         raise TinyTrainerError(f"{name}: its adapter has a bias and a plain model has none. Use the run with its base.")
     for kind, b in module.named_buffers(recurse=False): getattr(into, kind).copy_(b)
