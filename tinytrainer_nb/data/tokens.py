@@ -149,6 +149,7 @@ def _tried(tokenizer, names: dict[str, str]) -> Tokenizer | None: # names: of sp
     same = twin.encode(new, add_special_tokens=False).ids == tokenizer(old, add_special_tokens=False).input_ids
     return twin if same else None
 
+# %% ../../nbs/data/03_tokens.ipynb #eb22828b
 def _twin(tokenizer, sign: str) -> Tokenizer: # sign: a character in front of the new names
     "The tokenizer to which `sign + text` is a special token, and `text` is not; else raises `TinyTrainerError`."
     names = {w: sign + w for w in _added(tokenizer) if control_words(tokenizer).fullmatch(w)}
@@ -204,6 +205,7 @@ def _need_all(tokenizer, text: str, turns: list[dict], marks: dict[str, str]) ->
     raise TinyTrainerError(f"the chat template {happened} turn {lost + 1} of {len(turns)}, of the role {role}: "
                            f"{content!r:.60}. Use another template, or take such turns out of the data.")
 
+# %% ../../nbs/data/03_tokens.ipynb #652ce928
 def render(
     tokenizer,                           # with a chat template
     messages: list[dict],                # of "role" and "content"

@@ -69,6 +69,7 @@ def _merged_by_peft(layer: BaseTunerLayer) -> nn.Module:
     except (ValueError, NotImplementedError, AttributeError, RuntimeError): raise refused from None
     return settled
 
+# %% ../../nbs/model/09_export.ipynb #75247435
 def _settled(module: nn.Module) -> nn.Module:
     "The module that stands below adapters, with what they change; linear ones hold their weight as (out, in) in fp32."
     if isinstance(module, AuxiliaryTrainingWrapper): return _settled(_chosen(module))
@@ -112,6 +113,7 @@ def _fill(module: nn.Module, into: nn.Module, dtype: torch.dtype, name: str = ""
     for kind, b in module.named_buffers(recurse=False): getattr(into, kind).copy_(b)
     for part, child in into.named_children(): _fill(getattr(module, part), child, dtype, f"{name}.{part}".strip("."))
 
+# %% ../../nbs/model/09_export.ipynb #f2eade2f
 def _stored_as(module: nn.Module, into: nn.Module) -> torch.Tensor: # (out, in), or as `into` stores it
     "A module's weight, written out."
     if not isinstance(module, (nn.Linear, Conv1D)): return module.weight
@@ -136,6 +138,7 @@ def merged(
     plain.generation_config = copy.deepcopy(base.generation_config)
     return plain.eval()
 
+# %% ../../nbs/model/09_export.ipynb #fa8cbd88
 def _tie_again(base: nn.Module, plain: nn.Module) -> None:
     "Tie the head to the embeddings as in the base, if both are the same."
     configs = (base.config, base.config.get_text_config())
@@ -161,6 +164,7 @@ def _cast(module: nn.Module, *_) -> None:
 def _cast_back(module: nn.Module, *_) -> None:
     for p, data in module.__dict__.pop("in_16_bits").items(): p.data = data
 
+# %% ../../nbs/model/09_export.ipynb #091bc034
 @contextlib.contextmanager
 def _in_fp32(model: nn.Module):
     "Forward passes inside compute in fp32 with the weights as they are, those of one layer at a time."
@@ -231,9 +235,10 @@ def save_merged(
         try: _write_merged(model, tokenizer, staging, DTYPES[dtype])
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as e:
             said = (str(e).strip().splitlines() or [type(e).__name__])[0]
-            raise TinyTrainerError(f"{run.folder}: cannot be merged ({said:.200}). Use the run with its base.") from None
+            raise TinyTrainerError(f"{run.folder}: cannot be merged ({said:.200}). Use it with its base.") from None
     return folder
 
+# %% ../../nbs/model/09_export.ipynb #8e833820
 def _write_merged(model, tokenizer, folder: Path, dtype: torch.dtype) -> None:
     "Merge, write and read again; raises `TinyTrainerError` if the logits are not the model's."
     plain = merged(model, torch.float32)

@@ -87,6 +87,7 @@ def _is_neutral(model, adapter: str, name: str, p) -> bool: # name, p: of a para
         return torch.equal(p, model.get_parameter(name.replace(f"modules_to_save.{adapter}", "original_module")))
     return bool(parts & _BESIDE)
 
+# %% ../../nbs/model/06_lora.ipynb #9a037476
 def _is_as_long(layer, lengths) -> bool: # lengths: DoRA's (out,)
     "Whether DoRA's lengths are those of the weight's rows, up to the rounding with which they began."
     rows = rows_of(layer.get_base_layer())
