@@ -235,7 +235,10 @@ def whole_folder(target: Path):
     staging = hidden_beside(target, f"{os.getpid()}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    yield staging
+    try: yield staging
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
     _sync_tree(staging)
     remove_whole(target)
     os.replace(staging, target)

@@ -15,7 +15,7 @@ from ..core import TinyTrainerError, progress
 from ..hardware import mix_seed
 from .arguments import GenerateArgs
 from .decode import Decoder
-from ..data.tokens import micro_batches, prompt_ids
+from ..data.tokens import micro_batches, prompt_ids, turn_ends
 from ..model.attention import SharedCache
 
 # %% ../../nbs/compute/07_generate.ipynb #c2becf47
@@ -174,9 +174,9 @@ def _speak(
 
 # %% ../../nbs/compute/07_generate.ipynb #7ba30a10
 def end_tokens(model, tokenizer) -> set[int]:
-    "Ids that end a completion: the tokenizer's end token and those of the model's generation config."
+    "Ids that end a completion: those that end an answer in the template, and those of the model's generation config."
     more = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return {tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])} - {None}
+    return {*turn_ends(tokenizer), *(more if isinstance(more, list) else [more])} - {None}
 
 def prompt_room(model, max_new_tokens: int) -> int: # tokens
     "How long a prompt may be, so that it and its completion fit into the model's context."

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datasets import Dataset
 from ..core import TinyTrainerError, progress
 from .formats import SAID, empty_rows
-from .tokens import encode_chat, encode_text
+from .tokens import control_words, encode_chat, encode_text
 
 # %% ../../nbs/data/04_rows.ipynb #4bbc5f43
 def _windows(tokenizer, example: dict, max_length: int, train_on_all: bool) -> list[dict]:
@@ -21,6 +21,11 @@ def _windows(tokenizer, example: dict, max_length: int, train_on_all: bool) -> l
     except TinyTrainerError as e:
         begins = example["messages"][0]["content"]
         raise TinyTrainerError(f"the conversation that begins {begins!r:.60}: {e}") from None
+
+def _holds_special(tokenizer, example: dict) -> bool:
+    "Whether somebody wrote a special token's text into an example."
+    texts = [m["content"] for m in example["messages"]] if example.get("messages") is not None else [example["text"]]
+    return any(control_words(tokenizer).search(text) for text in texts)
 
 def _length(windows: list[dict]) -> int:
     "Tokens of an example; a window repeats the last token of the one before."
@@ -41,6 +46,7 @@ class Reading:
     left_out: dict = field(default_factory=dict)    # reason: rows
     windows: dict = field(default_factory=dict)     # row of a text that was cut: into how many windows
     duplicates: dict = field(default_factory=dict)  # row: the first row that is the same to the model
+    special: list = field(default_factory=list)     # rows in which somebody wrote a special token's text
     context: int | None = None                      # tokens that the model can take at most; None: any number
 
     @property
@@ -65,7 +71,8 @@ class Reading:
     def __str__(self) -> str:
         cut = f"{len(self.windows):,} into {sum(self.windows.values()):,}" if self.windows else "none"
         return (f"{self.rows:,} rows, {self.tokens:,} tokens, {self.learned:,} of them learned; "
-                f"left out: {self.reasons()}; cut into windows: {cut}; duplicates: {len(self.duplicates):,}")
+                f"left out: {self.reasons()}; cut into windows: {cut}; duplicates: {len(self.duplicates):,}"
+                + (f"; special tokens read as text: {len(self.special):,} rows" if self.special else ""))
 
 # %% ../../nbs/data/04_rows.ipynb #5c5aae6c
 def beyond_context(context: int | None) -> str:
@@ -105,6 +112,7 @@ def read_examples(
         reading.tokens += reading.lengths[-1]
         reading.learned += _learned(windows)
         if len(windows) > 1: reading.windows[number] = len(windows)
+        if _holds_special(tokenizer, example): reading.special.append(number)
         first = seen.setdefault(_digest(windows), number)
         if first != number: reading.duplicates[number] = first
         rows += windows

@@ -134,9 +134,13 @@ def with_adapter(
 ):                # a `peft.PeftModel`
     """`model` with a saved adapter or stack on it.
 
-    Raises `TinyTrainerError` for a TinyLoRA adapter of another base, for one that does not fit the model's layers, is
-    not complete or holds numbers that are none."""
+    Raises `TinyTrainerError` for one that changes no layers, for a TinyLoRA adapter of another base, for one that does
+    not fit the model's layers, is not complete or holds numbers that are none."""
     report, names = model.load_report, saved_adapters(folder)
+    if adapter_config(folder).is_prompt_learning:
+        raise TinyTrainerError(
+            f"{folder}: this adapter puts words in front of a text ({adapter_config(folder).peft_type.value}). "
+            "Only adapters that change layers are read here, such as LoRA.")
     places = {name: folder / name if name in names[1:] else folder for name in names}
     for place in places.values():
         _no_pickle(place)

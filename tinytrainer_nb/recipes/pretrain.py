@@ -18,6 +18,7 @@ from ..settings import may_change
 from ..data.formats import Sourced, data_origin, load_examples
 from ..data.tinyworld import corpus
 from ..data.rows import Reading, held_note
+from ..data.tokens import control_words, text_ids
 from ..model.arguments import LoadArgs, LoraArgs
 from ..model.layers import context_length, has_adapter
 from ..model.base import LoadRecord, model_preset, new_model
@@ -25,6 +26,7 @@ from ..model.load import load_model
 from ..compute.arguments import GenerateArgs
 from ..compute.generate import generate, prompt_room
 from ..model.cache import base_hash
+from ..model.export import write_generation_config
 from .arguments import PretrainArgs
 from .trainer import RunTrainer
 from .start import describe, need_heldout, start, tell
@@ -62,9 +64,16 @@ def token_stream(
     kind = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     parts, texts = [], list(texts)
     for i in progress(range(0, len(texts), 1000), desc="tokens"):
-        for ids in tokenizer(texts[i:i + 1000]).input_ids:
+        for ids in text_ids(tokenizer, texts[i:i + 1000]):
             parts.append(np.asarray([*ids, tokenizer.eos_token_id], dtype=kind))
+    _tell_special(tokenizer, texts)
     return np.concatenate(parts)
+
+def _tell_special(tokenizer, texts: list[str]) -> None:
+    "Say how many documents hold the text of a special token, which is text there."
+    found = [word[0] for text in texts if (word := control_words(tokenizer).search(text))]
+    if found: print(f"note: {len(found):,} documents hold the text of a special token, such as {found[0]!r}; "
+                    "it is learned as text", file=sys.stderr)
 
 # %% ../../nbs/recipes/06_pretrain.ipynb #3c0c6511
 class Blocks(torch.utils.data.Dataset):
@@ -111,7 +120,7 @@ class PretrainTrainer(RunTrainer, Trainer):
         self.model.load_report = replace(self.model.load_report, base=path, path=path, sha256=base_hash(path))
 
 def save_base(model, tokenizer, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    "Write weights (safetensors, `dtype`), config and tokenizer."
+    "Write weights (safetensors, `dtype`), configs and tokenizer."
     weights = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
     config, how = copy.deepcopy(model.config), copy.deepcopy(model.generation_config)
     config.use_cache = how.use_cache = True # the trainer had switched it off; without it decoding is ten times slower
@@ -121,6 +130,7 @@ def save_base(model, tokenizer, folder: Path, dtype: torch.dtype = torch.bfloat1
     saved.load_state_dict(weights)
     saved.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    write_generation_config(model, tokenizer, folder)
 
 # %% ../../nbs/recipes/06_pretrain.ipynb #27dd7f53
 def _block_length(model, args: PretrainArgs) -> int: # tokens
