@@ -79,7 +79,6 @@ def trained(out: Path, recipe: str) -> Run:
             "length",
             PPOArgs(max_steps=2, out=str(out), **few),
         )
-    run = Run.open(out)
     told = json.loads((out / "run.json").read_text(encoding="utf-8"))
     told |= dict(status="stopped", settings=told["settings"] | dict(max_steps=3))
     (out / "run.json").write_text(json.dumps(told), encoding="utf-8")

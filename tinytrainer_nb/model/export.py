@@ -60,7 +60,6 @@ def _merged_by_peft(layer: BaseTunerLayer) -> nn.Module:
     kind = f"{type(layer).__module__.split('.')[-2]}.{type(layer).__name__}"
     refused = TinyTrainerError(f"a layer of the kind {kind} cannot be merged. Use the run with its base.")
     if quantization_of(layer.get_base_layer()) != "none": raise refused
-    inner = layer.base_layer
     try:
         settled = copy.deepcopy(layer).float()
         while isinstance(settled, BaseTunerLayer): # one around another, for several parameters of one module

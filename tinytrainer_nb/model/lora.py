@@ -15,7 +15,7 @@ from .arguments import LoraArgs, layer_numbers
 from .layers import adapter_layers, has_adapter, linear_names, quantization_of, rows_of
 from .layers import trainable
 from peft import LoraConfig, get_peft_model
-from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils import AuxiliaryTrainingWrapper
 
 # %% ../../nbs/model/06_lora.ipynb #5f89e138
 def _lora_config(model, args: LoraArgs) -> LoraConfig:

@@ -72,8 +72,9 @@ def token_stream(
 def _tell_special(tokenizer, texts: list[str]) -> None:
     "Say how many documents hold the text of a special token, which is text there."
     found = [word[0] for text in texts if (word := control_words(tokenizer).search(text))]
-    if found: print(f"note: {len(found):,} documents hold the text of a special token, such as {found[0]!r}; "
-                    "it is learned as text", file=sys.stderr)
+    if not found: return
+    say(f"note: {len(found):,} documents hold the text of a special token, such as {found[0]!r}; "
+        "it is learned as text", error=True)
 
 # %% ../../nbs/recipes/06_pretrain.ipynb #3c0c6511
 class Blocks(torch.utils.data.Dataset):
