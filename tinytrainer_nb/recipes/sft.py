@@ -12,7 +12,7 @@ from ..core import patch_to, read_json, remove_whole, write_json
 from ..settings import may_change
 from ..model.base import LoadRecord
 from ..compute.arguments import GenerateArgs
-from ..compute.generate import generate
+from ..compute.generate import fitting, generate, prompt_room
 from ..compute.lower_states import Hidden, UpperCollator, announce_hidden
 from ..compute.lower_states import first_trained_layer, starting_at
 from ..data.formats import as_examples, data_origin, empty_rows
@@ -42,10 +42,12 @@ class SFTTrainer(RunTrainer, Trainer):
             asked = question[-1]["content"]
             self.run.log("sample", self.state.global_step, prompt=asked, completion=text, reward=None)
 
-def _questions(table: Dataset, count: int = 2) -> list[list[dict]]:
-    "The first few conversations of `table`, up to their last answer."
-    rows = [r["messages"][:-1] for r in table if r.get("messages")]
-    return [r for r in rows if r][:count]
+def _questions(model, tokenizer, table: Dataset, args: SFTArgs, count: int = 2) -> list[list[dict]]:
+    "The first few conversations of `table`, up to their last answer, that leave room for an answer."
+    rows = [r["messages"][:-1] for r in table.select(range(min(len(table), 40))) if r.get("messages")]
+    asked = [r for r in rows if r]
+    fits = fitting(model, tokenizer, asked, prompt_room(model, args.sample_tokens))
+    return [r for r, short in zip(asked, fits) if short][:count]
 
 # %% ../../nbs/recipes/05_sft.ipynb #7a0bff9a
 def sft(
@@ -101,10 +103,11 @@ def _heldout(tokenizer, held: Dataset, args: SFTArgs) -> list[dict]:
 def built(run: Run, model, tokenizer, args: SFTArgs, train: Dataset, rows: list[dict], held: Dataset):
     "A context that gives the trainer."
     kind = UpperTrainer if args.keep_hidden else SFTTrainer
+    questions = _questions(model, tokenizer, held if len(held) else train, args)
     yield kind(
         run, args, LoadRecord.of(run.info).torch_dtype, model=model, tokenizer=tokenizer,
         train_dataset=rows, eval_dataset=_heldout(tokenizer, held, args) or None,
-        data_collator=kind.collates(args.micro_batch_tokens), questions=_questions(held if len(held) else train))
+        data_collator=kind.collates(args.micro_batch_tokens), questions=questions)
 
 # %% ../../nbs/recipes/05_sft.ipynb #eba5e82f
 class UpperTrainer(SFTTrainer):

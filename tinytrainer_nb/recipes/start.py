@@ -7,9 +7,10 @@ __all__ = ['need_trainable', 'need_heldout', 'describe', 'begin', 'tell', 'load_
 
 # %% ../../nbs/recipes/03_start.ipynb #c06b1b4e
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from ..core import TinyTrainerError, whole_folder
 from ..hardware import seed_everything
+from ..runs.lock import released
 from ..runs.run import Run
 from ..runs.worker import launch
 from ..model.arguments import LoadArgs, LoraArgs
@@ -59,7 +60,8 @@ def begin(run: Run, model) -> None:
 def tell(run: Run, message: str) -> None:
     "A note in the journal and on the screen, before the first step."
     run.log("note", 0, message=message)
-    if run.leads: print(message, file=sys.stderr)
+    if not run.leads: return
+    with suppress(OSError, ValueError): print(message, file=sys.stderr) # its terminal may be closed
 
 # %% ../../nbs/recipes/03_start.ipynb #25e4474f
 def load_for_training(
@@ -95,7 +97,7 @@ def start(
         model.adapter_from = None # from now on it is neither a fresh one nor that of an earlier run
         built_here = stack.pop_all()
     def work():
-        with built_here: trainer.fit()
+        with released(run.lock), built_here, run.failing(): trainer.fit()
         model.adapter_from = dict(run=str(run.folder))
     try:
         with run.failing(): return launch(run, work, live)

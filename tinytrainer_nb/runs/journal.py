@@ -9,7 +9,7 @@ __all__ = ['Journal']
 import contextlib, json, os, threading, time
 from itertools import islice
 from pathlib import Path
-from ..core import patch_to, plain, write_whole
+from ..core import patch_to, plain, sync_file, write_whole
 
 # %% ../../nbs/runs/01_journal.ipynb #6f1908c3
 class Journal:
@@ -32,7 +32,7 @@ class Journal:
     def sync(self) -> None:
         "Force the file to the disk."
         if not self.path.exists(): return
-        with open(self.path, "rb+") as f: os.fsync(f.fileno())
+        with open(self.path, "rb+") as f: sync_file(f)
 
     def _forget(self) -> None:
         "Start reading from the beginning."
