@@ -359,7 +359,10 @@ def test_a_preparation_elsewhere_is_left_alone(tmp_path):
         inside = run.folder
         assert run.lock.is_mine and Lock(inside / "lock").holder()
     assert {name for name, folder in folders.items() if folder.exists()} == {"far"}
-    assert Run.open(tmp_path / "run").lock.holder() is None and not (tmp_path / "run" / "lock").exists()
+    made = Run.open(tmp_path / "run")
+    assert made.lock.holder() is None and not made.lock.path.exists() and made.info["process"]["locked"] is False
+    with made.session(0):
+        assert made.info["process"]["locked"] is True
 
 
 CANNOT = ["EINVAL", "ENOTSUP", "EPERM", "EACCES", "ENOSYS", "EBADF"]

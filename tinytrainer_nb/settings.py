@@ -7,7 +7,7 @@ __all__ = ['OTHER_NAMES', 'TRUTH', 'NOTHING', 'setting', 'field_type', 'allowed'
            'grouped', 'from_text', 'as_text', 'parse_value', 'may_change']
 
 # %% ../nbs/01_settings.ipynb #4d712558
-import dataclasses, difflib, math, operator, types, typing
+import contextlib, dataclasses, difflib, math, operator, types, typing
 from dataclasses import fields
 from .core import TinyTrainerError
 
@@ -50,7 +50,8 @@ def check_value(field: dataclasses.Field, value):
     "`value` as the field's type. Raises `TinyTrainerError` with the allowed values if it does not fit."
     if value is None and isinstance(field.type, types.UnionType): return None
     kind, given = field_type(field), value
-    if kind is float and type(value) is int: value = float(value)
+    if kind is float and type(value) is int:
+        with contextlib.suppress(OverflowError): value = float(value)
     if _is_a(value, kind) and _in_range(field, value): return value
     raise TinyTrainerError(f"{field.name}={given!r} is not allowed: it must be {allowed(field)}.")
 

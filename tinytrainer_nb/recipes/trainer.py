@@ -319,7 +319,7 @@ def _complete(self, staging: Path) -> None:
     for file in (self._staging / f"checkpoint-{self.state.global_step}").iterdir():
         shutil.move(file, staging / file.name)
     shutil.rmtree(self._staging)
-    if self.settings.keep_best and self.best: same_file(self.best_weights, staging / BEST)
+    if self.settings.keep_best and self.best and self.best_weights.exists(): same_file(self.best_weights, staging / BEST)
     hashes = {file.name: file_hash(file) for file in sorted(staging.iterdir())}
     write_json(staging / "progress.json", dict(
         tokens=self.tokens, seconds=self.seconds + self.clock(), settings=self.settings.to_dict(),
@@ -503,7 +503,7 @@ def change(self, changes: dict, **asked) -> None: # asked: the time
     for name, new in changes.items():
         try: old, new = self._checked(name, new)
         except TinyTrainerError as e:
-            self.run.log("note", self.state.global_step, message=f"not changed: {visible(e)}")
+            self.run.log("note", self.state.global_step, message=f"not changed: {visible(e)[:500]}")
             continue
         setattr(self.settings, name, new)
         if name == "learning_rate": set_learning_rate(self.optimizer, self.lr_scheduler, new)

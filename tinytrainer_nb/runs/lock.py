@@ -246,7 +246,7 @@ def release(self) -> None:
     "Give the lock back; nothing happens if it was not taken here."
     if not self.is_mine: return
     if self._written() == self._mine:
-        with contextlib.suppress(FileNotFoundError): self.path.unlink()
+        with contextlib.suppress(OSError): self.path.unlink()
     self._file.close()
     self._file = None
 

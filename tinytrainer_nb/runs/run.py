@@ -216,7 +216,8 @@ def _describe(self, recipe: str, settings, info: dict) -> None:
     "Write run.json."
     from tinytrainer_nb.hardware import hardware, versions # they import PyTorch, which a reader of runs does not need
     about = dict(recipe=recipe, status="running", settings=settings.to_dict(), seed=settings.seed, **info)
-    about |= dict(versions=versions(), hardware=hardware(), created=round(time.time(), 3), process=self.lock.me())
+    about |= dict(versions=versions(), hardware=hardware(), created=round(time.time(), 3))
+    about |= dict(process=self.lock.me() | dict(locked=False)) # not until the training begins
     write_json(self.folder / "run.json", about)
 
 def _elsewhere(out: Path | str, wanted: Path, taken: Path) -> str:
@@ -339,7 +340,9 @@ def failing(self):
 @patch_to(Run)
 def _noted(self) -> bool:
     "Whether somebody else notes the end: process 0, the session, or a process that has taken the run over."
-    return bool(not self.leads or self.status != "running" or not self.lock.is_mine and self.lock.holder())
+    try: going = self.leads and self.status == "running"
+    except TinyTrainerError: return True # the folder is gone, or its run.json: there is nothing to note it in
+    return not going or bool(not self.lock.is_mine and self.lock.holder())
 
 # %% ../../nbs/runs/03_run.ipynb #4357c431
 @patch_to(Run)
@@ -459,7 +462,8 @@ def waiting(self) -> list[dict]:
     "Requests that nobody has taken yet, oldest first: `action`, `asked` (the time), and `changes` of settings."
     found = []
     for path in sorted((self.folder / "requests").glob("*.json")):
-        with contextlib.suppress(OSError, ValueError): found.append(_read_request(path)) # or taken at this moment
+        with contextlib.suppress(OSError, ValueError): # or taken at this moment
+            found.append(self._allowed(_read_request(path)))
     return found
 
 @patch_to(Run)
