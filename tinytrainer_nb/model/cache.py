@@ -14,7 +14,8 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from ..core import TinyTrainerError, file_hash, patiently, plain, read_json, sync_folder, write_json
+from ..core import TinyTrainerError, file_hash, patiently, plain, read_json
+from ..core import sync_file, sync_folder, write_json
 
 # %% ../../nbs/model/04_cache.ipynb #af9321b9
 def cache_folder() -> Path:
@@ -72,7 +73,7 @@ def _write_entry(path: Path, tensors: dict[str, torch.Tensor], about: dict) -> N
         save_file(tensors, written, metadata=dict(about=json.dumps(plain(about))))
         # safetensors writes for the owner alone; whoever shares the folder shares the files in it
         written.chmod(path.parent.stat().st_mode & 0o666)
-        with open(written, "rb+") as f: os.fsync(f.fileno())
+        with open(written, "rb+") as f: sync_file(f)
         patiently(os.replace, written, path)
     finally: shutil.rmtree(beside, ignore_errors=True)
     sync_folder(path.parent)

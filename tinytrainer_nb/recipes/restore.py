@@ -6,12 +6,13 @@
 __all__ = ['at_start', 'load_trained', 'take_step', 'at_checkpoint', 'lent', 'as_handed_over', 'trains_here']
 
 # %% ../../nbs/recipes/02_restore.ipynb #c06b1b4e
-import contextlib, os
+import contextlib
 from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import nn
 from ..core import TinyTrainerError
+from ..runs.lock import is_me
 from ..runs.run import Run
 from ..model.layers import trainable
 from ..model.base import LoadRecord, new_model, _pretrained
@@ -93,4 +94,4 @@ def as_handed_over(run: Run, model):
 # %% ../../nbs/recipes/02_restore.ipynb #0955d4ac
 def trains_here(run: Run) -> bool:
     "Whether `run.model` is the run's present model: trained in this process, and by no other one since."
-    return run.model is not None and run.info["process"]["pid"] == os.getpid()
+    return run.model is not None and is_me(run.info["process"])

@@ -455,6 +455,11 @@ def log(self, logs: dict, start_time=None) -> None:
     "Write a round's figures, and the alarms that they raise."
     super(RolloutTrainer, self).log(logs, start_time)
     if "loss" not in logs or not self.run.leads: return
+    with self.run.surviving("the look for alarms"): self.look_for_alarms()
+
+@patch_to(RolloutTrainer)
+def look_for_alarms(self) -> None:
+    "Write what the rounds so far give cause to say."
     for alarm in new_alarms(rounds(self.run.events), watched=self.reward.watched):
         self.run.log("alarm", self.state.global_step, **asdict(alarm))
         if not self.bar.disable:

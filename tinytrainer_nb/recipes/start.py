@@ -6,9 +6,11 @@
 __all__ = ['need_trainable', 'need_heldout', 'describe', 'begin', 'kept_rows', 'tell', 'load_for_training', 'start']
 
 # %% ../../nbs/recipes/03_start.ipynb #c06b1b4e
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from ..core import TinyTrainerError, read_typed, say, whole_folder
 from ..hardware import random_kept, seed_everything
+import sys
+from ..runs.lock import released
 from ..runs.run import Run
 from ..runs.worker import launch
 from ..model.arguments import LoadArgs, LoraArgs
@@ -77,7 +79,8 @@ def kept_rows(
 def tell(run: Run, message: str) -> None:
     "A note in the journal and on the screen, before the first step."
     run.log("note", 0, message=message)
-    if run.leads: say(message, error=True)
+    if not run.leads: return
+    with suppress(OSError, ValueError): say(message, error=True) # its terminal may be closed
 
 # %% ../../nbs/recipes/03_start.ipynb #25e4474f
 def load_for_training(
@@ -112,7 +115,7 @@ def start(
         model.adapter_from = None # from now on it is neither a fresh one nor that of an earlier run
         built_here = stack.pop_all()
     def work():
-        with built_here, nullcontext() if live else random_kept():
+        with released(run.lock), built_here, run.failing(), nullcontext() if live else random_kept():
             if not live: seed_everything(args.seed) # a reward may draw; other cells draw beside a live run
             trainer.fit()
         model.adapter_from = dict(run=str(run.folder))

@@ -7,9 +7,10 @@ __all__ = ['read_data', 'train']
 
 # %% ../../nbs/recipes/16_train.ipynb #6b6b211a
 from ..core import TinyTrainerError, data_file, patch_to, say, share, write_json
+import contextlib, sys
 from ..settings import Settings
 from ..data.arguments import DataArgs
-from ..runs.lock import TURN, _me
+from ..runs.lock import TURN
 from ..runs.run import Run
 from ..model.arguments import LoadArgs, LoraArgs
 from .restore import at_start
@@ -60,23 +61,38 @@ def resume(
     self,
     live: bool = False, # train in a worker thread and return at once
     reward=None,        # again, if it was a function or a file
+    take_over: bool = False, # also from a process that cannot be seen from here, and has ended
 ) -> "Run":
     """Go on exactly where the run was interrupted or stopped; a finished run is returned unchanged.
     Raises `TinyTrainerError` if it is being trained, or its base, data or reward are not what they were."""
     if share(self.status) == "finished": return self
     TURN.need()
     if not self.leads: return _go_on(self, live, reward)
-    if who := self.lock.holder():
-        raise TinyTrainerError(f"{self.folder}: process {who['pid']} is training into this folder, "
-                               "so there is nothing to resume.")
-    before = self.info
     self.need_own()
-    self.take_requests() # those left over from before
+    self.claim(take_over)
+    before = self.info
+    with self._given_back(before):
+        if before["status"] == "finished":
+            raise TinyTrainerError(f"{self.folder}: another process has just finished this run.")
+        self._tell_resume(before)
+        return _go_on(self, live, reward)
+
+@patch_to(Run)
+@contextlib.contextmanager
+def _given_back(self, before: dict): # of run.json
+    "A context that takes the lock into the training; if that does not begin, lock and run.json are as before."
+    try: yield
+    except BaseException:
+        if self.worker is None or self.worker.done.is_set(): # else its thread has the lock
+            if self.lock.is_mine and self.info["status"] == "running": write_json(self.folder / "run.json", before)
+            self.lock.release()
+        raise
+
+@patch_to(Run)
+def _tell_resume(self, info: dict) -> None: # info: of run.json
+    "Take away old requests, and say that the run goes on."
+    self.take_requests()
     step = self.last_checkpoint()[1]
     where = f"goes on after step {step} of" if step else "has no checkpoint and starts over, steps:"
-    say(f"{self.folder}: {where} {before['settings'].get('max_steps')}", error=True)
-    write_json(self.folder / "run.json", before | dict(status="running", process=_me()))
-    try: return _go_on(self, live, reward)
-    except BaseException:
-        if not self.lock.holder() and self.info["status"] == "running": write_json(self.folder / "run.json", before)
-        raise
+    say(f"{self.folder}: {where} {info['settings'].get('max_steps')}", error=True)
+    write_json(self.folder / "run.json", info | dict(status="running", process=self.lock.me()))

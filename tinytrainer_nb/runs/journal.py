@@ -9,7 +9,8 @@ __all__ = ['STATES', 'EVENTS', 'Journal']
 import json, os, threading, time
 from itertools import islice
 from pathlib import Path
-from ..core import MissingFile, need_file, need_flat, need_no_link, patch_to, plain, unfit, write_whole
+from ..core import MissingFile, need_file, need_flat, need_no_link, patch_to, plain, sync_file
+from ..core import unfit, write_whole
 
 # %% ../../nbs/runs/01_journal.ipynb #6f1908c3
 class Journal:
@@ -33,7 +34,7 @@ class Journal:
     def sync(self) -> None:
         "Force the file to the disk."
         if not self.path.exists(): return
-        with open(self.path, "rb+") as f: os.fsync(f.fileno())
+        with open(self.path, "rb+") as f: sync_file(f)
 
     def _forget(self) -> None:
         "Start reading from the beginning."
