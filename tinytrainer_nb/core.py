@@ -11,7 +11,7 @@ __all__ = ['LARGEST', 'PLAIN', 'BUILDING', 'TinyTrainerError', 'MissingFile', 'p
            'in_notebook', 'progress', 'quiet', 'builds', 'patch_to', 'repeated_share']
 
 # %% ../nbs/00_core.ipynb #a2756417
-import builtins, contextlib, errno, functools, hashlib, html, inspect, json, math, os, re, shlex, shutil, sys
+import builtins, contextlib, errno, functools, hashlib, inspect, json, math, os, re, shlex, shutil, sys
 import threading, time, unicodedata, warnings
 from pathlib import Path
 from tqdm.std import tqdm

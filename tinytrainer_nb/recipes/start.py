@@ -9,7 +9,6 @@ __all__ = ['need_trainable', 'need_heldout', 'describe', 'begin', 'kept_rows', '
 from contextlib import ExitStack, nullcontext, suppress
 from ..core import TinyTrainerError, read_typed, say, whole_folder
 from ..hardware import random_kept, seed_everything
-import sys
 from ..runs.lock import released
 from ..runs.run import Run
 from ..runs.worker import launch

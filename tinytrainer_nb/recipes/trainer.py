@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from ..core import PLAIN, TinyTrainerError, builds, file_hash, patch_to, processes, progress
 from ..core import quiet, read_json, read_typed, remove_whole, same_file, share, visible
 from ..core import whole_folder, write_json
-from ..settings import check_value, may_change
+from ..settings import may_change
 from ..hardware import peak_memory
 from ..compute.dropout import OwnDropout, drops
 from ..compute.onednn import has_blocks
