@@ -875,6 +875,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'tinytrainer_nb/data/tokens.py'),
                                             'tinytrainer_nb.data.tokens.ensure_template': ( 'data/tokens.html#ensure_template',
                                                                                             'tinytrainer_nb/data/tokens.py'),
+                                            'tinytrainer_nb.data.tokens.filling': ( 'data/tokens.html#filling',
+                                                                                    'tinytrainer_nb/data/tokens.py'),
                                             'tinytrainer_nb.data.tokens.micro_batches': ( 'data/tokens.html#micro_batches',
                                                                                           'tinytrainer_nb/data/tokens.py'),
                                             'tinytrainer_nb.data.tokens.micro_trees': ( 'data/tokens.html#micro_trees',

@@ -15,7 +15,7 @@ from ..core import TinyTrainerError, progress
 from ..hardware import mix_seed
 from .arguments import GenerateArgs
 from .decode import Decoder
-from ..data.tokens import micro_batches, prompt_ids, turn_ends
+from ..data.tokens import filling, micro_batches, prompt_ids, turn_ends
 from ..model.attention import SharedCache
 
 # %% ../../nbs/compute/07_generate.ipynb #c2becf47
@@ -93,9 +93,9 @@ def _read_prompts(
         "attention interface, so its cache cannot be kept here. Use a Llama- or Qwen-like model.")
     return torch.cat(found)
 
-def _end_to_end(rows: list[list[int]], device, multiple: int = 64) -> dict: # tensors (1, T)
-    "Tokens and positions of the rows in one, filled up to a multiple so that there are few different shapes."
-    fill = -sum(map(len, rows)) % multiple
+def _end_to_end(rows: list[list[int]], device) -> dict: # tensors (1, T)
+    "Tokens and positions of the rows in one, filled up so that there are few different shapes."
+    fill = filling(sum(map(len, rows)))
     tokens = [t for row in rows for t in row] + [0] * fill
     positions = [i for row in rows for i in range(len(row))] + [0] * fill # the context may be shorter than `fill`
     return dict(input_ids=torch.tensor([tokens], device=device), position_ids=torch.tensor([positions], device=device))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_TEMPLATE', 'LONGEST', 'SHOWN_AS', 'ensure_template', 'shown', 'control_words', 'render', 'prompt_ids',
-           'turn_ends', 'encode_chat', 'text_ids', 'encode_text', 'pack_row', 'micro_batches', 'Collator', 'pack_trees',
-           'micro_trees']
+           'turn_ends', 'encode_chat', 'text_ids', 'encode_text', 'filling', 'pack_row', 'micro_batches', 'Collator',
+           'pack_trees', 'micro_trees']
 
 # %% ../../nbs/data/03_tokens.ipynb #328db176
 import contextlib, ctypes, functools, json, os, re, threading, time, weakref
@@ -400,12 +400,20 @@ def encode_text(
     return [dict(input_ids=w, labels=[-100] + w[1:]) for w in windows]
 
 # %% ../../nbs/data/03_tokens.ipynb #a5a9abc9
+def filling(
+    tokens: int,        # real ones in a row
+    multiple: int = 64, # of the smallest rows
+) -> int:
+    "Tokens that fill a row up to the next of eight lengths between a power of two and the next, so that few are used."
+    step = max(multiple, 2 ** (tokens.bit_length() - 1) // 8)
+    return -tokens % step
+
 def pack_row(
     rows: list[dict],   # of "input_ids" and "labels"
     multiple: int = 64, # T is a multiple of it
 ) -> dict: # `input_ids`, `position_ids` (1, T); `logits_to_keep`, `shift_labels` (learned tokens,); `document_lengths`
     "Documents laid end to end in one row of T tokens."
-    fill = -sum(len(r["input_ids"]) for r in rows) % multiple
+    fill = filling(sum(len(r["input_ids"]) for r in rows), multiple)
     if fill: rows = [*rows, dict(input_ids=[0] * fill, labels=[-100] * fill)]
     lengths = [len(r["input_ids"]) for r in rows]
     ids = torch.tensor([t for r in rows for t in r["input_ids"]])               # (T,)
@@ -467,7 +475,7 @@ def pack_trees(
             keep += [prompt_end - 1, *range(len(ids), len(ids) + len(completion) - 1)]
             ids += completion
             positions += range(len(prompt), len(prompt) + len(completion))
-    if fill := -len(ids) % multiple:
+    if fill := filling(len(ids), multiple):
         ids += [0] * fill
         positions += [0] * fill # a model's context may be shorter than the filling
         lengths.append(fill)
