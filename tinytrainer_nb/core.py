@@ -10,11 +10,10 @@ __all__ = ['LARGEST', 'PLAIN', 'BUILDING', 'TinyTrainerError', 'MissingFile', 'p
            'progress', 'quiet', 'builds', 'patch_to', 'repeated_share']
 
 # %% ../nbs/00_core.ipynb #a2756417
-import builtins, contextlib, functools, hashlib, inspect, json, math
-import os, re, shlex, shutil, sys, threading, time, unicodedata, warnings
+import builtins, contextlib, functools, hashlib, html, inspect, json, math
+import os, re, shlex, shutil, string, sys, threading, time, unicodedata, warnings
 from pathlib import Path
 from tqdm.std import tqdm
-import markupsafe
 
 # %% ../nbs/00_core.ipynb #07f7eb32
 class TinyTrainerError(Exception):
@@ -257,14 +256,21 @@ def say(*lines, error: bool = False) -> None: # error: to stderr, which is also 
     for line in lines: print(one_line(line), file=sys.stderr if error else sys.stdout)
 
 # %% ../nbs/00_core.ipynb #3c10cf06
-class Markup(markupsafe.Markup):
-    "HTML. Whatever else is put into it by `format`, `join` or `+` is shown as text."
-    __slots__ = ()
+class _Escaping(string.Formatter):
+    "`str.format` that escapes each value behind its format."
+    def format_field(self, value, spec: str) -> str:
+        return value if isinstance(value, Markup) else Markup.escape(format(value, spec))
 
-    @classmethod
-    def escape(cls, value) -> "Markup":
+class Markup(str):
+    "HTML. Whatever else is put into it by `format`, `join` or `+` is shown as text."
+    def format(self, *values, **named) -> "Markup": return Markup(_Escaping().vformat(self, values, named))
+    def join(self, parts) -> "Markup": return Markup(super().join(map(Markup.escape, parts)))
+    def __add__(self, other) -> "Markup": return Markup(super().__add__(Markup.escape(other)))
+
+    @staticmethod
+    def escape(value) -> "Markup":
         "`value` as HTML that shows it and does nothing else."
-        return cls(value if hasattr(value, "__html__") else markupsafe.escape(visible(value)))
+        return value if isinstance(value, Markup) else Markup(html.escape(visible(value)))
 
 def escaped(text) -> Markup:
     "`text` as HTML that shows it and does nothing else, between tags as well as in an attribute."
