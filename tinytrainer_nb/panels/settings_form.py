@@ -10,7 +10,7 @@ import contextlib, math, time
 from dataclasses import fields, replace
 from pathlib import Path
 import ipywidgets as widgets
-from ..core import Markup, TinyTrainerError, visible, patch_to
+from ..core import Markup, TinyTrainerError, patch_to, visible
 from ..settings import Settings, as_text, check_value, field_type, grouped, parse_value
 from .widgets import Panel, complaint, small, wrapped
 from ..recipes.table import find_recipe, recipe_of, run_settings
