@@ -2359,6 +2359,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'tinytrainer_nb.runs.run.Run.waiting': ('runs/run.html#run.waiting', 'tinytrainer_nb/runs/run.py'),
                                          'tinytrainer_nb.runs.run._beside': ('runs/run.html#_beside', 'tinytrainer_nb/runs/run.py'),
                                          'tinytrainer_nb.runs.run._elsewhere': ('runs/run.html#_elsewhere', 'tinytrainer_nb/runs/run.py'),
+                                         'tinytrainer_nb.runs.run._flag': ('runs/run.html#_flag', 'tinytrainer_nb/runs/run.py'),
                                          'tinytrainer_nb.runs.run._full': ('runs/run.html#_full', 'tinytrainer_nb/runs/run.py'),
                                          'tinytrainer_nb.runs.run._refuse_unfinished': ( 'runs/run.html#_refuse_unfinished',
                                                                                          'tinytrainer_nb/runs/run.py'),

@@ -274,6 +274,10 @@ def create(cls, out: Path | str, recipe: str, settings, **info) -> "Run":
     return run
 
 # %% ../../nbs/runs/03_run.ipynb #6188a2ab
+def _flag(name: str, value: str) -> list[str]:
+    "Words of a command; argparse takes a value with a leading minus for another flag."
+    return [f"--{name}={value}"] if value.startswith("-") else [f"--{name}", value]
+
 @patch_to(Run)
 def how_to_resume(self) -> str:
     "How to go on with this run: a command, or a call if its reward was a function that only the caller has."
@@ -282,7 +286,7 @@ def how_to_resume(self) -> str:
     match reward["kind"]:
         case "functions": return f"`{python}(reward=...)`, with the reward whose parts are {names},"
         case "function": return f"`{python}(reward={names})`"
-        case "file": return f"`{command('tinytrainer', 'resume', self.folder, '--reward=' + reward['spec'])}`"
+        case "file": return f"`{command('tinytrainer', 'resume', self.folder, *_flag('reward', reward['spec']))}`"
     return f"`{command('tinytrainer', 'resume', self.folder)}`"
 
 # %% ../../nbs/runs/03_run.ipynb #29aceabb
