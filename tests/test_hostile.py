@@ -362,7 +362,7 @@ LOADED = [  # recipe, file, what is done to it
 
 
 def said_by(argv: list[str], monkeypatch) -> tuple[int, str]:
-    "Exit status of a command, and all that it wrote"
+    "Exit status of a shell_line, and all that it wrote"
     out = io.StringIO()
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):

@@ -13,7 +13,7 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from . import __version__
-from .core import TinyTrainerError, command as shell, one_line, read_json, say
+from .core import TinyTrainerError, one_line, read_json, say, shell_line
 from .settings import allowed, as_text, field_type, parse_value, suggestion
 from .data.arguments import DataArgs
 from .model.arguments import LoadArgs, LoraArgs, need_base
@@ -132,7 +132,7 @@ def report(run) -> None:
             "summary.json": "the figures", "events.jsonl": "the journal"}
     for name, words in made.items():
         if (run.folder / name).exists(): say(f"  {str(run.folder / name):40} {words}")
-    chat = shell("tinytrainer", "chat", run.folder)
+    chat = shell_line("tinytrainer", "chat", run.folder)
     say(f"next: {run.how_to_resume().strip('`') if run.status == 'stopped' else chat}")
 
 def _begun_here(out: Path):
@@ -186,8 +186,8 @@ def resume_command(parser: Parser, given: dict) -> int: # exit status
     folder = Path(given["folder"])
     run = Run.open(folder)
     if run.status == "finished":
-        say(f"{folder}: this run is finished, there is nothing to resume. `{shell('tinytrainer', 'chat', folder)}` "
-            f"talks to what it made; `{shell('--base', folder)}` trains on from it.")
+        say(f"{folder}: this run is finished, there is nothing to resume. `{shell_line('tinytrainer', 'chat', folder)}` "
+            f"talks to what it made; `{shell_line('--base', folder)}` trains on from it.")
         return 0
     if "reward" in given and "reward" not in run.info:
         raise TinyTrainerError(f"{folder}: a run of {run.info['recipe']} has no reward. Leave out --reward.")
@@ -316,7 +316,7 @@ def notebook_command(parser: Parser, given: dict) -> int: # exit status
         say("", "before and after (the base in the better of its two forms)", *samples_text(summary).split("\n"))
     say("", "saved", f"  {str(target):40} the executed notebook")
     for run in runs: say(f"  {str(run.folder):40} {summary_line(run) if run.summary else run.status}")
-    if runs: say(f"next: {shell('tinytrainer', 'chat', runs[-1].folder)}")
+    if runs: say(f"next: {shell_line('tinytrainer', 'chat', runs[-1].folder)}")
     return 0
 
 # %% ../nbs/91_cli.ipynb #b46aa28a

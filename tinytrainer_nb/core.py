@@ -6,7 +6,7 @@
 __all__ = ['LARGEST', 'PLAIN', 'BUILDING', 'TinyTrainerError', 'MissingFile', 'processes', 'share', 'gathered', 'patiently',
            'sync_folder', 'write_whole', 'plain', 'write_json', 'need_flat', 'need_file', 'read_json', 'unfit',
            'read_typed', 'need_fit', 'file_hash', 'need_no_link', 'remove_whole', 'whole_folder', 'visible', 'one_line',
-           'say', 'Markup', 'escaped', 'inert', 'command', 'may_be_on_hub', 'shipped', 'data_file', 'in_notebook',
+           'say', 'Markup', 'escaped', 'inert', 'shell_line', 'may_be_on_hub', 'shipped', 'data_file', 'in_notebook',
            'progress', 'quiet', 'builds', 'patch_to', 'repeated_share']
 
 # %% ../nbs/00_core.ipynb #a2756417
@@ -296,7 +296,7 @@ def _word(value) -> str:
     seen = lambda c: c if one_line(c) == c and c not in "\t\\'" else "".join(f"\\x{b:02x}" for b in os.fsencode(c))
     return f"$'{''.join(map(seen, text))}'"
 
-def command(*words) -> str: # a `Path` is one that stands alone, not behind a flag
+def shell_line(*words) -> str: # a `Path` is one that stands alone, not behind a flag
     "Words as a line that can be copied into a shell."
     return " ".join(map(_word, words))
 

@@ -9,8 +9,8 @@ __all__ = ['ACTIVE', 'INFO', 'SUMMARY', 'REQUEST', 'Run', 'free_sibling']
 import contextlib, errno, glob, os, re, shutil, tempfile, threading, time
 from pathlib import Path
 import psutil
-from ..core import MissingFile, PLAIN, TinyTrainerError, command, one_line, patch_to, plain
-from ..core import need_fit, processes, read_json, read_typed, say, share, sync_folder, write_json
+from ..core import MissingFile, PLAIN, TinyTrainerError, one_line, patch_to, plain
+from ..core import need_fit, processes, read_json, read_typed, say, share, shell_line, sync_folder, write_json
 from .journal import Journal, STATES
 from .lock import Lock, TURN, _alive, _me
 
@@ -286,8 +286,8 @@ def how_to_resume(self) -> str:
     match reward["kind"]:
         case "functions": return f"`{python}(reward=...)`, with the reward whose parts are {names},"
         case "function": return f"`{python}(reward={names})`"
-        case "file": return f"`{command('tinytrainer', 'resume', self.folder, *_flag('reward', reward['spec']))}`"
-    return f"`{command('tinytrainer', 'resume', self.folder)}`"
+        case "file": return f"`{shell_line('tinytrainer', 'resume', self.folder, *_flag('reward', reward['spec']))}`"
+    return f"`{shell_line('tinytrainer', 'resume', self.folder)}`"
 
 # %% ../../nbs/runs/03_run.ipynb #29aceabb
 @patch_to(Run)
