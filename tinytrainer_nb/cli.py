@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from . import __version__
 from .core import TinyTrainerError, command as shell, local_path, one_line, read_json, say
-from .core import shipped_notebooks
+from .core import shell_line, shipped_notebooks
 from .settings import allowed, as_text, field_type, parse_value, suggestion
 from .data.arguments import DataArgs
 from .model.arguments import LoadArgs, LoraArgs, need_base
@@ -138,7 +138,7 @@ def report(run) -> None:
 def _next(run) -> str:
     "What to do with a run that has ended: a command, or a call in Python."
     if run.status == "stopped": return run.how_to_resume().strip("`")
-    if run.info["recipe"] != "reward_model": return shell("tinytrainer", "chat", run.folder)
+    if run.info["recipe"] != "reward_model": return shell_line("tinytrainer", "chat", run.folder)
     return f"in Python, PPO or GRPO with the reward model_reward({str(run.folder)!r})"
 
 def _begun_here(out: Path):
@@ -194,8 +194,8 @@ def resume_command(parser: Parser, given: dict) -> int: # exit status
     folder = given["folder"]
     run = Run.open(folder)
     if run.status == "finished":
-        say(f"{folder}: this run is finished, there is nothing to resume. `{shell('tinytrainer', 'chat', folder)}` "
-            f"talks to what it made; `{shell('--base', folder)}` trains on from it.")
+        say(f"{folder}: this run is finished, there is nothing to resume. `{shell_line('tinytrainer', 'chat', folder)}` "
+            f"talks to what it made; `{shell_line('--base', folder)}` trains on from it.")
         return 0
     if "reward" in given and "reward" not in run.info:
         raise TinyTrainerError(f"{folder}: a run of {run.info['recipe']} has no reward. Leave out --reward.")

@@ -7,15 +7,14 @@ __all__ = ['LARGEST', 'PLAIN', 'BUILDING', 'TinyTrainerError', 'MissingFile', 'p
            'is_there', 'patiently', 'where_possible', 'sync_file', 'sync_folder', 'hidden_beside', 'write_whole',
            'plain', 'write_json', 'need_flat', 'need_file', 'read_json', 'unfit', 'read_typed', 'need_fit', 'same_file',
            'file_hash', 'need_no_link', 'remove_whole', 'whole_folder', 'visible', 'one_line', 'say', 'Markup',
-           'escaped', 'inert', 'command', 'may_be_on_hub', 'shipped', 'data_file', 'short_name', 'shipped_notebooks',
+           'escaped', 'inert', 'shell_line', 'may_be_on_hub', 'shipped', 'data_file', 'short_name', 'shipped_notebooks',
            'in_notebook', 'progress', 'quiet', 'builds', 'patch_to', 'repeated_share']
 
 # %% ../nbs/00_core.ipynb #a2756417
-import builtins, contextlib, errno, functools, hashlib, inspect, json, math, os, re, shlex, shutil, sys
-import threading, time, unicodedata, warnings
+import builtins, contextlib, errno, functools, hashlib, html, inspect, json, math, os, re, shlex, shutil
+import string, sys, threading, time, unicodedata, warnings
 from pathlib import Path
 from tqdm.std import tqdm
-import markupsafe
 
 # %% ../nbs/00_core.ipynb #07f7eb32
 class TinyTrainerError(Exception):
@@ -303,14 +302,21 @@ def say(*lines, error: bool = False) -> None: # error: to stderr, which is also 
     for line in lines: print(one_line(line), file=sys.stderr if error else sys.stdout)
 
 # %% ../nbs/00_core.ipynb #3c10cf06
-class Markup(markupsafe.Markup):
-    "HTML. Whatever else is put into it by `format`, `join` or `+` is shown as text."
-    __slots__ = ()
+class _Escaping(string.Formatter):
+    "`str.format` that escapes each value behind its format."
+    def format_field(self, value, spec: str) -> str:
+        return value if isinstance(value, Markup) else Markup.escape(format(value, spec))
 
-    @classmethod
-    def escape(cls, value) -> "Markup":
+class Markup(str):
+    "HTML. Whatever else is put into it by `format`, `join` or `+` is shown as text."
+    def format(self, *values, **named) -> "Markup": return Markup(_Escaping().vformat(self, values, named))
+    def join(self, parts) -> "Markup": return Markup(super().join(map(Markup.escape, parts)))
+    def __add__(self, other) -> "Markup": return Markup(super().__add__(Markup.escape(other)))
+
+    @staticmethod
+    def escape(value) -> "Markup":
         "`value` as HTML that shows it and does nothing else."
-        return cls(value if hasattr(value, "__html__") else markupsafe.escape(visible(value)))
+        return value if isinstance(value, Markup) else Markup(html.escape(visible(value)))
 
 def escaped(text) -> Markup:
     "`text` as HTML that shows it and does nothing else, between tags as well as in an attribute."
@@ -336,7 +342,7 @@ def _word(value) -> str:
     seen = lambda c: c if one_line(c) == c and c not in "\t\\'" else "".join(f"\\x{b:02x}" for b in os.fsencode(c))
     return f"$'{''.join(map(seen, text))}'"
 
-def command(*words) -> str: # a `Path` is one that stands alone, not behind a flag
+def shell_line(*words) -> str: # a `Path` is one that stands alone, not behind a flag
     "Words as a line that can be copied into a shell."
     return " ".join(map(_word, words))
 

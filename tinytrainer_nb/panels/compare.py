@@ -13,7 +13,7 @@ from itertools import combinations
 from pathlib import Path
 import ipywidgets as widgets
 import numpy as np
-from ..core import Markup, TinyTrainerError, local_path, one_line, patch_to
+from ..core import Markup, TinyTrainerError, local_path, one_line, patch_to, visible
 from ..model.base import LoadRecord
 from .widgets import Panel, scrolled, small, wrapped
 from ..views.plots import COLOURS, PANELS, STYLES, Picture, figure_html, figure_name
@@ -40,7 +40,7 @@ def run_names(runs: list[Run]) -> list[str]:
     "Short names that tell the runs apart."
     folders = [run.folder.resolve() for run in runs]
     above = Path(os.path.commonpath([f.parent for f in folders]))
-    return [one_line(f.relative_to(above).as_posix()) for f in folders]
+    return [visible(f.relative_to(above).as_posix()) for f in folders]
 
 # %% ../../nbs/panels/06_compare.ipynb #e169db78
 def run_facts(run: Run) -> dict:

@@ -56,10 +56,10 @@ STATES = ("running", "paused", "stopped", "finished", "failed", "interrupted")
 _EVERY = dict(time="moment", step="count", kind="text") # what each event has
 _FIGURES = {name: "number?" for name in ("loss", "reward", "kl", "accuracy", "seconds", "tokens", "tokens_per_s")}
 EVENTS = dict( # kind: sorts of its fields, besides those of each event, as in `core.unfit`
-    metrics=_FIGURES | dict(numbers=["number"]),
+    metrics=_FIGURES | dict(numbers=["number?"]),
     evaluation=_FIGURES,
-    sample=dict(prompt="text", completion="text", reward="number?", parts={...: "number?"}, group="count",
-                index="count", advantage="number?", tokens="count", finished="flag"),
+    sample=dict(prompt="text", completion="text", reward="number?", parts={...: "number?"}, group="count?",
+                index="count?", advantage="number?", tokens="count?", finished="flag?"),
     checkpoint=dict(path="text", asked="moment"),
     change=dict(setting="text", old="number", new="number", asked="moment"),
     status=dict(value=STATES, asked="moment"),

@@ -11,9 +11,9 @@ import psutil
 from pathlib import Path
 from ..core import PLAIN, MissingFile, TinyTrainerError, command, hidden_beside, local_path
 from ..core import need_fit, one_line, patch_to, patiently, plain, processes, read_json
-from ..core import read_typed, say, share, sync_folder, visible, write_json
+from ..core import read_typed, say, share, shell_line, sync_folder, visible, write_json
 from .journal import STATES, Journal
-from .lock import TURN, Lock, TakenOver, is_me
+from .lock import TURN, Lock, TakenOver, _alive, _me, is_me
 
 # %% ../../nbs/runs/03_run.ipynb #66447e19
 ACTIVE = ("running", "paused") # a process trains, or waits to go on
@@ -290,6 +290,10 @@ def create(cls, out: Path | str, recipe: str, settings, **info) -> "Run":
     return run
 
 # %% ../../nbs/runs/03_run.ipynb #6188a2ab
+def _flag(name: str, value: str) -> list[str]:
+    "Words of a command; argparse takes a value with a leading minus for another flag."
+    return [f"--{name}={value}"] if value.startswith("-") else [f"--{name}", value]
+
 @patch_to(Run)
 def how_to_resume(self) -> str:
     "How to go on with this run: a command, or a call if its reward was a function that only the caller has."
@@ -298,8 +302,8 @@ def how_to_resume(self) -> str:
     match reward["kind"]:
         case "functions": return f"`{python}(reward=...)`, with the reward whose parts are {names},"
         case "function": return f"`{python}(reward={names})`"
-        case "file": return f"`{command('tinytrainer', 'resume', self.folder, '--reward=' + reward['spec'])}`"
-    return f"`{command('tinytrainer', 'resume', self.folder)}`"
+        case "file": return f"`{shell_line('tinytrainer', 'resume', self.folder, *_flag('reward', reward['spec']))}`"
+    return f"`{shell_line('tinytrainer', 'resume', self.folder)}`"
 
 # %% ../../nbs/runs/03_run.ipynb #29aceabb
 @patch_to(Run)
