@@ -13,7 +13,7 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from . import __version__
-from .core import TinyTrainerError, command as shell, local_path, one_line, read_json, say
+from .core import TinyTrainerError, local_path, one_line, read_json, say
 from .core import shell_line, shipped_notebooks
 from .settings import allowed, as_text, field_type, parse_value, suggestion
 from .data.arguments import DataArgs

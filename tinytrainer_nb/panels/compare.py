@@ -13,7 +13,7 @@ from itertools import combinations
 from pathlib import Path
 import ipywidgets as widgets
 import numpy as np
-from ..core import Markup, TinyTrainerError, local_path, one_line, patch_to, visible
+from ..core import Markup, TinyTrainerError, local_path, patch_to, visible
 from ..model.base import LoadRecord
 from .widgets import Panel, scrolled, small, wrapped
 from ..views.plots import COLOURS, PANELS, STYLES, Picture, figure_html, figure_name

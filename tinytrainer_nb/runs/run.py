@@ -9,11 +9,11 @@ __all__ = ['ACTIVE', 'INFO', 'SUMMARY', 'REQUEST', 'REQUESTS', 'Run', 'free_sibl
 import contextlib, errno, glob, json, os, re, shutil, tempfile, threading, time
 import psutil
 from pathlib import Path
-from ..core import PLAIN, MissingFile, TinyTrainerError, command, hidden_beside, local_path
+from ..core import PLAIN, MissingFile, TinyTrainerError, hidden_beside, local_path
 from ..core import need_fit, one_line, patch_to, patiently, plain, processes, read_json
 from ..core import read_typed, say, share, shell_line, sync_folder, visible, write_json
 from .journal import STATES, Journal
-from .lock import TURN, Lock, TakenOver, _alive, _me, is_me
+from .lock import TURN, Lock, TakenOver, is_me
 
 # %% ../../nbs/runs/03_run.ipynb #66447e19
 ACTIVE = ("running", "paused") # a process trains, or waits to go on
