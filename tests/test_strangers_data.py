@@ -1,5 +1,5 @@
-"""What strangers' data mean: system texts, weights, empty turns, other names, folders, compressed files, odd columns; and
-rows that are longer than the model's own context."""
+"""What strangers' data mean: system texts, weights, empty turns, other names, folders, compressed files, odd columns.
+And rows that are longer than the model's own context."""
 
 import bz2
 import datetime

@@ -327,11 +327,11 @@ def _role_and_text(turn) -> tuple:
 # %% ../../nbs/data/02_formats.ipynb #ee79c52c
 def _learns(turn: dict, column: str) -> bool:
     "Whether a turn of the model is to be learned; raises `ValueError` for a weight other than 0 and 1."
-    if any(turn.get(name) is False for name in ("train", "training", "loss")): return False
     weight = turn.get("weight")
-    if weight is None: return True
-    if isinstance(weight, bool | int | float) and weight in (0, 1): return bool(weight)
-    raise ValueError(f"field '{column}': a turn's weight {weight!r:.60} is not known; 1 learns the turn, 0 does not")
+    if weight is not None and not (isinstance(weight, bool | int | float) and weight in (0, 1)):
+        raise ValueError(f"field '{column}': a turn's weight {weight!r:.60} is not known; "
+                         "1 learns the turn, 0 does not")
+    return weight != 0 and not any(turn.get(name) is False for name in ("train", "training", "loss"))
 
 # %% ../../nbs/data/02_formats.ipynb #94d87a16
 def _need_plain(turn, column: str) -> None:
@@ -907,7 +907,7 @@ def need_data(data: str | Path) -> None:
 
 # %% ../../nbs/data/02_formats.ipynb #43445408
 def load_examples(
-    data,                              # a file, a folder of texts, a Hub id, a list of dicts, or a datasets.Dataset
+    data,                              # a file, a folder, a Hub id, a list of dicts, or a datasets.Dataset
     columns: dict | str | None = None, # {"prompt": "question"}, "prompt=question", or a mapping's name, such as "arc"
     split: str = "train",              # of a Hub data set, or "test" of its folder; of the former also "train[:1000]"
 ) -> Dataset: # `messages` or `text`, with `chosen` and `rejected` if they are preferences; other columns untouched
