@@ -527,7 +527,7 @@ def test_the_best_weights_are_gone(tmp_path):
 
     with pytest.MonkeyPatch.context() as m:
         m.setattr(RunTrainer, "take_best", lost)
-        run = train(tmp_path / "run", **PATIENT | dict(max_steps=4))
+        run = train(tmp_path / "run", **PATIENT)
     assert run.status == "finished" and len(notes(run, "are gone: the result has the last ones")) == 1
 
 

@@ -250,12 +250,23 @@ def test_a_container_on_the_same_folder(tmp_path, table):
     assert run.status == "running" and "cannot be seen" in refused(run.claim)  # it had no lock of the system
 
 
-LEAVE_A_CHILD = dict(
-    fork="import os, time\nif not os.fork():\n    print('child', os.getpid(), flush=True)\n    time.sleep(60)",
-    multiprocessing="import multiprocessing as m, time\nm.get_context('fork').Process(target=time.sleep, args=(60,)).start()"
-    "\nprint('child', m.active_children()[0].pid, flush=True)",
-    program="import subprocess\nprint('child', subprocess.Popen(['sleep', '60'], close_fds=False).pid, flush=True)",
-)
+FORK = """
+import os, time
+if not os.fork():
+    print("child", os.getpid(), flush=True)
+    time.sleep(60)
+"""
+MULTIPROCESSING = """
+import multiprocessing, time
+child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+child.start()
+print("child", child.pid, flush=True)
+"""
+PROGRAM = """
+import subprocess
+print("child", subprocess.Popen(["sleep", "60"], close_fds=False).pid, flush=True)
+"""
+LEAVE_A_CHILD = dict(fork=FORK, multiprocessing=MULTIPROCESSING, program=PROGRAM)
 
 
 @pytest.mark.parametrize("kind", LEAVE_A_CHILD)

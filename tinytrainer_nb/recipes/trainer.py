@@ -331,7 +331,8 @@ def _complete(self, staging: Path) -> None:
     for file in (self._staging / f"checkpoint-{self.state.global_step}").iterdir():
         shutil.move(file, staging / file.name)
     shutil.rmtree(self._staging)
-    if self.settings.keep_best and self.best and self.best_weights.exists(): same_file(self.best_weights, staging / BEST)
+    if self.settings.keep_best and self.best and self.best_weights.exists():
+        same_file(self.best_weights, staging / BEST)
     hashes = {file.name: file_hash(file) for file in sorted(staging.iterdir())}
     write_json(staging / "progress.json", dict(
         tokens=self.tokens, seconds=self.seconds + self.clock(), settings=self.settings.to_dict(),
