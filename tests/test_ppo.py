@@ -125,7 +125,8 @@ def test_first_pass_starts_at_the_reference(tmp_path, after_sft, kind):
 
 
 def test_open_clip_is_reinforce_with_baseline(tmp_path, monkeypatch):
-    "With the clip wide open and one epoch the gradient is that of -A log pi, A whitened from a transcription of eq. 16"
+    """With the clip wide open and one epoch the gradient is that of -A log pi, A whitened from a transcription of eq. 16
+    on scores counted from the round's mean"""
     model, tokenizer = tiny_policy()
     with torch.no_grad():  # with a B of zeros the gradient of A would be zero, whatever the formula
         for n, p in trainable(model).items():
@@ -159,8 +160,8 @@ def test_open_clip_is_reinforce_with_baseline(tmp_path, monkeypatch):
     batch, total, count = seen["batch"], 0.0, seen["batch"].mask.sum()
     # no discount and a value of 0 everywhere: A_t is the sum of 0.95^k r_{t+k}, and the policy is its
     # reference, so only the last token is rewarded
-    advantages = []
-    for i, score in enumerate(seen["scores"]):
+    advantages, mean = [], sum(seen["scores"]) / len(seen["scores"])
+    for i, score in enumerate(s - mean for s in seen["scores"]):
         length = int(batch.mask[i].sum())
         advantages.append(torch.tensor([score * 0.95 ** (length - 1 - t) for t in range(length)]))
     flat = torch.cat(advantages)
@@ -178,7 +179,8 @@ def test_open_clip_is_reinforce_with_baseline(tmp_path, monkeypatch):
 
 
 def test_token_rewards_and_returns():
-    "Returns are advantages before whitening plus values; the score stands on the last token"
+    """Returns are advantages before whitening plus values, on scores counted from the round's mean, 1.5; the score
+    stands on the last token"""
     mask = torch.tensor([[1.0, 1, 0], [1, 1, 1]])
     values = torch.tensor([[0.1, 0.2, 0.0], [0.3, 0.4, 0.5]])
     logp, ref = torch.full((2, 3), -1.0), torch.full((2, 3), -1.2)
@@ -189,7 +191,7 @@ def test_token_rewards_and_returns():
         torch.tensor([[-0.1, 0.9, 0.0], [-0.1, -0.1, 1.9]]),
     )
     # Lambda 1: the sum to come
-    torch.testing.assert_close(batch.returns, torch.tensor([[0.8, 0.9, 0.0], [1.7, 1.8, 1.9]]))
+    torch.testing.assert_close(batch.returns, torch.tensor([[-0.7, -0.6, 0.0], [0.2, 0.3, 0.4]]))
 
 
 def test_bandit_converges(tmp_path):

@@ -10,7 +10,7 @@ __all__ = ['LARGEST', 'PLAIN', 'BUILDING', 'TinyTrainerError', 'MissingFile', 'p
            'shipped', 'data_file', 'in_notebook', 'progress', 'quiet', 'builds', 'patch_to', 'repeated_share']
 
 # %% ../nbs/00_core.ipynb #a2756417
-import builtins, contextlib, functools, hashlib, inspect, json, math
+import builtins, contextlib, datetime, decimal, functools, hashlib, inspect, json, math
 import os, re, shlex, shutil, sys, threading, time, unicodedata, warnings
 from pathlib import Path
 from tqdm.std import tqdm
@@ -99,11 +99,15 @@ def write_whole(
 
 # %% ../nbs/00_core.ipynb #baa9de4b
 def plain(value):
-    "`value` as JSON can hold it: NaN and infinity as None, paths as text, tensors and NumPy numbers as numbers."
+    """`value` as JSON can hold it: NaN and infinity as None, tensors and NumPy numbers as numbers, dates as ISO text,
+    decimals as their digits, bytes as the text that they spell, anything else as its own text."""
     if isinstance(value, dict): return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, set)): return [plain(v) for v in value]
     if hasattr(value, "tolist"): return plain(value.tolist())
     if isinstance(value, float): return value if math.isfinite(value) else None
+    if isinstance(value, (datetime.date, datetime.time)): return value.isoformat()
+    if isinstance(value, decimal.Decimal): return f"{value:f}"
+    if isinstance(value, bytes): return value.decode("utf8", "backslashreplace")
     return value if value is None or isinstance(value, (str, int, bool)) else str(value)
 
 def write_json(path: Path | str, value) -> Path:
