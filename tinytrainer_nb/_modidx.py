@@ -1841,6 +1841,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'tinytrainer_nb/recipes/preference.py'),
                                                    'tinytrainer_nb.recipes.preference._keep': ( 'recipes/preference.html#_keep',
                                                                                                 'tinytrainer_nb/recipes/preference.py'),
+                                                   'tinytrainer_nb.recipes.preference._need_room': ( 'recipes/preference.html#_need_room',
+                                                                                                     'tinytrainer_nb/recipes/preference.py'),
                                                    'tinytrainer_nb.recipes.preference._pairs_of': ( 'recipes/preference.html#_pairs_of',
                                                                                                     'tinytrainer_nb/recipes/preference.py'),
                                                    'tinytrainer_nb.recipes.preference._trained_scorer': ( 'recipes/preference.html#_trained_scorer',

@@ -170,7 +170,7 @@ def gather(self, prompts: list[dict], step: int) -> tuple[Round, dict]:
     batch, figures = super(PPOTrainer, self).gather(prompts, step)
     counted = batch.mask.bool()
     residual, total = (batch.returns - batch.values)[counted], batch.returns[counted] # (K,)
-    explained = 1 - residual.var() / total.var().clamp_min(1e-8)
+    explained = 1 - residual.var() / total.var() if total.var() > 1e-8 else torch.zeros(()) # nothing to explain
     return batch, figures | dict(explained_variance=explained.item())
 
 @patch_to(PPOTrainer)

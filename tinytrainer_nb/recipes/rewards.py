@@ -321,10 +321,11 @@ def _items(spec: str) -> list[str]:
     "The rewards that a text names, each with its weight. A comma in the path of a file that exists divides nothing."
     pieces, found = spec.split(","), []
     while pieces:
-        joined = (",".join(pieces[:n]) for n in range(1, len(pieces) + 1))
-        file = next((item for item in joined if _is_file_item(item)), pieces[0])
-        found.append(file.strip())
-        pieces = pieces[file.count(",") + 1:]
+        joined = [",".join(pieces[:n]) for n in range(1, len(pieces) + 1)]
+        item = next(filter(_is_file_item, joined), pieces[0])
+        if "/" in item: item = next((longer for longer in joined if ".py:" in longer), item) # a file that is missing
+        found.append(item.strip())
+        pieces = pieces[item.count(",") + 1:]
     return found
 
 def _is_file_item(item: str) -> bool:
