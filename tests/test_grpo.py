@@ -1,7 +1,11 @@
 """GRPO against plain transcriptions of its formulas, against TRL, and against itself computed the long way."""
 
+import datetime
+from decimal import Decimal
+
 import pytest
 import torch
+from datasets import Dataset
 from small import small_base
 
 import tinytrainer_nb.recipes.train  # noqa: F401 (gives runs their resume)
@@ -430,3 +434,77 @@ def test_the_distance_counts_rows_without_a_gradient(tmp_path, monkeypatch):
     expected = (now - said()).mean().item()
     assert seen["idle"] == 16 and len(seen["rows"]) == 2 and abs(expected) > 0.1
     assert run.history("kl")[1] == pytest.approx([expected], abs=1e-3)
+
+
+def test_groups_that_hardly_differ_have_no_advantage():
+    "One percent of the mean size is the limit, of the whole round and not of the group; exact zeros, however scaled"
+    rewards = [1.0, 1.0, 0.0, 0.3, 0.3001, 0.3, 5.0, 5.001, 5.0, 1.0, 0.0, 1.0]
+    for scale in ("group", "batch", "none"):
+        found = group_advantages(rewards, 3, scale).view(-1, 3)
+        assert not found[1:3].any() and found[0].all() and found[3].all()
+    assert not group_advantages([0.1 + 0.2, 0.3, 0.3], 3).any()  # equal but for rounding
+    assert group_advantages([0.0, 1e-5], 2).all()  # small, and as different as they can be
+
+
+ODD = [
+    dict(made=datetime.datetime(2026, 11, i + 1), price=Decimal("4.50"), raw=b"ab", share=float("nan"))
+    for i in range(8)
+]
+
+
+@pytest.mark.parametrize("kind", ["list", "parquet"])
+def test_a_column_is_the_same_before_and_after_a_resume(tmp_path, kind):
+    "Dates, decimals, bytes and NaN beside the prompts; the run fails in its third round and goes on"
+    data = [
+        dict(prompt=p["messages"][-1]["content"], reference_answer=["4", "four"]) | odd for p, odd in zip(PROMPTS, ODD)
+    ]
+    if kind == "parquet":
+        Dataset.from_list(data).to_parquet(tmp_path / "odd.parquet")
+        data = str(tmp_path / "odd.parquet")
+    seen, calls = [], []
+
+    def reward(completions, prompts, messages, made, price, raw, share, reference_answer):
+        calls.append(1)
+        if len(calls) == 3:
+            raise ValueError("once")
+        seen.append(list(zip(prompts, made, price, raw, share, reference_answer, map(str, messages))))
+        return [letters("", c) for c in completions]
+
+    args = small(tmp_path / "grpo", max_steps=4, batch_size=8, num_generations=2, max_new_tokens=4)
+    with pytest.raises(TinyTrainerError, match="raised ValueError: once"):
+        grpo(*policy(), data, reward, args)
+    run = Run.open(tmp_path / "grpo").resume(reward=reward)
+    assert run.status == "finished" and len(seen) == 4
+    assert all(sorted(map(str, rows)) == sorted(map(str, seen[0])) for rows in seen)  # all prompts, in another order
+    assert {row[1] for row in seen[-1]} == {f"2026-11-0{i}T00:00:00" for i in range(1, 9)}
+    assert {row[2:5] for row in seen[-1]} == {("4.50", "ab", None)}
+
+
+def test_the_data_s_columns_do_not_take_the_place_of_what_was_said(tmp_path):
+    seen = []
+
+    def reward(prompts, completions, **columns):
+        seen.extend(completions)
+        assert not {"prompts", "completions", "messages"} & set(columns) and columns["level"] == [1] * len(prompts)
+        return [letters("", c) for c in completions]
+
+    data = [dict(p, completions=["good"], prompts=["good"], level=1) for p in PROMPTS]
+    grpo(*policy(), data, reward, small(tmp_path / "grpo"))
+    assert len(seen) == 16 and "good" not in seen and all(isinstance(c, str) for c in seen)
+
+
+def test_a_reward_sees_the_turns_that_the_model_was_asked(tmp_path):
+    turns = [
+        dict(role="system", content="Be brief."),
+        dict(role="user", content="Hi."),
+        dict(role="assistant", content="Yes?"),
+    ]
+    data = [dict(messages=[*turns, p["messages"][-1]]) for p in PROMPTS]
+    seen = []
+
+    def reward(prompt, completion, messages):
+        seen.append((messages[:-1] == turns, messages[-1]["content"] == prompt))
+        return letters("", completion)
+
+    grpo(*policy(), data, reward, small(tmp_path / "grpo", eval_steps=1, eval_rows=0))
+    assert set(seen) == {(True, True)}

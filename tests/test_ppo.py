@@ -12,7 +12,8 @@ from tinytrainer_nb.model.arguments import LoraArgs
 from tinytrainer_nb.model.layers import trainable
 from tinytrainer_nb.model.load import load_model
 from tinytrainer_nb.model.lora import add_lora
-from tinytrainer_nb.recipes.arguments import PPOArgs, SFTArgs
+from tinytrainer_nb.recipes.arguments import GRPOArgs, PPOArgs, SFTArgs
+from tinytrainer_nb.recipes.grpo import grpo
 from tinytrainer_nb.recipes.ppo import (
     PPOTrainer,
     gae,
@@ -125,7 +126,8 @@ def test_first_pass_starts_at_the_reference(tmp_path, after_sft, kind):
 
 
 def test_open_clip_is_reinforce_with_baseline(tmp_path, monkeypatch):
-    "With the clip wide open and one epoch the gradient is that of -A log pi, A whitened from a transcription of eq. 16"
+    """With the clip wide open and one epoch the gradient is that of -A log pi, A whitened from a transcription of eq. 16
+    on scores counted from the round's mean"""
     model, tokenizer = tiny_policy()
     with torch.no_grad():  # with a B of zeros the gradient of A would be zero, whatever the formula
         for n, p in trainable(model).items():
@@ -159,8 +161,8 @@ def test_open_clip_is_reinforce_with_baseline(tmp_path, monkeypatch):
     batch, total, count = seen["batch"], 0.0, seen["batch"].mask.sum()
     # no discount and a value of 0 everywhere: A_t is the sum of 0.95^k r_{t+k}, and the policy is its
     # reference, so only the last token is rewarded
-    advantages = []
-    for i, score in enumerate(seen["scores"]):
+    advantages, mean = [], sum(seen["scores"]) / len(seen["scores"])
+    for i, score in enumerate(s - mean for s in seen["scores"]):
         length = int(batch.mask[i].sum())
         advantages.append(torch.tensor([score * 0.95 ** (length - 1 - t) for t in range(length)]))
     flat = torch.cat(advantages)
@@ -178,7 +180,8 @@ def test_open_clip_is_reinforce_with_baseline(tmp_path, monkeypatch):
 
 
 def test_token_rewards_and_returns():
-    "Returns are advantages before whitening plus values; the score stands on the last token"
+    """Returns are advantages before whitening plus values, on scores counted from the round's mean, 1.5; the score
+    stands on the last token"""
     mask = torch.tensor([[1.0, 1, 0], [1, 1, 1]])
     values = torch.tensor([[0.1, 0.2, 0.0], [0.3, 0.4, 0.5]])
     logp, ref = torch.full((2, 3), -1.0), torch.full((2, 3), -1.2)
@@ -189,7 +192,7 @@ def test_token_rewards_and_returns():
         torch.tensor([[-0.1, 0.9, 0.0], [-0.1, -0.1, 1.9]]),
     )
     # Lambda 1: the sum to come
-    torch.testing.assert_close(batch.returns, torch.tensor([[0.8, 0.9, 0.0], [1.7, 1.8, 1.9]]))
+    torch.testing.assert_close(batch.returns, torch.tensor([[-0.7, -0.6, 0.0], [0.2, 0.3, 0.4]]))
 
 
 def test_bandit_converges(tmp_path):
@@ -262,3 +265,133 @@ def test_settings_are_the_callers(tmp_path):
     assert args.kl_coef == 0.05 and run.settings.kl_coef != 0.05
     with pytest.raises(TinyTrainerError, match="kl_coef=0 stays 0"):
         PPOArgs(kl_target=6.0, kl_coef=0.0)
+
+
+def only_differences(scores, values, kl=0.0, **settings):
+    "The advantages of a round of completions of three tokens, under estimates of the value head"
+    mask = torch.ones(len(scores), 3)
+    logp = torch.full_like(mask, -1.0)
+    batch = Round([], mask, torch.tensor(scores), logp, logp - kl, logp - kl, torch.tensor(values))
+    batch.ref_logprobs = logp - kl * torch.tensor([1.0, -1.0, 0.5])
+    PPOTrainer.advantages(SimpleNamespace(settings=PPOArgs(**settings)), batch)
+    return batch
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+@pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
+@pytest.mark.parametrize("scores", [[1.0, 1.0], [0.0, 0.0], [-7.0, -7.0], [1.0, 1.001], [1e6, 1e6]])
+def test_a_value_head_s_error_is_no_advantage(scores, lam, gamma):
+    "Where nothing differs there is nothing to learn, whatever the head says; its own targets are the mean, 0"
+    guesses = [[0.3, -0.2, 0.1], [0.2, 0.4, -0.5]]
+    batch = only_differences(scores, guesses, lam=lam, gamma=gamma)
+    assert not batch.advantages.any()
+    if lam == 1:
+        torch.testing.assert_close(batch.returns, torch.zeros(2, 3), atol=1e-6, rtol=0)
+    none = only_differences(scores, [[0.0] * 3] * 2, lam=lam, gamma=gamma)
+    assert not none.advantages.any() and not none.returns.any()
+
+
+def test_a_head_that_knows_something_is_listened_to():
+    """It expects the good one to be good: at lambda 0 only the surprises count. One that expects the opposite is
+    ignored, as if it said 0"""
+    knows, errs = [[0.2, 0.4, 0.5], [-0.2, -0.4, -0.5]], [[-0.5] * 3, [0.5] * 3]
+    wise = only_differences([1.0, 0.0], knows, lam=0.0).advantages
+    torch.testing.assert_close(wise[0], -wise[1])
+    assert wise[0, 0] > wise[0, 1] > wise[0, 2] == 0  # 0.2, 0.1 and 0, whitened
+    foolish = only_differences([1.0, 0.0], errs).advantages
+    torch.testing.assert_close(foolish, only_differences([1.0, 0.0], [[0.0] * 3] * 2).advantages)
+
+
+def test_a_distance_alone_keeps_its_scale():
+    """Equal rewards, and a policy that has moved: the penalty is weighed by the rewards' size, not blown up to
+    variance 1"""
+    zeros = [[0.0] * 3] * 2
+    small, large = (only_differences([size] * 2, zeros, kl=0.01).advantages for size in (1.0, 10.0))
+    assert 0 < small.abs().max() < 0.01
+    torch.testing.assert_close(large, small / 10)
+    assert only_differences([0.0, 0.0], zeros, kl=0.01).advantages.equal(small)  # nothing earned: a scale of 1
+
+
+def same(prompt, completion):
+    return 1.0
+
+
+def nearly_the_same(prompt, completion):
+    return 1 + 1e-3 * letters(prompt, completion)
+
+
+def never(prompts, completions):
+    return [0.0] * len(prompts)
+
+
+@pytest.mark.parametrize(
+    "recipe, reward",
+    [
+        ("ppo", same),
+        ("ppo", nearly_the_same),
+        ("ppo", never),
+        ("ppo, value adapter", nearly_the_same),
+        ("grpo", nearly_the_same),
+        ("grpo, KL", same),
+    ],
+)
+def test_rewards_that_hardly_differ_leave_the_policy_as_it_was(tmp_path, recipe, reward):
+    "Bit for bit, with several updates a round: no KL, no other answers"
+    model, tokenizer = tiny_policy()
+    before = {n: p.detach().clone() for n, p in trainable(model).items()}
+    more = dict(max_steps=2, minibatches=2, learning_rate=3e-3)
+    prompts = load_prompts(data_file("rl.jsonl"))[:8]
+    if recipe.startswith("ppo"):
+        args = small(tmp_path / "run", value_adapter="adapter" in recipe, **more)
+        run = ppo(model, tokenizer, prompts, reward, args)
+    else:
+        args = GRPOArgs(
+            batch_size=4,
+            num_generations=2,
+            max_new_tokens=12,
+            warmup_steps=0,
+            kl_coef=0.1 if "KL" in recipe else 0.0,
+            out=str(tmp_path / "run"),
+            **more,
+        )
+        run = grpo(model, tokenizer, prompts, reward, args)
+    for n, p in trainable(model).items():
+        assert p.equal(before[n]), n
+    assert run.history("kl")[1] == [0, 0] and run.history("no_signal")[1] == [1, 1]
+
+
+def test_a_round_without_differences_after_rounds_with_some(tmp_path):
+    """The value head has learned something by then: its error is no advantage. (Without a KL penalty, which would go
+    on.)"""
+    rounds = []
+
+    def at_first(prompts, completions):
+        rounds.append(completions)
+        return [letters("", c) if len(rounds) <= 2 else 1.0 for c in completions]
+
+    seen = []
+    original = PPOTrainer.advantages
+
+    def keep(self, batch):
+        original(self, batch)
+        seen.append((batch.advantages.abs().max().item(), batch.values.abs().max().item()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PPOTrainer, "advantages", keep)
+        model, tokenizer = tiny_policy()
+        args = small(tmp_path / "run", max_steps=4, minibatches=2, learning_rate=3e-3, kl_coef=0.0)
+        ppo(model, tokenizer, load_prompts(data_file("rl.jsonl"))[:8], at_first, args)
+    assert seen[1][0] > 1 and seen[2][1] > 0  # the head estimates something
+    assert seen[2][0] == seen[3][0] == 0
+
+
+def test_an_offset_of_the_reward_changes_nothing(tmp_path):
+    "Only differences teach; the same adapter comes out, but for rounding"
+    found, start = [], torch.cat([p.detach().flatten().clone() for p in trainable(tiny_policy()[0]).values()])
+    for offset in (0.0, 4.0):
+        model, tokenizer = tiny_policy()
+        args = small(tmp_path / str(offset), max_steps=2, gamma=0.9)
+        reward = lambda prompt, completion: len(set(completion)) + offset
+        ppo(model, tokenizer, load_prompts(data_file("rl.jsonl"))[:8], reward, args)
+        found.append(torch.cat([p.detach().flatten() for p in trainable(model).values()]))
+    assert (found[0] - found[1]).norm() < 1e-2 * (found[0] - start).norm()

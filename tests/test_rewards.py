@@ -1,9 +1,12 @@
 """Rewards: the built-in ones against TRL's and lm-evaluation-harness's rules; one's own: what a function may return,
 and how its mistakes are told."""
 
+import datetime
 import json
 import random
 import re
+import sys
+from decimal import Decimal
 from functools import partial
 
 import numpy as np
@@ -19,9 +22,12 @@ from tinytrainer_nb.recipes.rewards import (
     find_reward,
     flexible_answer,
     format_reward,
+    hardly_differ,
     last_number,
     length_reward,
+    reference_overlap,
     repetition_reward,
+    reward_columns,
 )
 
 PROMPTS, COMPLETIONS, ROWS = ["Who?", "Where?"], ["Nobody.", "In the park."], [{}, dict(level=2)]
@@ -407,3 +413,275 @@ def test_a_file_without_a_function_is_asked_for_one(tmp_path):
 def test_a_reward_that_was_nearly_named():
     with pytest.raises(TinyTrainerError, match="no such reward. Did you mean exact_answer"):
         find_reward("exakt_answer")
+
+
+# What a reward sees of a row
+
+TURNS = [dict(role="system", content="Be brief."), dict(role="user", content="Who?")]
+
+
+def test_the_turns_before_a_completion_come_to_those_who_name_them():
+    "In both forms; `**row` alone does not bring them; by hand, without them, the prompt is a user's turn"
+    row = reward_columns(dict(messages=TURNS, prompt="x", completion="y", level=2))
+
+    def one(prompt, completion, messages, level):
+        return float(len(messages) + level)
+
+    def batch(completions, messages, **columns):
+        assert "messages" not in columns
+        return [float(m[0]["content"] == "Be brief.") for m in messages]
+
+    def rest(prompt, completion, **row):
+        assert set(row) == {"level"}
+        return 0.0
+
+    for f, value in ((one, 4), (batch, 1), (rest, 0)):
+        find_reward(f).check([dict(messages=TURNS, level=2)])
+        assert find_reward(f)(["Who?"], ["I."], [row])[0] == [value]
+    seen = []
+    find_reward(lambda prompt, completion, messages: seen.append(messages) or 0.0)(["Who?"], ["I."], [{}])
+    assert seen == [[dict(role="user", content="Who?")]]
+
+
+OURS = dict(prompt="the data's", completion="the data's", prompts=["the data's"], completions=["the data's"])
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda prompts, completions, **columns: [
+            float(p == "Who?" and c == "Nobody.") for p, c in zip(prompts, completions)
+        ],
+        lambda completions, prompts: [float(p == "Who?" and c == "Nobody.") for p, c in zip(prompts, completions)],
+        lambda level, completions, **columns: [float(c == "Nobody.") for c in completions],
+        lambda prompt, completion, **row: float(prompt == "Who?" and completion == "Nobody."),
+        lambda completion, prompt: float(prompt == "Who?" and completion == "Nobody."),
+        lambda completion, level: float(completion == "Nobody."),
+        lambda asked, said, **row: float(asked == "Who?" and said == "Nobody."),
+        lambda asked, said, /: float(asked == "Who?" and said == "Nobody."),
+        lambda level, *, prompt, completion: float(prompt == "Who?" and completion == "Nobody."),
+    ],
+    ids=["TRL", "TRL turned", "TRL late", "plain", "turned", "completion", "other names", "by place", "by name"],
+)
+def test_no_column_takes_the_place_of_what_the_model_said(f):
+    row = reward_columns(dict(OURS, messages=TURNS, asked="the data's", said="the data's", level=2))
+    find_reward(f).check([dict(OURS, level=2)])
+    assert find_reward(f)(["Who?"], ["Nobody."], [row])[0] == [1.0]
+
+
+def test_a_column_is_no_setting_of_a_built_in_reward():
+    row = dict(reference_answer="7", free_words=0, max_words=1, ngram_size=1)
+    for f in (length_reward, partial(length_reward, free_words=2, max_words=4), repetition_reward):
+        assert find_reward(f)(["q"], ["a b a"], [row])[0] == [f("q", "a b a")]
+
+    def mine(prompt, completion, level=1):
+        return float(level)
+
+    assert find_reward(partial(mine, level=3))(["q"], ["a"], [dict(level=9)])[0] == [3.0]
+
+
+def test_a_missing_column_is_found_before_the_run_beside_a_row_too():
+    def mine(prompt, completion, level, **row):
+        return 0.0
+
+    assert "reward mine asks for level" in refused(find_reward(mine).check, [dict(reference_answer="1")])
+
+
+def test_a_function_that_hides_its_parameters_is_named():
+    assert "does not tell its parameters" in refused(find_reward(max).check, [{}])
+
+
+ODD = dict(
+    date=datetime.date(2026, 11, 3),
+    time=datetime.datetime(2026, 11, 3, 4, 5, tzinfo=datetime.timezone.utc),
+    price=Decimal("4.50"),
+    nothing=Decimal("0E-10"),
+    raw=b"caf\xc3\xa9",
+    broken=b"\xff",
+    level=np.int64(2),
+    share=np.float32(0.5),
+    missing=float("nan"),
+    vector=np.arange(2),
+    nested=dict(when=[datetime.time(4, 5)]),
+    wait=datetime.timedelta(hours=1),
+)
+
+
+def test_a_column_is_what_json_holds():
+    found = reward_columns(ODD)
+    assert found == json.loads(json.dumps(found)) == reward_columns(found)
+    assert found == dict(
+        date="2026-11-03",
+        time="2026-11-03T04:05:00+00:00",
+        price="4.50",
+        nothing="0.0000000000",
+        raw="café",
+        broken="\\xff",
+        level=2,
+        share=0.5,
+        missing=None,
+        vector=[0, 1],
+        nested=dict(when=["04:05:00"]),
+        wait="1:00:00",
+    )
+
+
+# Several right answers
+
+
+@pytest.mark.parametrize(
+    "accepted, right, wrong",
+    [
+        (["4", "four"], ["#### 4", "four", "4.0", "#### $4"], ["#### 5", "Four", ""]),
+        (4, ["#### 4", "4.00"], ["#### 40"]),
+        (4.0, ["#### 4"], ["4.01"]),
+        (1e22, ["#### 10,000,000,000,000,000,000,000"], ["#### 1"]),
+        ("1,000", ["#### 1000", "1000.0"], ["#### 1"]),
+        ([1000, 2.5], ["#### 1,000", "2.50"], ["#### 25"]),
+        (np.array([3, 4]), ["#### 3", "4"], ["#### 5"]),
+        (("so it is\n#### 7", None, " "), ["7"], ["", "None"]),
+        ([Decimal("4.00")], ["4"], ["5"]),
+        (True, ["True"], ["1"]),
+    ],
+)
+def test_one_of_the_right_answers_is_enough(accepted, right, wrong):
+    for f in (exact_answer, flexible_answer):
+        assert [f("", text, reference_answer=accepted) for text in right] == [1.0] * len(right)
+        assert [f("", text, reference_answer=accepted) for text in wrong] == [0.0] * len(wrong)
+
+
+def test_flexible_takes_the_last_number_against_every_number():
+    assert flexible_answer("", "It is 7, I think", reference_answer=["six", "7"]) == 1
+    assert flexible_answer("", "It is six", reference_answer=["six", "7"]) == 0
+    assert flexible_answer("", "six", reference_answer=["six", "7"]) == 1
+
+
+def test_overlap_is_that_with_the_nearest_reference():
+    both = reference_overlap("", "a red ball", reference_answer=["blue", "a red ball"])
+    assert both == 1 and reference_overlap("", "a ball", reference_answer=["blue", "a ball of snow"]) == pytest.approx(
+        reference_overlap("", "a ball", reference_answer="a ball of snow")
+    )
+
+
+@pytest.mark.parametrize("name", ["exact_answer", "flexible_answer", "reference_overlap"])
+@pytest.mark.parametrize("answer", [None, [], [None], ["", " "], {}, dict(text=["4"]), [["4"]], float("nan")])
+def test_no_right_answer_is_named_before_the_run(name, answer):
+    rows = [dict(reference_answer="4"), dict(messages=TURNS, reference_answer=answer)]
+    said = refused(find_reward(name).check, rows)
+    assert said.startswith("prompt 2 ('Who?'): ") and f"{name} needs a reference_answer in each row" in said
+    assert "--columns prompt=your_question,reference_answer=your_answer" in said  # both columns are named
+
+
+# Values
+
+
+@pytest.mark.parametrize("value", [1e7, -1e12, 10**9, np.float64(1e300), torch.tensor(2e6)])
+def test_an_absurdly_large_value_is_refused(value):
+    said = refused(both, lambda prompt, completion, **row: value)
+    assert "between -1,000,000 and 1,000,000" in said and "'Who?'" in said and "'Nobody.'" in said
+    assert both(lambda prompt, completion, **row: 1e6)[0] == [1e6] * 2
+
+
+def test_a_weighted_sum_has_the_same_bounds():
+    f = lambda prompt, completion: 10.0
+    said = refused(Reward(dict(a=(f, 1e9), b=(f, 1.0))), PROMPTS, COMPLETIONS, ROWS)
+    assert "a + b, with weights," in said and "between" in said
+    assert "with weights" in refused(Reward(dict(a=(f, 1e308), b=(f, -1e308))), PROMPTS, COMPLETIONS, ROWS)
+
+
+@pytest.mark.parametrize("value", [torch.ones(40, 3), np.ones((40, 3)), "two\nlines"])
+def test_a_value_is_told_on_one_line(value):
+    assert "must be a finite number" in refused(both, lambda prompt, completion: value)
+
+
+def test_a_failure_tells_the_row():
+    def mine(prompt, completion, **row):
+        return 1 / 0
+
+    rows = [dict(level=7, messages=TURNS)]
+    said = refused(find_reward(mine), ["Who?"], ["I."], rows)
+    assert "row {'level': 7}" in said and "Be brief" not in said
+
+
+@pytest.mark.parametrize("trl", [True, False])
+def test_a_reward_that_exits_does_not_end_the_run_in_silence(trl):
+    def mine(prompt, completion):
+        raise SystemExit(0)
+
+    def mine_of_all(prompts, completions):
+        raise SystemExit(0)
+
+    assert "raised SystemExit: 0" in refused(both, mine_of_all if trl else mine)
+
+
+# Files
+
+DATACLASS = """from __future__ import annotations
+from dataclasses import dataclass, field
+
+@dataclass
+class Mark:
+    points: float = {points}
+    notes: list[str] = field(default_factory=list)
+
+def good(prompt, completion, **row) -> float:
+    return Mark().points
+"""
+
+
+def written(path, source: str):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(source, encoding="utf8")
+    return path
+
+
+def test_a_file_may_hold_dataclasses_and_two_may_have_one_name(tmp_path):
+    files = [written(tmp_path / name / "mine.py", DATACLASS.format(points=p)) for name, p in (("a", 1.0), ("b", 2.0))]
+    found = [find_reward(f"{file}:good") for file in files]
+    assert [reward(["Who?"], ["I."], [{}])[0] for reward in found] == [[1.0], [2.0]]
+    assert not list(tmp_path.rglob("__pycache__"))  # nothing is left in the folders of others
+
+
+@pytest.mark.parametrize("folder", ["r=1", "a,b", "a,b=2,exact_answer", "x.py:y", "length", "length,z"])
+@pytest.mark.parametrize("relative", [True, False])
+def test_a_file_may_stand_anywhere(tmp_path, monkeypatch, folder, relative):
+    file = written(tmp_path / folder / "mine.py", "def good(prompt, completion): return 2.0\n")
+    monkeypatch.chdir(tmp_path)
+    path = f"{folder}/mine.py" if relative else str(file)
+    for spec, weight in ((f"{path}:good", 1.0), (f"{path}:good=0.5", 0.5)):
+        assert find_reward(spec)(["Who?"], ["I."], [{}])[0] == [2.0 * weight]
+    reward = find_reward(f"exact_answer=2, {path}:good=0.5 ,length")
+    assert {name: weight for name, (_, weight) in reward.parts.items()} == dict(
+        exact_answer=2.0, good=0.5, length=1.0, flexible_answer=0.0
+    )
+    assert reward.record["kind"] == "file"
+    assert re.search("no file|no such reward", refused(find_reward, f"{path[:-7]}no.py:good"))
+    assert f"no file {tmp_path / folder}" in refused(find_reward, f"{tmp_path / folder}/no.py:good")
+
+
+def test_a_file_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    written(tmp_path / "mine.py", "def good(prompt, completion): return 1.0\n")
+    assert list(find_reward("~/mine.py:good=0.5").parts) == ["good"]
+
+
+def test_a_file_is_read_afresh(tmp_path):
+    "Changed within a second and of the same size, which Python's own cache of files would not notice"
+    file = tmp_path / "mine.py"
+    for value in (1.0, 2.0):
+        written(file, f"def good(prompt, completion): return {value}\n")
+        assert find_reward(f"{file}:good")(["Who?"], ["I."], [{}])[0] == [value]
+
+
+def test_a_file_that_exits_is_told(tmp_path):
+    file = written(tmp_path / "mine.py", "import sys\n\nsys.exit()\n")
+    assert "mine.py, line 3 raised SystemExit" in refused(find_reward, f"{file}:good")
+    assert not any(name.startswith("mine_") and m.__file__ == str(file) for name, m in sys.modules.items())
+
+
+def test_rewards_that_hardly_differ():
+    assert (
+        hardly_differ([1.0] * 4) and hardly_differ([0.0] * 4) and hardly_differ([5.0, 5.04]) and hardly_differ([-3.0])
+    )
+    assert not hardly_differ([1.0, 0.0]) and not hardly_differ([0.0, 1e-6]) and not hardly_differ([1.0, 1.02])
+    assert hardly_differ([0.5, 0.505], 1.0) and not hardly_differ([0.5, 0.505], 0.1)

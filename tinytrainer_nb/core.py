@@ -11,8 +11,8 @@ __all__ = ['LARGEST', 'PLAIN', 'BUILDING', 'TinyTrainerError', 'MissingFile', 'p
            'in_notebook', 'progress', 'quiet', 'builds', 'patch_to', 'repeated_share']
 
 # %% ../nbs/00_core.ipynb #a2756417
-import builtins, contextlib, errno, functools, hashlib, html, inspect, json, math, os, re, shlex, shutil
-import string, sys, threading, time, unicodedata, warnings
+import builtins, contextlib, datetime, decimal, errno, functools, hashlib, html, inspect, json, math, os, re
+import shlex, shutil, string, sys, threading, time, unicodedata, warnings
 from pathlib import Path
 from tqdm.std import tqdm
 
@@ -115,11 +115,15 @@ def write_whole(
 
 # %% ../nbs/00_core.ipynb #baa9de4b
 def plain(value):
-    "`value` as JSON can hold it: NaN and infinity as None, paths as text, tensors and NumPy numbers as numbers."
+    """`value` as JSON can hold it: NaN and infinity as None, tensors and NumPy numbers as numbers, dates as ISO text,
+    decimals as their digits, bytes as the text that they spell, anything else as its own text."""
     if isinstance(value, dict): return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, set)): return [plain(v) for v in value]
     if hasattr(value, "tolist"): return plain(value.tolist())
     if isinstance(value, float): return value if math.isfinite(value) else None
+    if isinstance(value, (datetime.date, datetime.time)): return value.isoformat()
+    if isinstance(value, decimal.Decimal): return f"{value:f}"
+    if isinstance(value, bytes): return value.decode("utf8", "backslashreplace")
     return value if value is None or isinstance(value, (str, int, bool)) else str(value)
 
 def write_json(path: Path | str, value) -> Path:

@@ -9,6 +9,7 @@ __all__ = ['ROUNDS', 'LIMITS', 'round_figures', 'Alarm', 'find_alarms', 'new_ala
 from dataclasses import dataclass
 from math import isnan, nan
 from ..core import repeated_share
+from .rewards import hardly_differ, mean_size
 
 # %% ../../nbs/recipes/10_alarms.ipynb #901a65d5
 def round_figures(
@@ -20,14 +21,15 @@ def round_figures(
     """How the completions of a round look.
 
     `repetition`: repeated 4-grams in a completion. `identical`: completions equal to another of their group.
-    `no_signal`: groups whose rewards are all equal. `unfinished`: completions that did not end by themselves."""
+    `no_signal`: groups whose rewards hardly differ. `unfinished`: completions that did not end by themselves."""
     count = len(rewards)
     size = num_generations if num_generations > 1 else count
     groups = [range(start, start + size) for start in range(0, count, size)]
     answers = [[tuple(completion_ids[i]) for i in group] for group in groups]
     repeated = sum(repeated_share(ids, 4) for ids in completion_ids)
     identical = sum(group.count(ids) > 1 for group in answers for ids in group)
-    silent = sum(len({rewards[i] for i in group}) == 1 for group in groups)
+    size = mean_size(rewards)
+    silent = sum(hardly_differ([rewards[i] for i in group], size) for group in groups)
     return dict(repetition=repeated / count, identical=identical / count, no_signal=silent / len(groups),
                 unfinished=1 - sum(finished) / count)
 
@@ -66,7 +68,7 @@ _SAY = dict(
        "far enough to have forgotten what it knew: raise kl_coef, or lower learning_rate.",
     identical="{value:.0%} of the completions equal another one of their group, "
               "so there is nothing to compare: raise temperature or kl_coef.",
-    no_signal="{value:.0%} of the groups earn one and the same reward for all their completions and teach nothing: "
+    no_signal="{value:.0%} of the groups earn the same reward, or nearly the same, for all their completions and teach nothing: "
               "take prompts that are solved sometimes (if none is, fine-tune first), raise num_generations, "
               "or let the reward tell answers apart.")
 

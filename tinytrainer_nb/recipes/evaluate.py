@@ -125,6 +125,7 @@ def evaluate(
     reward = find_reward(task)
     if isinstance(task, Reward): task = task.spec or ", ".join(task.record["names"])
     prompts, asked = _askable(model, tokenizer, load_prompts(data)[:limit or None], prompt_format, max_new_tokens)
+    reward.check(prompts)
     args = GenerateArgs(max_new_tokens=max_new_tokens, temperature=0.0)
     said = generate(model, tokenizer, asked, args, dtype=dtype).completions
     questions = [p["messages"][-1]["content"] for p in prompts]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from ..core import patch_to
 from .arguments import GRPOArgs
+from .rewards import hardly_differ, mean_size
 from .rounds import Policy, RolloutTrainer, Round, built_rounds, kl_estimate, learn, policy_loss
 from .rounds import read_back # noqa: F401, a part of every recipe
 from ..runs.run import Run
@@ -19,11 +20,12 @@ def group_advantages(
     rewards: Tensor,      # of each completion, those of a prompt together (B,); a list will do
     n: int,               # completions a prompt
     scale: str = "group", # group, batch or none
-) -> Tensor:              # of each completion (B,); exactly 0 where the rewards of a group are equal
+) -> Tensor:              # of each completion (B,); exactly 0 where the rewards of a group hardly differ
     "Reward minus the group's mean, over the spread of the group or of all (arXiv 2402.03300, section 4.1.2)."
     rewards = torch.as_tensor(rewards, dtype=torch.float32)
     groups = rewards.view(-1, n)
-    differs = torch.where(groups == groups[:, :1], 0.0, 1.0).amax(1, keepdim=True) # 0: all are equal (B / n, 1)
+    size = mean_size(rewards.tolist())
+    differs = rewards.new_tensor([[not hardly_differ(group, size)] for group in groups.tolist()]) # (B / n, 1)
     better = differs * (groups - groups.mean(1, keepdim=True))
     if scale == "none": return better.flatten()
     spread = groups.std(1, keepdim=True) if scale == "group" else rewards.std()

@@ -53,6 +53,7 @@ def sample_pairs(
     Raises `TinyTrainerError` for prompts that cannot be read, and for a reward that fails."""
     args, judge = args or GenerateArgs(num_generations=4), find_reward(reward)
     prompts, n = load_prompts(prompts), args.num_generations
+    judge.check(prompts)
     said = generate(model, tokenizer, [p["messages"] for p in prompts], args).completions
     rows = [reward_columns(p) for p in prompts for _ in range(n)]
     worth, _ = judge([p["messages"][-1]["content"] for p in prompts for _ in range(n)], said, rows)
@@ -358,12 +359,14 @@ class Scorer(nn.Module):
         return SequenceClassifierOutput(logits=self.scores(unpadded(input_ids, attention_mask))[:, None])
 
 # %% ../../nbs/recipes/09_preference.ipynb #4595b6f9
-def _need_room(model, rows: list[dict]) -> None:
-    "Raise `TinyTrainerError` for a conversation that a reward model cannot take."
-    longest, context = max(len(row["input_ids"]) for row in rows), context_length(model)
-    if not context or longest <= context: return
-    raise TinyTrainerError(f"a conversation with its answer has {longest} tokens, more than the reward model's "
-                           f"context of {context}. Lower max_length or max_new_tokens.")
+def _need_room(scorer, rows: list[dict], answers: list[str]) -> None:
+    "Raise `TinyTrainerError` if a conversation with its answer is longer than the model can read."
+    room = context_length(scorer.policy)
+    for row, answer in zip(rows, answers):
+        if room and (length := len(row["input_ids"])) > room:
+            raise TinyTrainerError(f"the reward model reads at most {room} tokens, and this conversation with its "
+                                   f"answer has {length}: {answer[:80]!r}. Lower max_new_tokens, leave out long "
+                                   "prompts (max_length), or train it on a base with a longer context.")
 
 def scores(
     scorer,                 # a `Scorer`
@@ -375,7 +378,7 @@ def scores(
 ) -> list[float]:           # one an answer
     "The worth of answers to a reward model, in evaluation mode and without gradient."
     rows = [dict(input_ids=encode_answer(tokenizer, messages, answer)[0]) for messages, answer in zip(asked, answers)]
-    _need_room(scorer.policy, rows)
+    _need_room(scorer, rows, answers)
     scorer.eval()
     found = []
     with torch.no_grad(), compute_context(scorer, dtype):
@@ -456,9 +459,9 @@ def model_reward(
                                f"{run.how_to_resume()} goes on with it.")
     (scorer, tokenizer), dtype = _trained_scorer(run), LoadRecord.of(run.info).torch_dtype
 
-    def reward(prompts: list, completions: list[str], **columns) -> list[float]:
-        "The reward model's score of each completion."
-        asked = [p if isinstance(p, list) else [dict(role="user", content=p)] for p in prompts]
+    def reward(prompts: list, completions: list[str], messages: list | None = None) -> list[float]:
+        "The reward model's score of each completion, after all turns before it if they are given as `messages`."
+        asked = [p if isinstance(p, list) else [dict(role="user", content=p)] for p in messages or prompts]
         return scores(scorer, tokenizer, asked, completions, dtype)
     reward.__name__ = run.folder.resolve().name
     return reward

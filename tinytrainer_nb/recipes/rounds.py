@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from ..core import BUILDING, TinyTrainerError, gathered, one_line, patch_to, processes
+from ..core import BUILDING, TinyTrainerError, gathered, one_line, patch_to, plain, processes
 from ..core import whole_folder, write_json
 from ..settings import may_change
 from ..hardware import DTYPES, mix_seed
@@ -164,7 +164,7 @@ def prepare(
     need_plain_logits(model.config)
     ensure_template(tokenizer)
     found = load_prompts(prompts)
-    prompts = _that_fit(model, tokenizer, found, args)
+    prompts = plain(_that_fit(model, tokenizer, found, args)) # as a resume reads them
     need_heldout(args, held_out(prompts, args))
     judge.check(prompts)
     load = describe(model, tokenizer)
