@@ -185,6 +185,7 @@ def train_command(recipe: Recipe, parser: Parser, given: dict) -> int: # exit st
 def _resume_flags(parser: Parser) -> None:
     parser.add_argument("folder", metavar="DIR", help="a run's folder")
     parser.add_argument("--reward", help="of PPO and GRPO: needed again if it was file.py:function or a function")
+    parser.add_argument("--accept", metavar="ID,...", help="what may differ from what the run began with: reward")
     parser.add_argument("--take-over", action="store_true",
                         help="if the run's process cannot be seen from here (another host or container) and has ended")
 
@@ -201,7 +202,8 @@ def resume_command(parser: Parser, given: dict) -> int: # exit status
         raise TinyTrainerError(f"{folder}: a run of {run.info['recipe']} has no reward. Leave out --reward.")
     from tinytrainer_nb.recipes import train # noqa: F401, adds `resume` to a run
     quiet_bars()
-    try: report(run.resume(reward=given.get("reward"), take_over="take_over" in given))
+    accept = [name.strip() for name in given.get("accept", "").split(",") if name.strip()]
+    try: report(run.resume(reward=given.get("reward"), take_over="take_over" in given, accept=accept))
     except KeyboardInterrupt:
         say("", f"interrupted: {run.how_to_resume()} goes on.", error=True)
         return 130

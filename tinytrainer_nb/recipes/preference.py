@@ -8,7 +8,7 @@ __all__ = ['SCORE', 'sample_pairs', 'encode_answer', 'encode_pairs', 'PairCollat
            'RewardTrainer', 'reward_model', 'model_reward']
 
 # %% ../../nbs/recipes/09_preference.ipynb #60753a07
-import contextlib, copy
+import contextlib, copy, json
 from functools import partial
 from pathlib import Path
 import torch
@@ -27,6 +27,7 @@ from ..data.tokens import encode_chat, ensure_template, micro_batches, pack_row
 from ..data.rows import Reading, beyond_context, held_note, held_numbers, hold_out
 from ..model.layers import context_length, plain_model, trainable
 from ..model.base import LoadRecord, compute_context
+from ..model.load import result_hashes
 from ..model.lora import freeze_reference, save_adapter, saved_adapters, using_adapters
 from .arguments import DPOArgs, PairArgs, RewardModelArgs
 from .trainer import RunTrainer
@@ -463,5 +464,5 @@ def model_reward(
         "The reward model's score of each completion, after all turns before it if they are given as `messages`."
         asked = [p if isinstance(p, list) else [dict(role="user", content=p)] for p in messages or prompts]
         return scores(scorer, tokenizer, asked, completions, dtype)
-    reward.__name__ = run.folder.resolve().name
+    reward.__name__, reward.fingerprint = run.folder.resolve().name, json.dumps(result_hashes(run.folder))
     return reward

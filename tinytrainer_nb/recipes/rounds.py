@@ -509,7 +509,8 @@ def read_back(run: Run, tokenizer, args: RolloutArgs) -> dict:
 def reward_again(
     run: Run,    # of a recipe with rounds
     given=None,  # what `find_reward` takes
+    accepted: bool = False, # also another one
 ) -> Reward:
     "The reward of a resumed run. Raises `TinyTrainerError` if it must be given again and is not, or is another one."
-    try: return same_reward(run.info["reward"], given, run.how_to_resume())
+    try: return same_reward(run.info["reward"], given, run.how_to_resume(), accepted)
     except TinyTrainerError as e: raise TinyTrainerError(f"{run.folder}: {e}") from None

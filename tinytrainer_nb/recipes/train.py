@@ -15,6 +15,7 @@ from ..runs.run import Run
 from ..model.arguments import LoadArgs, LoraArgs
 from .restore import at_start
 from .start import start
+from .rewards import Reward, difference
 from .rounds import reward_again
 from .table import Recipe, find_recipe
 
@@ -45,29 +46,46 @@ def train(
     return function(model, tokenizer, material, *([reward] if recipe.rounds else []), args)
 
 # %% ../../nbs/recipes/16_train.ipynb #c44257f2
-def _go_on(run: Run, live: bool, reward) -> Run:
+def _judge(run: Run, reward, accept) -> Reward:
+    "The reward of a run that goes on; one that differs and was accepted is noted. Raises `TinyTrainerError`."
+    judge, before = reward_again(run, reward, "reward" in accept), run.info["reward"]
+    if judge.record == before or not run.leads: return judge
+    if other := difference(before, judge.record):
+        run.log("note", run.last_checkpoint()[1], message=f"from here on the reward differs, as accepted: {other}")
+    run.update_info(reward=judge.record)
+    return judge
+
+def _go_on(run: Run, live: bool, reward, accept) -> Run:
     "Restore and build. Raises `TinyTrainerError` if the base, the data or the reward are not what they were."
     recipe = find_recipe(run.info["recipe"])
     args, module = recipe.settings_class(**run.info["settings"]), recipe.imported()
     if reward is not None and not recipe.rounds:
         raise TinyTrainerError(f"{run.folder}: a run of {recipe.name} has no reward. Leave it out.")
-    given = dict(judge=reward_again(run, reward)) if recipe.rounds else {}
+    given = dict(judge=_judge(run, reward, accept)) if recipe.rounds else {}
     model, tokenizer = at_start(run)
     return start(run, model, tokenizer, args, module.built, live, **module.read_back(run, tokenizer, args), **given)
 
 # %% ../../nbs/recipes/16_train.ipynb #8056b54d
+def _need_known(accept: list[str]) -> None:
+    "Raise `TinyTrainerError` for something that cannot be accepted."
+    known = isinstance(accept, (list, tuple)) and all(name == "reward" for name in accept)
+    if not known: raise TinyTrainerError(f"accept={accept!r:.60} is not allowed: it must be a list of what may differ, "
+                                         "which is ['reward'].")
+
 @patch_to(Run)
 def resume(
     self,
     live: bool = False, # train in a worker thread and return at once
     reward=None,        # again, if it was a function or a file
     take_over: bool = False, # also from a process that cannot be seen from here, and has ended
+    accept: list[str] = (),  # what may differ: "reward"
 ) -> "Run":
     """Go on exactly where the run was interrupted or stopped; a finished run is returned unchanged.
     Raises `TinyTrainerError` if it is being trained, or its base, data or reward are not what they were."""
     if share(self.status) == "finished": return self
     TURN.need()
-    if not self.leads: return _go_on(self, live, reward)
+    _need_known(accept)
+    if not self.leads: return _go_on(self, live, reward, accept)
     self.need_own()
     self.claim(take_over)
     before = self.info
@@ -75,7 +93,7 @@ def resume(
         if before["status"] == "finished":
             raise TinyTrainerError(f"{self.folder}: another process has just finished this run.")
         self._tell_resume(before)
-        return _go_on(self, live, reward)
+        return _go_on(self, live, reward, accept)
 
 @patch_to(Run)
 @contextlib.contextmanager
