@@ -121,7 +121,9 @@ def summary(self) -> dict:
 @patch_to(Run)
 def __repr__(self) -> str:
     if not (self.folder / "run.json").exists(): return f"Run({str(self.folder)!r})"
-    try: told = f"{self.info['recipe']}, {self.status}, step {self.step} of {self.info['settings'].get('max_steps', '?')}"
+    try:
+        total = self.info["settings"].get("max_steps", "?")
+        told = f"{self.info['recipe']}, {self.status}, step {self.step} of {total}"
     except TinyTrainerError as e: told = str(e) # a damaged run shows what is wrong with it
     return one_line(f"Run({str(self.folder)!r}): {told}")
 
