@@ -734,7 +734,7 @@ def test_a_strangers_chat_template_is_limited(what, monkeypatch):
     time.sleep(1.1)  # nothing is raised later, outside
 
 
-MARKDOWN = "# h\n- [x](javascript:alert(1)) ![y](http://127.0.0.1:9/y.png) <img src=x onerror=alert(1)> | a | b |\n$x$ **b** `c` https://a.b"
+MARKDOWN = "# h\n- [x](javascript:alert(1)) ![y](http://127.0.0.1:9/y.png) <img src=x onerror=alert(1)> | a |\n$x$ **b** `c` https://a.b"
 
 
 def test_markdown_of_answers_names_and_settings_is_inert():
@@ -774,7 +774,7 @@ def calls(name: str):
 
 
 def test_every_way_out_has_its_gate():
-    "No print but in `core.say` or of a constant or one line, no HTML by an f-string, no automatic class without its flag"
+    "No print but in `core.say` or one line, no HTML by an f-string, no class that may run code without its flag"
     for module, call in calls("print"):
         gated = isinstance(call.args[0], ast.Constant) or ast.unparse(call.args[0]).startswith("one_line(")
         assert gated, (module, call.lineno)

@@ -10,7 +10,8 @@ import contextlib, errno, glob, os, re, shutil, tempfile, threading, time
 from pathlib import Path
 import psutil
 from ..core import MissingFile, PLAIN, TinyTrainerError, one_line, patch_to, plain
-from ..core import need_fit, processes, read_json, read_typed, say, share, shell_line, sync_folder, write_json
+from ..core import need_fit, processes, read_json, read_typed, say, share
+from ..core import shell_line, sync_folder, write_json
 from .journal import Journal, STATES
 from .lock import Lock, TURN, _alive, _me
 
