@@ -634,7 +634,7 @@ def hostile_run(folder: Path, what: str, said) -> None:
 
 
 def test_strangers_runs_run_no_script(scene):
-    "Ten folders, each shown in every way: as a cell's value, by its panel, its rollouts, laid over another, as Markdown"
+    "Ten folders, each shown in every way: as a value, by its panel, its rollouts, laid over another, as Markdown"
     for i, (what, said) in enumerate(HOSTILE.items()):
         hostile_run(scene.root / "strange" / f"{i} {what}<img src=x onerror=window.pwned=6>", what, said)
     hostile_run(scene.root / "good", "good", None)

@@ -195,8 +195,9 @@ def resume_command(parser: Parser, given: dict) -> int: # exit status
     folder = given["folder"]
     run = Run.open(folder)
     if run.status == "finished":
-        say(f"{folder}: this run is finished, there is nothing to resume. `{shell_line('tinytrainer', 'chat', folder)}` "
-            f"talks to what it made; `{shell_line('--base', folder)}` trains on from it.")
+        say(f"{folder}: this run is finished, there is nothing to resume. "
+            f"`{shell_line('tinytrainer', 'chat', folder)}` talks to what it made; "
+            f"`{shell_line('--base', folder)}` trains on from it.")
         return 0
     if "reward" in given and "reward" not in run.info:
         raise TinyTrainerError(f"{folder}: a run of {run.info['recipe']} has no reward. Leave out --reward.")

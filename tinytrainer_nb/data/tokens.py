@@ -71,7 +71,7 @@ def _apply(tokenizer, messages: list[dict], add_generation_prompt: bool = False)
         with _soon():
             return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except _TooLong:
-        raise TinyTrainerError(f"the chat template takes more than {LONGEST} s for one conversation, so it is not used. "
+        raise TinyTrainerError(f"the chat template takes more than {LONGEST} s for a conversation, so it is not used. "
                                "Take another template (tokenizer.chat_template).") from None
     except Exception as e:
         raise TinyTrainerError(

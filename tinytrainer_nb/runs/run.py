@@ -9,11 +9,11 @@ __all__ = ['ACTIVE', 'INFO', 'SUMMARY', 'REQUEST', 'REQUESTS', 'Run', 'free_sibl
 import contextlib, errno, glob, json, os, re, shutil, tempfile, threading, time
 import psutil
 from pathlib import Path
-from ..core import PLAIN, MissingFile, TinyTrainerError, hidden_beside, local_path
-from ..core import need_fit, one_line, patch_to, patiently, plain, processes, read_json
-from ..core import read_typed, say, share, shell_line, sync_folder, visible, write_json
+from ..core import PLAIN, MissingFile, TinyTrainerError, hidden_beside, local_path, need_fit
+from ..core import one_line, patch_to, patiently, plain, processes, read_json, read_typed, say
+from ..core import share, shell_line, sync_folder, visible, write_json
 from .journal import STATES, Journal
-from .lock import TURN, Lock, TakenOver, is_me
+from .lock import TURN, Lock, TakenOver, _alive, _me, is_me
 
 # %% ../../nbs/runs/03_run.ipynb #66447e19
 ACTIVE = ("running", "paused") # a process trains, or waits to go on
@@ -124,7 +124,9 @@ def summary(self) -> dict:
 @patch_to(Run)
 def __repr__(self) -> str:
     if not (self.folder / "run.json").exists(): return f"Run({str(self.folder)!r})"
-    try: told = f"{self.info['recipe']}, {self.status}, step {self.step} of {self.info['settings'].get('max_steps', '?')}"
+    try:
+        total = self.info["settings"].get("max_steps", "?")
+        told = f"{self.info['recipe']}, {self.status}, step {self.step} of {total}"
     except TinyTrainerError as e: told = str(e) # a damaged run shows what is wrong with it
     return one_line(f"Run({str(self.folder)!r}): {told}")
 
