@@ -13,7 +13,7 @@ from ..core import PLAIN, MissingFile, TinyTrainerError, hidden_beside, local_pa
 from ..core import one_line, patch_to, patiently, plain, processes, read_json, read_typed, say
 from ..core import share, shell_line, sync_folder, visible, write_json
 from .journal import STATES, Journal
-from .lock import TURN, Lock, TakenOver, _alive, _me, is_me
+from .lock import TURN, Lock, TakenOver, is_me
 
 # %% ../../nbs/runs/03_run.ipynb #66447e19
 ACTIVE = ("running", "paused") # a process trains, or waits to go on
