@@ -126,8 +126,8 @@ def test_first_pass_starts_at_the_reference(tmp_path, after_sft, kind):
 
 
 def test_open_clip_is_reinforce_with_baseline(tmp_path, monkeypatch):
-    """With the clip wide open and one epoch the gradient is that of -A log pi, A whitened from a transcription of eq. 16
-    on scores counted from the round's mean"""
+    """With the clip wide open and one epoch the gradient is that of -A log pi, A whitened from a transcription of
+    eq. 16 on scores counted from the round's mean"""
     model, tokenizer = tiny_policy()
     with torch.no_grad():  # with a B of zeros the gradient of A would be zero, whatever the formula
         for n, p in trainable(model).items():

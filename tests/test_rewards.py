@@ -12,8 +12,17 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from small import small_base
 
 from tinytrainer_nb.core import TinyTrainerError, data_file, repeated_share
+from tinytrainer_nb.data.formats import load_examples
+from tinytrainer_nb.model.arguments import LoraArgs
+from tinytrainer_nb.model.load import load_model
+from tinytrainer_nb.model.lora import add_lora
+from tinytrainer_nb.recipes import preference
+from tinytrainer_nb.recipes.arguments import RewardModelArgs
+from tinytrainer_nb.recipes.evaluate import evaluate
+from tinytrainer_nb.recipes.preference import encode_pairs, model_reward, reward_model
 from tinytrainer_nb.recipes.rewards import (
     BUILT_IN,
     Reward,
@@ -685,3 +694,33 @@ def test_rewards_that_hardly_differ():
     )
     assert not hardly_differ([1.0, 0.0]) and not hardly_differ([0.0, 1e-6]) and not hardly_differ([1.0, 1.02])
     assert hardly_differ([0.5, 0.505], 1.0) and not hardly_differ([0.5, 0.505], 0.1)
+
+
+def test_a_reward_model_reads_the_text_that_it_learned_on(tmp_path):
+    """All turns before the answer, in the same template, with the same end: what comes through a reward is what the
+    trained head says of the ids that were trained on"""
+    model, tokenizer = load_model(small_base(), "none", "fp32", verbose=False)
+    turns = [dict(role="system", content="Be brief."), dict(role="user", content="Who?")]
+    pairs = [dict(prompt=turns, chosen=f"Tom and {n} hens.", rejected=f"{n} times nobody.") for n in range(8)]
+    args = RewardModelArgs(max_steps=3, batch_size=4, eval_steps=0, save_steps=0, sample_steps=0, warmup_steps=0)
+    args.out = str(tmp_path / "judge")
+    run = reward_model(add_lora(model, LoraArgs(r=2)), tokenizer, pairs, args)
+    judge = model_reward(run.folder)
+    trained_on = encode_pairs(tokenizer, load_examples(pairs), 512)[0][0]
+    scorer, _ = preference._trained_scorer(run)
+    with torch.no_grad():
+        want = scorer.eval().scores([trained_on["prompt_ids"] + trained_on["chosen_ids"]]).tolist()
+    row = reward_columns(dict(messages=turns, level=1))
+    found = find_reward(judge)(["Who?"], [pairs[0]["chosen"]], [row])[0]
+    assert found == pytest.approx(want, abs=1e-5)
+    alone = judge(["Who?"], [pairs[0]["chosen"]])
+    assert alone != pytest.approx(want, abs=1e-5) and alone == judge([turns[1:]], [pairs[0]["chosen"]])
+    assert judge(["Who?"], [""], [turns]) != alone  # an empty answer is one, too
+    assert "the reward model reads at most" in refused(judge, ["Who?"], ["hen " * 3000])
+
+
+def test_an_evaluation_names_missing_answers_before_it_generates(monkeypatch):
+    model, tokenizer = load_model(small_base(), "none", "fp32", verbose=False)
+    monkeypatch.setattr("tinytrainer_nb.recipes.evaluate.generate", lambda *a, **k: pytest.fail("generated"))
+    data = [dict(prompt="Who?", reference_answer=["Tom"]), dict(prompt="Where?", reference_answer=[])]
+    assert "prompt 2 ('Where?')" in refused(evaluate, model, tokenizer, data, "exact_answer")

@@ -68,8 +68,9 @@ _SAY = dict(
        "far enough to have forgotten what it knew: raise kl_coef, or lower learning_rate.",
     identical="{value:.0%} of the completions equal another one of their group, "
               "so there is nothing to compare: raise temperature or kl_coef.",
-    no_signal="{value:.0%} of the groups earn the same reward, or nearly the same, for all their completions and teach nothing: "
-              "take prompts that are solved sometimes (if none is, fine-tune first), raise num_generations, "
+    no_signal="{value:.0%} of the groups earn the same reward, or nearly the same, for all their completions "
+              "and teach nothing: take prompts that are solved sometimes (if none is, fine-tune first), "
+              "raise num_generations, "
               "or let the reward tell answers apart.")
 
 def _beyond(history: dict, limits: dict) -> list[Alarm]:

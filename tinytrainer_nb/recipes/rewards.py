@@ -340,7 +340,8 @@ def _named(name: str) -> Callable:
     "The function of a built-in name or of `file.py:function`. Raises `TinyTrainerError` for other names."
     if name in BUILT_IN: return BUILT_IN[name]
     if ".py:" in name: return _from_file(name)
-    if is_there(name): raise TinyTrainerError(f"reward {name!r}: which function of this file? Name it: {name}:function.")
+    if is_there(name):
+        raise TinyTrainerError(f"reward {name!r}: which function of this file? Name it: {name}:function.")
     raise TinyTrainerError(f"reward {name!r}: no such reward.{suggestion(name, BUILT_IN)} "
                            f"Known: {', '.join(BUILT_IN)}, or file.py:function.")
 
