@@ -181,7 +181,8 @@ def test_a_hub_base_is_pinned_by_its_commit(tmp_path, monkeypatch):
 
 def judge(limit: int, comment: str = "") -> None:
     "A reward's file, with a helper of its own."
-    text = f"{comment}\nLIMIT = {limit}\n\ndef short(prompt, completion, **row):\n    return float(len(completion) < LIMIT)\n"
+    function = "def short(prompt, completion, **row):\n    return float(len(completion) < LIMIT)\n"
+    text = f"{comment}\nLIMIT = {limit}\n\n{function}"
     Path("judge.py").write_text(text, encoding="utf8")
 
 

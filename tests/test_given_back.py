@@ -197,8 +197,8 @@ def test_memory_does_not_grow_with_steps(tmp_path, dtype):
 
 
 def test_a_process_keeps_few_compiled_products():
-    code = "import os, tinytrainer_nb; print(os.environ['ONEDNN_PRIMITIVE_CACHE_CAPACITY'], os.environ['LRU_CACHE_CAPACITY'])"
     names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    code = f"import os, tinytrainer_nb; print(*(os.environ[name] for name in {names}))"
     unset = {name: value for name, value in os.environ.items() if name not in names}
     run = lambda env: subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout
     assert run(unset).split() == ["256", "256"] and run(unset | {names[0]: "7"}).split() == ["7", "256"]

@@ -28,7 +28,12 @@ from tinytrainer_nb.model import export
 from tinytrainer_nb.model.arguments import LoraArgs
 from tinytrainer_nb.model.export import exact_logits, merged
 from tinytrainer_nb.model.layers import trainable
-from tinytrainer_nb.model.lora import add_lora, freeze_reference, is_fresh, using_adapters
+from tinytrainer_nb.model.lora import (
+    add_lora,
+    freeze_reference,
+    is_fresh,
+    using_adapters,
+)
 
 KINDS = dict(
     lora={},

@@ -7,7 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from small import small_base
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from tinytrainer_nb.all import (
@@ -24,7 +32,14 @@ from tinytrainer_nb.all import (
 )
 from tinytrainer_nb.compute.generate import end_tokens, stream
 from tinytrainer_nb.data.rows import encode_rows
-from tinytrainer_nb.data.tokens import encode_chat, encode_text, ensure_template, prompt_ids, render, turn_ends
+from tinytrainer_nb.data.tokens import (
+    encode_chat,
+    encode_text,
+    ensure_template,
+    prompt_ids,
+    render,
+    turn_ends,
+)
 from tinytrainer_nb.model.arguments import LoraArgs
 from tinytrainer_nb.model.lora import add_lora
 from tinytrainer_nb.recipes.preference import encode_answer, encode_pairs

@@ -198,7 +198,8 @@ def base_hash(path: str) -> str:
 
 DECISIVE = ( # files beside the weights that decide what a model computes, reads and says
     "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
-    "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja",
+    "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
+    "chat_template.jinja",
 )
 
 def file_hashes(folder: Path | str) -> dict[str, str]: # by file name

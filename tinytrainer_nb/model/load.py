@@ -60,7 +60,8 @@ def _load_base(asked: LoadArgs, device: str, step_tokens: int) -> tuple:
     model, cache = _load_weights(path, config, quantization, dtype, device)
     model.load_report = LoadReport(
         base=asked.base, path=path, sha256=base_hash(str(files)), parameters=parameters, files=file_hashes(files),
-        commit="" if str(files) == path else files.name, vocabulary=vocabulary_hash(tokenizer), bytes_before=_stored_bytes(path, parameters), bytes_after=tensor_bytes(model), quantization=quantization,
+        commit="" if str(files) == path else files.name, vocabulary=vocabulary_hash(tokenizer),
+        bytes_before=_stored_bytes(path, parameters), bytes_after=tensor_bytes(model), quantization=quantization,
         dtype=dtype_name(dtype), why=why, device=device, seconds=round(time.perf_counter() - start, 2), cache=cache)
     return model, tokenizer
 
