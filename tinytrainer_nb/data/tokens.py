@@ -33,30 +33,38 @@ LONGEST = 10 # seconds for the text of one conversation
 
 class _TooLong(BaseException): "Raised in a thread that `_soon` has waited for long enough."
 
-_LATE, _DUE = threading.Lock(), {} # by the number of a thread: when it must be done
+_DUE = {} # by the number of a thread: when it must be done
+_LATE, _WATCHING = threading.Lock(), threading.Event() # held while that is read; whether a thread looks
 
 def _raise(thread: int, error: type | None) -> None:
     "Raise `error` in another thread, at its next line of Python; None takes it back."
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), error and ctypes.py_object(error))
 
 def _watch() -> None:
-    "Look at the clock twice a second."
+    "Look at the clock twice a second, as long as there is something to wait for."
     while True:
         time.sleep(0.5)
         with _LATE:
             for thread in [thread for thread, due in _DUE.items() if time.monotonic() > due]:
                 del _DUE[thread]
                 _raise(thread, _TooLong)
+            if not _DUE:
+                _WATCHING.clear()
+                return
 
-@functools.cache
-def _watcher() -> None: threading.Thread(target=_watch, name="tinytrainer-templates", daemon=True).start()
+def _wait_for(thread: int) -> None:
+    "Note when a thread must be done, and see to it that somebody looks."
+    with _LATE:
+        _DUE[thread] = time.monotonic() + LONGEST
+        if _WATCHING.is_set(): return
+        _WATCHING.set()
+    threading.Thread(target=_watch, name="tinytrainer-templates", daemon=True).start()
 
 @contextlib.contextmanager
 def _soon():
     "A context that ends within `LONGEST` seconds, if what is done in it is Python."
-    _watcher()
     me, done = threading.get_ident(), False
-    _DUE[me] = time.monotonic() + LONGEST
+    _wait_for(me)
     try:
         yield
         done = True
