@@ -733,15 +733,8 @@ def test_a_strangers_chat_template_is_limited(what, monkeypatch):
     time.sleep(1.1)  # nothing is raised later, outside
 
 
-<<<<<<< HEAD
-MARKDOWN = (
-    "# h\n- [x](javascript:alert(1)) ![y](http://127.0.0.1:9/y.png) <img src=x onerror=alert(1)> |\n"
-    "$x$ **b** `c` https://a.b"
-)
-=======
 LINKS = "- [x](javascript:alert(1)) ![y](http://127.0.0.1:9/y.png) <img src=x onerror=alert(1)> | a |"
 MARKDOWN = f"# h\n{LINKS}\n$x$ **b** `c` https://a.b"
->>>>>>> g-gate
 
 
 def test_markdown_of_answers_names_and_settings_is_inert():

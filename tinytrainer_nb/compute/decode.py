@@ -6,7 +6,7 @@
 __all__ = ['SIBLINGS', 'weight_forms', 'key', 'choose_forms', 'Decoder']
 
 # %% ../../nbs/compute/06_decode.ipynb #edd18fff
-import contextlib, copy, time
+import contextlib, copy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -38,7 +38,7 @@ def put_back(before: list[tuple]) -> None:
 
 # %% ../../nbs/compute/02_llama.ipynb #1f34616a
 def weight_marks(layers) -> list:
-    "What differs when the layers' weights were trained, merged or replaced since: place, version, and a few of the numbers."
+    "What differs when the layers' weights were trained, merged or replaced: place, version, and a few of the numbers."
     few = [m.weight.detach().reshape(-1)[:: max(1, m.weight.numel() // 16)] for m in layers]
     numbers = torch.cat([part.float() for part in few]).tolist() if few else []
     return [[(m.weight.data_ptr(), m.weight._version) for m in layers], numbers]
