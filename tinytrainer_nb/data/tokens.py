@@ -8,7 +8,7 @@ __all__ = ['DEFAULT_TEMPLATE', 'LONGEST', 'SHOWN_AS', 'ensure_template', 'shown'
            'pack_trees', 'micro_trees']
 
 # %% ../../nbs/data/03_tokens.ipynb #328db176
-import contextlib, ctypes, functools, json, os, re, threading, time, weakref
+import contextlib, ctypes, json, os, re, threading, time, weakref
 import torch
 from ..core import TinyTrainerError, say
 from tokenizers import Tokenizer
