@@ -597,3 +597,70 @@ def test_what_a_panel_costs(scene, jupyter):
         share_with_server=round((sum(measured["threads"].values()) + passed) / measured["training"], 4),
     )
     (benchmarks / "results" / "panel_cost.json").write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
+
+
+HOSTILE = {  # what a stranger's run says in each place that a page shows
+    "recipe": "sft" + NASTY,
+    "step": dict(step=NASTY),
+    "max_steps": f"'{NASTY}",
+    "sample": dict(kind="sample", prompt="<svg onload='window.pwned=3'>" + NASTY, completion=NASTY, reward=1.0),
+    "alarm": dict(kind="alarm", name=NASTY, message=f"$\\frac{{{NASTY}$", value=1.0, limit=1.0),
+    "figure": {"loss": 1.0, f"reward/{NASTY}": 1.0, "reward": 1.0},
+    "change": dict(kind="change", setting=f"' onmouseover='window.pwned=4' x='{NASTY}", old=1.0, new=2.0, asked=1.5e9),
+    "error": dict(
+        kind="error", message=f"</span><style>*{{background:url(http://127.0.0.1:9/)}}</style>{NASTY}", type="x"
+    ),
+    "summary": {NASTY: NASTY, "steps": 1},
+    "learning_rate": "<a href='javascript:window.pwned=5' autofocus onfocus='window.pwned=5'>" + NASTY,
+}
+
+
+def hostile_run(folder: Path, what: str, said) -> None:
+    "A folder as a stranger would make it by hand"
+    info = dict(
+        recipe="sft", status="stopped", settings=dict(max_steps=3), process=dict(pid=1, started=1.0), may_change=[]
+    )
+    event = dict(time=1.5e9, step=1, kind="metrics", loss=1.0, learning_rate=1e-4)
+    if what == "recipe":
+        info["recipe"] = said
+    if what in ("max_steps", "learning_rate"):
+        info["settings"][what] = said
+    lines = [event, event | said] if isinstance(said, dict) and what != "summary" else [event]
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps(info), encoding="utf-8")
+    (folder / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    if what == "summary":
+        (folder / "summary.json").write_text(json.dumps(said), encoding="utf-8")
+
+
+def test_strangers_runs_run_no_script(scene):
+    "Ten folders, each shown in every way: as a value, by its panel, its rollouts, laid over another, as Markdown"
+    for i, (what, said) in enumerate(HOSTILE.items()):
+        hostile_run(scene.root / "strange" / f"{i} {what}<img src=x onerror=window.pwned=6>", what, said)
+    hostile_run(scene.root / "good", "good", None)
+    scene.cells(
+        "strange",
+        """
+from pathlib import Path
+from IPython.display import HTML, Markdown, display
+from tinytrainer_nb.all import *
+from tinytrainer_nb.core import inert
+from tinytrainer_nb.panels.rollouts import rollout_panel
+from tinytrainer_nb.panels.widgets import complaint
+for folder in sorted(Path("strange").iterdir()):
+    for show in (Run.open, run_panel, rollout_panel, lambda folder: compare_panel([folder, "good"])):
+        try: display(show(folder))
+        except TinyTrainerError as e: display(HTML(complaint(e)), Markdown(inert(e)))
+    display(Markdown(f"| {inert(folder)} |\\n| --- |\\n| {inert((folder / 'events.jsonl').read_text())} |"))
+    display(SFTArgs(out=str(folder)))
+""",
+        "print('all' + ' shown')",
+    )
+    scene.wait(lambda: scene.page.get_by_text("all shown", exact=True).count(), "all is shown", 180)
+    assert not scene.errors(), scene.errors()
+    scene.page.wait_for_timeout(1500)
+    for link in scene.page.locator(".jp-OutputArea-output a").all():
+        assert not (link.get_attribute("href") or "").startswith("javascript"), link.inner_html()
+    assert scene.page.evaluate("window.pwned") is None and not [a for a in scene.asked if ":9/" in a]
+    assert not scene.page.locator(".jp-OutputArea-output :is(svg, a, iframe)").filter(has_text="pwned").count()
+    assert scene.page.get_by_text("window.pwned=3").count()  # seen, and not run

@@ -108,10 +108,12 @@ def test_rows_left_out_are_shown_and_counted(tmp_path, capsys):
     path = jsonl(tmp_path, *rows, "", dict(prompt="a", completion=" "))
     table = load_examples(path)
     out, err = capsys.readouterr()
-    assert (out, err) == ("", f"{path}: 1 of 2 rows left out: empty text (line 3)\n")
+    said = "in line 3 turn 2, of the role assistant, is empty"
+    assert (out, err) == ("", f"{path}: 1 of 2 rows left out: empty text (line 3); {said}\n")
     assert len(table) == 1 and data_origin(table)["left_out_empty"] == 1
     load_examples([dict(text="")] * 7 + [dict(text="a")])
-    assert capsys.readouterr().err == "the data: 7 of 8 rows left out: empty text (row 1, 2, 3, 4, 5, ...)\n"
+    left_out = "7 of 8 rows left out: empty text (row 1, 2, 3, 4, 5, ...)"
+    assert capsys.readouterr().err == f"the data: {left_out}; in row 1 'text' is empty\n"
     assert len(load_examples([dict(messages=[])] + [dict(messages=[dict(role="user", content="a")])])) == 1
 
 
@@ -128,8 +130,8 @@ def test_rows_left_out_are_shown_and_counted(tmp_path, capsys):
             "line 2, field 'messages': expected a list of turns, found None",
         ),
         (
-            [dict(text="a", level=1), dict(text=" "), "", dict(text="b", level="hard")],
-            "line 4, field 'level': found 'hard'",
+            [dict(text="a", level=1), dict(text=" "), "", dict(text="b", level="hard"), '{"text": "\\ud83d"}'],
+            "line 5, field 'text': found '\\ud83d'",
         ),
         ([dict(prompt=" ", completion="b")], "no row left to use (1 read, 1 with an empty text)"),
         ([dict(text="a"), "{"], "line 2: not readable as JSON"),
@@ -201,7 +203,6 @@ FAULTS = [  # file, its bytes, what the error says
         b'{"text": "\\ud83d"}',
         "line 1, field 'text': found '\\ud83d', which does not go into a column",
     ),
-    ("large.jsonl", b'{"text": "a", "n": 1' + b"0" * 30 + b"}", "line 1, field 'n': found 1000"),
     (
         "ragged.csv",
         b'prompt,completion\n"a\nb",c\nd,e,f\n',
@@ -303,10 +304,10 @@ def test_what_is_no_data_is_refused(given, said):
 
 
 def test_folders(tmp_path, capsys):
-    with pytest.raises(TinyTrainerError, match="no .txt or .md file in this folder. Name a data file"):
+    with pytest.raises(TinyTrainerError, match="no data and no .txt or .md file in this folder. Name a data file"):
         load_examples(tmp_path)
-    (tmp_path / "rows.jsonl").write_bytes(PAIR)
-    with pytest.raises(TinyTrainerError, match="in this folder, only rows.jsonl. Name a data file"):
+    (tmp_path / "rows.html").write_bytes(PAIR)
+    with pytest.raises(TinyTrainerError, match="in this folder, only rows.html. Name a data file"):
         load_examples(tmp_path)
     for name, text in {"B.TXT": "b", "deep/a.md": "a", ".checkpoints/a.md": "hidden", "c.txt": " "}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -314,7 +315,7 @@ def test_folders(tmp_path, capsys):
     assert load_examples(tmp_path)["text"][:] == ["b", "a"]
     err = capsys.readouterr().err
     assert (
-        "1 of 4 files left out: not .txt or .md (rows.jsonl)" in err
+        "1 of 4 files left out (rows.html); read as one data set: B.TXT, c.txt, deep/a.md" in err
         and "1 of 3 rows left out: empty text (file c.txt)" in err
     )
     (tmp_path / "deep" / "a.md").write_bytes(b"\xff")
@@ -914,12 +915,15 @@ def test_peak_memory_is_that_of_the_device_in_use(monkeypatch):
 @pytest.mark.parametrize(
     "row, cure",
     [
-        (dict(prompt="What is 2 + 3?"), "Bring rows with an answer; questions alone are for PPO and GRPO"),
-        (dict(prompt="What is 2 + 3?", completion="5" * 200), "Raise max_length"),
+        (
+            dict(prompt="What is 2 + 3?"),
+            "1 nothing to learn. Bring rows with an answer; questions alone are for PPO and GRPO",
+        ),
+        (dict(prompt="What is 2 + 3?", completion="5" * 200), "1 too long, with max_length=64. Raise max_length"),
     ],
 )
 def test_the_cure_fits_the_cause(row, cure):
     tokenizer = ensure_template(AutoTokenizer.from_pretrained(data_file("tiny")))
     with pytest.raises(TinyTrainerError) as e:
         encode_rows(tokenizer, load_examples([row]), 64)
-    assert str(e.value).endswith(f"with max_length=64. {cure}.")
+    assert str(e.value) == f"no row is left of 1: {cure}."

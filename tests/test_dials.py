@@ -233,7 +233,7 @@ def test_who_has_dials(tmp_path):
         from tinytrainer_nb.recipes.start import describe
 
         run = Run.create(tmp_path / name, "sft", SFTArgs(), may_change=[], load=describe(model, base()[1]))
-        begin(run, model)
+        begin(run, model, base()[1])
         return run
 
     assert (

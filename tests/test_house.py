@@ -318,7 +318,7 @@ def toy(model, tokenizer, examples, args=None, live=False):
     about = dict(load=describe(model, tokenizer), data=dict(rows=len(lines)), may_change=may_change(args))
     with Run.prepare(args.out, "toy", args, **about) as run:
         write_json(run.folder / "data" / "lines.json", lines)
-        begin(run, model)
+        begin(run, model, tokenizer)
     return start(run, model, tokenizer, args, built, live, lines=lines)
 
 def read_back(run, tokenizer, args): return dict(lines=read_json(run.folder / "data" / "lines.json"))

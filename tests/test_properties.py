@@ -1,15 +1,22 @@
 """A thousand data files, half of them broken at random: each is read exactly or refused by name, and nothing is lost
 on the way."""
 
+import bz2
 import csv
+import datetime
+import decimal
+import gzip
 import io
 import json
+import lzma
+import random
 import re
 from collections import Counter
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
+import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
@@ -29,6 +36,8 @@ ROLES = {
     "tool": "tool",
 }
 
+
+MAY_BE_EMPTY = ("system", "tool", "observation")
 
 # What a table means, written a second time and plainly
 
@@ -80,6 +89,18 @@ def dialogue(question: str, reply: str) -> list[dict]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
 
 
+ASKS = ("prompt", "question", "instruction", "query", "problem", "input")
+ANSWERS = ("completion", "response", "answer", "output", "reply", "solution", "target")
+
+
+def other_names(columns: set, rows: list[dict]) -> tuple[str, str] | None:
+    "A question's and an answer's column, if only one of each can be meant"
+    asks = [c for c in ASKS if c in columns and not (c == "input" and "instruction" in columns)]
+    texts = [c for c in ANSWERS if all(r.get(c) is None or type(r[c]) is str for r in rows)]
+    answers = [c for c in texts if c in columns]
+    return (asks[0], answers[0]) if len(asks) == len(answers) == 1 and "text" not in columns else None
+
+
 def meaning(rows: list[dict]) -> tuple[list[dict], int]:
     "What should be made of `rows`, and how many of them say nothing"
     if not all(type(r) is dict for r in rows):
@@ -96,17 +117,25 @@ def meaning(rows: list[dict]) -> tuple[list[dict], int]:
         "prompt": {"prompt"},
     }
     kind = next((k for k, needed in kinds.items() if needed <= columns), None)
+    if kind in (None, "prompt") and (pair := other_names(columns, rows)):
+        kind, talk = "pair", pair
+    if kind is None and {"chosen", "rejected"} <= columns:
+        kind, talk = "preference", None
     if kind is None:
         raise Refused(columns)
     made = [one(row, kind, talk) for row in rows]
     blank = [
-        any(not m["content"].strip() for m in r.get("messages", ()))
-        or r.get("messages") == []
+        any(not m["content"].strip() for m in r.get("messages", ()) if m["role"] not in MAY_BE_EMPTY)
+        or "messages" in r
+        and not any(m["content"].strip() for m in r["messages"])
         or any(not r[c].strip() for c in ("text", "chosen", "rejected") if type(r.get(c)) is str and c in used)
         for r, used in made
     ]
     if all(blank):
         raise Refused("nothing is left")
+    for r, _ in made:
+        if "messages" in r:
+            r["messages"] = [m for m in r["messages"] if m["role"] != "system" or m["content"].strip()]
     return [{k: v for k, v in r.items() if v is not None} for (r, _), empty in zip(made, blank) if not empty], sum(
         blank
     )
@@ -114,8 +143,21 @@ def meaning(rows: list[dict]) -> tuple[list[dict], int]:
 
 def one(row: dict, kind: str, talk: str | None) -> tuple[dict, set]:
     "One row as it should come out, other columns included, and the columns that were used"
-    if kind == "preference":
-        before = asked(row, talk)
+    if kind == "pair":
+        question, reply = talk
+        if question == "prompt":
+            said = [] if row.get(reply) is None else [{"role": "assistant", "content": text(row, reply)}]
+            new, used = {"messages": asked(row, "prompt") + said, reply: row.get(reply)}, {"prompt"}
+        else:
+            given = "\n" + text(row, "input") if question == "instruction" and row.get("input") else ""
+            new, used = {"messages": dialogue(text(row, question) + given, text(row, reply))}, {question, reply}
+            used |= {"input"} if question == "instruction" else set()
+    elif kind == "preference":
+        if talk is None:
+            both = [turns(row.get(c))[:-1] if type(row.get(c)) is list else [] for c in ("chosen", "rejected")]
+            if both[0] != both[1] or not both[0]:
+                raise Refused(row)
+        before = asked(row, talk) if talk else both[0]
         if before and before[-1]["role"] in ("assistant", "function_call"):
             raise Refused(row)
         new, used = (
@@ -362,6 +404,8 @@ def csv_rows(whole: str) -> list[dict]:
         raise Refused("open quote")
     if row or state != "start":
         table.append([*row, cell])
+    if table:
+        table[0] = [name.strip() for name in table[0]]
     if not table or len(set(table[0])) < len(table[0]) or any(len(r) != len(table[0]) for r in table):
         raise Refused("ragged")
     return [dict(zip(table[0], r)) for r in table[1:]]
@@ -436,6 +480,12 @@ def save(folder: Path, number: int, suffix: str, files: list[bytes]) -> Path:
     return path
 
 
+def plain(value, wanted):
+    "A value of a column that no type fits, which is kept as JSON, where it says what is wanted"
+    odd = type(value) is str and value != wanted and "\\ud" in value
+    return json.loads(value) if odd else value
+
+
 def check(path: Path, rows: list | None, broken: bool) -> str:
     "Load one file and hold the result against what it means; says what became of it"
     try:
@@ -450,6 +500,7 @@ def check(path: Path, rows: list | None, broken: bool) -> str:
         return "refused"
     found = [{k: v for k, v in r.items() if v is not None} for r in table.to_list()]
     order = lambda rs: sorted(map(repr, rs)) if path.is_dir() else rs
+    found = [{k: plain(v, w.get(k)) for k, v in r.items()} for r, w in zip(found, wanted, strict=True)]
     assert order(found) == order(wanted), "altered"
     assert data_origin(table)["left_out_empty"] == blank and len(table) + blank == len(rows), "lost"
     return "read"
@@ -477,3 +528,252 @@ def test_every_file_is_read_exactly_or_refused(tmp_path):
     assert not missed, f"never met: {missed}"
     halves = [sum(n for k, n in fates.items() if k != "files" and k[1] is broken) for broken in (False, True)]
     assert min(halves) > FILES / 4, halves
+
+
+# Files as strangers write them: what each means is known before it is written
+
+
+def word(r: random.Random) -> str:
+    "A text with what ends a line, a cell, a turn or a document somewhere"
+    sharp = [
+        "</s>",
+        "<s>",
+        "<|im_end|>",
+        "[INST]",
+        "### Response:",
+        '"',
+        ",",
+        "\n",
+        "\r\n",
+        "\u2028",
+        "\ufeff",
+        "漢😀",
+        " ",
+    ]
+    return "w" + "".join(r.choice([*sharp, "a", "7"]) for _ in range(r.randint(0, 6))) + "w"
+
+
+def strange_talk(r: random.Random) -> list[dict]:
+    "A conversation that ends with an answer"
+    turns = [{"role": role, "content": word(r)} for role in ["user", "assistant"] * r.randint(1, 2)]
+    if r.random() < 0.2:
+        turns[1:1] = [
+            {"role": "function_call", "content": word(r)},
+            {"role": "observation", "content": r.choice(["", word(r)])},
+        ]
+    return turns
+
+
+def in_style(r: random.Random, turns: list[dict], style) -> list[dict]:
+    "Turns in one of the key styles; each weight in one of the ways to mark it"
+    names, marks = {"user": style[2], "assistant": style[3]}, [{"weight": 0}, {"loss": False}, {"train": False}]
+    found = []
+    for turn in turns:
+        mark = (
+            r.choice(marks)
+            if turn.get("weight") == 0
+            else r.choice([{}, {}, {"weight": 1}])
+            if style[0] == "role"
+            else {}
+        )
+        found.append({style[0]: names.get(turn["role"], turn["role"]), style[1]: turn["content"], **mark})
+    return found
+
+
+def strange_row(r: random.Random, kind: str, style, ask: str, answer: str, column: str) -> tuple[dict, dict]:
+    "A row as it stands in a file, and what it means"
+    turns = strange_talk(r)
+    if kind == "text":
+        said = word(r)
+        return {"text": said}, {"text": said}
+    if kind == "pair":
+        question, reply = word(r), word(r)
+        return {ask: question, answer: reply}, {"messages": dialogue(question, reply)}
+    if kind == "chat":
+        if r.random() < 0.3:
+            turns[-1] |= {"weight": 0}
+        return {column: in_style(r, turns, style)}, {"messages": turns}
+    before, good, bad = turns[:-1], word(r), word(r)
+    whole = [in_style(r, [*before, {"role": "assistant", "content": t}], style) for t in (good, bad)]
+    row = {"chosen": whole[0], "rejected": whole[1]}
+    asked = [t["content"] for t in (before[0], before[-1]) if t["role"] == "user"]
+    row |= {"beside": {column: whole[0]}, "prompt": {"prompt": r.choice(asked)}, "alone": {}}[kind]
+    return row, {"messages": before, "chosen": good, "rejected": bad}
+
+
+def with_system(r: random.Random, row: dict, meant: dict, column: str | None, name: str) -> None:
+    "A system text in one of its places, or none, or an empty one"
+    if "text" in meant or not meant["messages"]:
+        return
+    where = r.choice(["none", "column", "empty column", "turn", "empty turn", "both"])
+    style = next((s for s in STYLES if column and s[0] in row[column][0]), STYLES[0])
+    content = {"turn": "wSw", "both": "wSw", "empty turn": " "}.get(where)
+    if content and column:
+        row[column] = [{style[0]: "system", style[1]: content}, *row[column]]
+    row |= {"column": {name: "wSw"}, "empty column": {name: ""}, "both": {name: "wSw"}}.get(where, {})
+    if where in ("column", "both") or (where == "turn" and column):
+        meant["messages"] = [{"role": "system", "content": "wSw"}, *meant["messages"]]
+
+
+ODD = {  # columns that nobody needs
+    ".jsonl": [
+        ["a", 1],
+        [True, 1.5],
+        [[1], {"a": None}],
+        [{"a": 1}, {"b": "x"}],
+        [10**30, "x"],
+        ["\ud83d", 1],
+        [None, ""],
+    ],
+    ".csv": [["", "007"], ["nan", "\n"]],
+    ".parquet": [
+        pyarrow.array([[("a", "1")], [("b", "2")]], pyarrow.map_(pyarrow.string(), pyarrow.string())),
+        pyarrow.array([decimal.Decimal("1.50"), None]),
+        pyarrow.array([datetime.date(2020, 1, 1), None]),
+        pyarrow.array([10**15, 0], pyarrow.timestamp("s")),
+        pyarrow.array([b"\xff", None]),
+        pyarrow.array([b"\xff", b"a"]).view(pyarrow.string()),
+        pyarrow.array([float("nan"), 1.0]),
+        pyarrow.array([{"a": {"b": [1]}}, None]),
+    ],
+}
+ODD[".json"] = ODD[".jsonl"]
+PACK = {
+    "": lambda data: data,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda data: pyarrow.compress(data, codec="zstd", asbytes=True),
+}
+
+
+def strange_bytes(r: random.Random, rows: list[dict], suffix: str, odd) -> bytes:
+    "Rows as a file's bytes, with an odd column"
+    if suffix == ".parquet":
+        columns = dict.fromkeys(c for row in rows for c in row)
+        table = {c: pyarrow.array([row.get(c) for row in rows]) for c in columns}
+        sink = io.BytesIO()
+        pyarrow.parquet.write_table(pyarrow.table(table | {"odd": odd.take([i % 2 for i in range(len(rows))])}), sink)
+        return sink.getvalue()
+    rows = [row | {"odd": odd[i % 2]} for i, row in enumerate(rows)]
+    mark = b"\xef\xbb\xbf" if r.random() < 0.3 else b""
+    if suffix == ".csv":
+        buffer, blank = io.StringIO(), r.choice(["", " ", "\t"])
+        writer = csv.writer(buffer, quoting=csv.QUOTE_ALL)
+        names = list(dict.fromkeys(c for row in rows for c in row))
+        writer.writerows([[blank + c + blank for c in names], *([row.get(c, "") for c in names] for row in rows)])
+        return mark + buffer.getvalue().encode()
+    if suffix == ".json":
+        return mark + json.dumps(rows, ensure_ascii=True).encode()
+    return mark + "".join(json.dumps(row, ensure_ascii=True) + "\n" for row in rows).encode()
+
+
+def spoil_rows(r: random.Random, rows: list[dict], kind: str, suffix: str, column: str) -> str | None:
+    "Make a row one that must be refused; says what the error has to name, None if nothing was changed"
+    row, wrong = r.choice(rows), r.choice([3, ["a"], {"a": 1}])
+    if suffix in (".csv", ".parquet"):
+        return None
+    if kind == "text":
+        row["text"] = wrong
+        return "field 'text'"
+    if kind == "chat":
+        turn = row[column][-1]
+        how = r.choice(["role", "weight", "content"])
+        turn |= {"role": {"role": "narrator", "from": "narrator"}, "weight": {"weight": 0.5}}.get(
+            how, {"content": 3, "value": 3}
+        )
+        return f"field '{column}'"
+    if kind in ("beside", "prompt", "alone"):
+        row["rejected"] = wrong
+        return "field 'rejected'"
+    return None
+
+
+def spoil_bytes(r: random.Random, data: bytes, packed: str) -> bytes | None:
+    "A file after an accident; None where none is sure to be noticed"
+    if packed:
+        return data[: -r.randint(1, 9)]
+    return r.choice([b"version https://git-lfs.github.com/spec/v1\nsize 3\n", b"\xff\xfe" + data, b"\0" + data])
+
+
+def strange_file(r: random.Random, path: Path) -> tuple[Path, list[dict] | None, str, object]:
+    "(path, what its rows mean or None, what an error has to name, the odd column's values)"
+    suffix, packed = r.choice([".jsonl", ".json", ".csv", ".parquet"]), r.choice(list(PACK))
+    kind = r.choice(["text", "pair"] if suffix == ".csv" else ["text", "pair", "chat", "beside", "prompt", "alone"])
+    style, column = r.choice(STYLES), r.choice(["messages", "conversations"])
+    ask, answer, name = r.choice(ASKS), r.choice(ANSWERS), r.choice(["system", "system_prompt"])
+    made = [strange_row(r, kind, style, ask, answer, column) for _ in range(r.randint(1, 4))]
+    for row, meant in made:
+        with_system(r, row, meant, column if kind == "chat" else None, name)
+    rows, odd = [row for row, _ in made], r.choice(ODD[suffix])
+    spoiled = r.random() < 0.3 and spoil_rows(r, rows, kind, suffix, column)
+    parts = [rows[i::2] for i in range(2)] if len(rows) > 1 and r.random() < 0.3 and not spoiled else [rows]
+    files = [PACK[packed](strange_bytes(r, part, suffix, odd)) for part in parts]
+    if not spoiled and r.random() < 0.2 and (broken := spoil_bytes(r, files[-1], packed)):
+        files[-1], spoiled = broken, "." + suffix[1:]
+    meaning = None if spoiled else [m for i in range(len(parts)) for _, m in made[i :: len(parts)]]
+    if len(parts) == 1 and r.random() < 0.5:
+        path = path.with_name(path.name + suffix + packed)
+        path.write_bytes(files[0])
+        return path, meaning, spoiled, odd
+    (path / "data").mkdir(parents=True)
+    (path / "README.md").write_text("---\nlicense: mit\n---\n# A card\n")
+    for i, data in enumerate(files):
+        (path / "data" / f"train-{i:05d}-of-00002{suffix}{packed}").write_bytes(data)
+    if r.random() < 0.5:
+        (path / "data" / f"test-00000-of-00001{suffix}{packed}").write_bytes(b"nobody reads it")
+    return path, meaning, spoiled, odd
+
+
+def weighted(rows: list[dict]) -> list[dict]:
+    "Meanings with a weight at each turn, if one has one"
+    if not any("weight" in turn for row in rows for turn in row.get("messages", ())):
+        return rows
+    return [row | {"messages": [{"weight": 1} | turn for turn in row["messages"]]} for row in rows]
+
+
+def odd_is_told(found: list, odd, err: str, suffix: str) -> bool:
+    "Whether an odd column came back as it was, as JSON, or not at all, and a line says so"
+    if suffix == ".parquet" or not found:
+        return bool(found) or "column odd left out" in err
+    same = lambda f, o: f == o or (isinstance(f, str) and "kept as JSON" in err and json.loads(f) == o)
+    return all(any(same(f, o) for o in odd) for f in found)
+
+
+def strangers(tmp_path: Path, capsys, count: int) -> Counter:
+    "Write and read so many files; how many were read and refused, by suffix"
+    fates = Counter()
+    for number in range(count):
+        r = random.Random(number)
+        path, meaning, spoiled, odd = strange_file(r, tmp_path / f"data{number}")
+        suffix = next(
+            s for s in (".jsonl", ".json", ".csv", ".parquet") if any(s in f.name for f in [path, *path.rglob("*")])
+        )
+        capsys.readouterr()
+        try:
+            table = load_examples(path)
+        except TinyTrainerError as e:
+            assert meaning is None, f"{number}: refused, but it says {meaning}: {e}"
+            assert str(path) in str(e) and spoiled in str(e) and len(str(e).splitlines()) == 1, f"{number}: {e}"
+            fates[suffix, "refused"] += 1
+            continue
+        assert meaning is not None, f"{number}: {path} is spoiled ({spoiled}), and was read as {table[0]}"
+        columns = [c for c in ("messages", "text", "chosen", "rejected") if c in table.column_names]
+        assert [{c: row[c] for c in columns} for row in table.to_list()] == weighted(meaning), (
+            f"{number}: {path} altered"
+        )
+        found = table["odd"][:] if "odd" in table.column_names else []
+        assert odd_is_told(found, odd, capsys.readouterr().err, suffix), f"{number}: {path}: {odd} became {found}"
+        fates[suffix, "read"] += 1
+    return fates
+
+
+def test_strangers_files_mean_what_they_say(tmp_path, capsys):
+    fates = strangers(tmp_path, capsys, 150)
+    assert len(fates) == 8 and sum(fates.values()) == 150, fates
+
+
+@pytest.mark.slow
+def test_a_thousand_strangers_files_mean_what_they_say(tmp_path, capsys):
+    fates = strangers(tmp_path, capsys, 1000)
+    assert len(fates) == 8 and sum(fates.values()) == 1000 and min(fates.values()) > 20, fates

@@ -162,7 +162,7 @@ def test_before_is_the_model_as_it_was_handed_over(tmp_path):
     for name, add in kinds.items():
         model = random_numbers(add(base()[0]), 1)
         run = Run.create(tmp_path / name, "sft", SFTArgs(), may_change=[])
-        begin(run, model)
+        begin(run, model, base()[1])
         first, loaded = (
             {n: p.clone() for n, p in trainable(model).items()},
             dict(with_adapter(base()[0], run.folder / "start").named_parameters()),

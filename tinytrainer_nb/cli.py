@@ -13,7 +13,8 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from . import __version__
-from .core import command as shell, local_path, one_line, read_json, say, TinyTrainerError
+from .core import TinyTrainerError, local_path, one_line, read_json, say
+from .core import shell_line, shipped_notebooks
 from .settings import allowed, as_text, field_type, parse_value, suggestion
 from .data.arguments import DataArgs
 from .model.arguments import LoadArgs, LoraArgs, need_base
@@ -132,8 +133,13 @@ def report(run) -> None:
             "summary.json": "the figures", "events.jsonl": "the journal"}
     for name, words in made.items():
         if (run.folder / name).exists(): say(f"  {str(run.folder / name):40} {words}")
-    chat = shell("tinytrainer", "chat", run.folder)
-    say(f"next: {run.how_to_resume().strip('`') if run.status == 'stopped' else chat}")
+    say(f"next: {_next(run)}")
+
+def _next(run) -> str:
+    "What to do with a run that has ended: a command, or a call in Python."
+    if run.status == "stopped": return run.how_to_resume().strip("`")
+    if run.info["recipe"] != "reward_model": return shell_line("tinytrainer", "chat", run.folder)
+    return f"in Python, PPO or GRPO with the reward model_reward({str(run.folder)!r})"
 
 def _begun_here(out: Path):
     "The run at `out`, or beside it, that this process began; None if there is none."
@@ -179,6 +185,9 @@ def train_command(recipe: Recipe, parser: Parser, given: dict) -> int: # exit st
 def _resume_flags(parser: Parser) -> None:
     parser.add_argument("folder", metavar="DIR", help="a run's folder")
     parser.add_argument("--reward", help="of PPO and GRPO: needed again if it was file.py:function or a function")
+    parser.add_argument("--accept", metavar="ID,...", help="what may differ from what the run began with: reward")
+    parser.add_argument("--take-over", action="store_true",
+                        help="if the run's process cannot be seen from here (another host or container) and has ended")
 
 def resume_command(parser: Parser, given: dict) -> int: # exit status
     "Go on with an interrupted run; a finished one says so. Raises `TinyTrainerError` if the run cannot go on."
@@ -186,14 +195,16 @@ def resume_command(parser: Parser, given: dict) -> int: # exit status
     folder = given["folder"]
     run = Run.open(folder)
     if run.status == "finished":
-        say(f"{folder}: this run is finished, there is nothing to resume. `{shell('tinytrainer', 'chat', folder)}` "
-            f"talks to what it made; `{shell('--base', folder)}` trains on from it.")
+        say(f"{folder}: this run is finished, there is nothing to resume. "
+            f"`{shell_line('tinytrainer', 'chat', folder)}` talks to what it made; "
+            f"`{shell_line('--base', folder)}` trains on from it.")
         return 0
     if "reward" in given and "reward" not in run.info:
         raise TinyTrainerError(f"{folder}: a run of {run.info['recipe']} has no reward. Leave out --reward.")
     from tinytrainer_nb.recipes import train # noqa: F401, adds `resume` to a run
     quiet_bars()
-    try: report(run.resume(reward=given.get("reward")))
+    accept = [name.strip() for name in given.get("accept", "").split(",") if name.strip()]
+    try: report(run.resume(reward=given.get("reward"), take_over="take_over" in given, accept=accept))
     except KeyboardInterrupt:
         say("", f"interrupted: {run.how_to_resume()} goes on.", error=True)
         return 130
@@ -280,8 +291,8 @@ def _out_flag(parser: Parser, default: str) -> None:
                                                      f"(default {default}; if it exists, a new one beside it)")
 
 def _run_flags(parser: Parser) -> None:
-    parser.add_argument("notebook", metavar="NOTEBOOK", help="a shipped notebook's name, such as quickstart, "
-                                                             "or the path of an .ipynb file")
+    names = ", ".join(shipped_notebooks())
+    parser.add_argument("notebook", metavar="NOTEBOOK", help=f"the path of an .ipynb file, or one of {names}")
     parser.add_argument("-p", nargs=2, action="append", metavar=("NAME", "VALUE"),
                         help="a parameter; may be given many times")
     parser.add_argument("-f", metavar="FILE", help="YAML or JSON file of parameters; -p wins over it")
@@ -316,8 +327,13 @@ def notebook_command(parser: Parser, given: dict) -> int: # exit status
         say("", "before and after (the base in the better of its two forms)", *samples_text(summary).split("\n"))
     say("", "saved", f"  {str(target):40} the executed notebook")
     for run in runs: say(f"  {str(run.folder):40} {summary_line(run) if run.summary else run.status}")
-    if runs: say(f"next: {shell('tinytrainer', 'chat', runs[-1].folder)}")
+    if best := _best(runs, summary.get("accuracy", {})): say(f"next: {_next(best)}")
     return 0
+
+def _best(runs: list, accuracy: dict):
+    "The last run, or the one whose folder is named like the best accuracy; None without a run."
+    scored = [run for run in runs if isinstance(accuracy.get(run.folder.name), float)]
+    return max(scored, key=lambda run: accuracy[run.folder.name]) if scored else runs[-1] if runs else None
 
 # %% ../nbs/91_cli.ipynb #b46aa28a
 def _quickstart(parser: Parser, given: dict) -> int: # exit status

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'PLAIN', 'BUILDING', 'TinyTrainerError', 'MissingFile', 'processes', 'share', 'gathered', 'local_path',
-           'is_there', 'patiently', 'sync_folder', 'hidden_beside', 'write_whole', 'plain', 'write_json', 'need_flat',
-           'need_file', 'read_json', 'unfit', 'read_typed', 'need_fit', 'file_hash', 'need_no_link', 'remove_whole',
-           'whole_folder', 'visible', 'one_line', 'say', 'Markup', 'escaped', 'inert', 'command', 'may_be_on_hub',
-           'shipped', 'data_file', 'in_notebook', 'progress', 'quiet', 'builds', 'patch_to', 'repeated_share']
+           'is_there', 'patiently', 'where_possible', 'sync_file', 'sync_folder', 'hidden_beside', 'write_whole',
+           'plain', 'write_json', 'need_flat', 'need_file', 'read_json', 'unfit', 'read_typed', 'need_fit', 'same_file',
+           'file_hash', 'need_no_link', 'remove_whole', 'whole_folder', 'visible', 'one_line', 'say', 'Markup',
+           'escaped', 'inert', 'shell_line', 'may_be_on_hub', 'shipped', 'data_file', 'short_name', 'shipped_notebooks',
+           'in_notebook', 'progress', 'quiet', 'builds', 'patch_to', 'repeated_share']
 
 # %% ../nbs/00_core.ipynb #a2756417
-import builtins, contextlib, datetime, decimal, functools, hashlib, inspect, json, math
-import os, re, shlex, shutil, sys, threading, time, unicodedata, warnings
+import builtins, contextlib, datetime, decimal, errno, functools, hashlib, html, inspect, json, math, os, re
+import shlex, shutil, string, sys, threading, time, unicodedata, warnings
 from pathlib import Path
 from tqdm.std import tqdm
-import markupsafe
 
 # %% ../nbs/00_core.ipynb #07f7eb32
 class TinyTrainerError(Exception):
@@ -69,13 +69,29 @@ def patiently(f, *args, **kwargs):
     return f(*args, **kwargs)
 
 # %% ../nbs/00_core.ipynb #353cfe1c
+_CANNOT = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EBADF,
+           errno.EISDIR)
+
+@contextlib.contextmanager
+def where_possible():
+    "A context for what some file systems refuse, such as network drives; a full or broken disk is still an error."
+    try: yield
+    except OSError as e:
+        if e.errno not in _CANNOT: raise
+
+def sync_file(f) -> None:
+    "Force an open file to the disk, where the file system can."
+    with where_possible(): os.fsync(f.fileno())
+
 def sync_folder(folder: Path) -> None:
     "Force a folder's entries to the disk, where the system can (Windows cannot open a folder)."
     if os.name == "nt": return
-    handle = os.open(folder, os.O_RDONLY)
-    try: os.fsync(handle)
-    finally: os.close(handle)
+    with where_possible():
+        handle = os.open(folder, os.O_RDONLY)
+        try: os.fsync(handle)
+        finally: os.close(handle)
 
+# %% ../nbs/00_core.ipynb #eb79cd0c
 def hidden_beside(path: Path, ending: str) -> Path:
     "A hidden neighbour of `path`; of a long name it has the beginning, as no name is longer than 255 bytes."
     return path.with_name(f".{os.fsencode(path.name)[:200].decode(errors='ignore')}.{ending}")
@@ -92,7 +108,7 @@ def write_whole(
     with open(beside, "xb") as f:
         f.write(content.encode("utf8") if isinstance(content, str) else content)
         f.flush()
-        os.fsync(f.fileno())
+        sync_file(f)
     patiently(os.replace, beside, path)
     sync_folder(path.parent)
     return path
@@ -214,6 +230,11 @@ def need_fit(path: Path | str, found, sort, need: tuple = ()):
     return found
 
 # %% ../nbs/00_core.ipynb #53dbfadc
+def same_file(file: Path, target: Path) -> None:
+    "Give a file a second name; a copy where the file system knows one name only."
+    try: os.link(file, target)
+    except OSError: shutil.copy2(file, target)
+
 def file_hash(path: Path | str) -> str: # 64 hexadecimal digits
     "SHA-256 of a file, read in pieces."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
@@ -238,8 +259,12 @@ def whole_folder(target: Path):
     staging = hidden_beside(target, f"{os.getpid()}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    yield staging
-    _sync_tree(staging)
+    try:
+        yield staging
+        _sync_tree(staging)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True) # on a full disk its room is wanted
+        raise
     remove_whole(target)
     os.replace(staging, target)
     sync_folder(target.parent)
@@ -249,8 +274,8 @@ def _sync_tree(folder: Path) -> None:
     readable = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
         if path.is_file():
-            path.chmod(readable) # safetensors makes files that only their owner may read
-            with open(path, "rb+") as f: os.fsync(f.fileno())
+            with where_possible(): path.chmod(readable) # safetensors makes files that only their owner may read
+            with open(path, "rb+") as f: sync_file(f)
         else: sync_folder(path)
     sync_folder(folder)
 
@@ -281,14 +306,21 @@ def say(*lines, error: bool = False) -> None: # error: to stderr, which is also 
     for line in lines: print(one_line(line), file=sys.stderr if error else sys.stdout)
 
 # %% ../nbs/00_core.ipynb #3c10cf06
-class Markup(markupsafe.Markup):
-    "HTML. Whatever else is put into it by `format`, `join` or `+` is shown as text."
-    __slots__ = ()
+class _Escaping(string.Formatter):
+    "`str.format` that escapes each value behind its format."
+    def format_field(self, value, spec: str) -> str:
+        return value if isinstance(value, Markup) else Markup.escape(format(value, spec))
 
-    @classmethod
-    def escape(cls, value) -> "Markup":
+class Markup(str):
+    "HTML. Whatever else is put into it by `format`, `join` or `+` is shown as text."
+    def format(self, *values, **named) -> "Markup": return Markup(_Escaping().vformat(self, values, named))
+    def join(self, parts) -> "Markup": return Markup(super().join(map(Markup.escape, parts)))
+    def __add__(self, other) -> "Markup": return Markup(super().__add__(Markup.escape(other)))
+
+    @staticmethod
+    def escape(value) -> "Markup":
         "`value` as HTML that shows it and does nothing else."
-        return cls(value if hasattr(value, "__html__") else markupsafe.escape(visible(value)))
+        return value if isinstance(value, Markup) else Markup(html.escape(visible(value)))
 
 def escaped(text) -> Markup:
     "`text` as HTML that shows it and does nothing else, between tags as well as in an attribute."
@@ -314,7 +346,7 @@ def _word(value) -> str:
     seen = lambda c: c if one_line(c) == c and c not in "\t\\'" else "".join(f"\\x{b:02x}" for b in os.fsencode(c))
     return f"$'{''.join(map(seen, text))}'"
 
-def command(*words) -> str: # a `Path` is one that stands alone, not behind a flag
+def shell_line(*words) -> str: # a `Path` is one that stands alone, not behind a flag
     "Words as a line that can be copied into a shell."
     return " ".join(map(_word, words))
 
@@ -342,6 +374,16 @@ def data_file(name: str) -> Path:
     if path.exists(): return path
     raise TinyTrainerError(f"data/{name} is not there. Run from a clone installed with `pip install -e .`, "
                            "or from an installed wheel; `data/README.md` says how each file is made.")
+
+# %% ../nbs/00_core.ipynb #990e3e7b
+def short_name(path: Path | str) -> str:
+    "A notebook's name without its number and ending."
+    return re.sub(r"^\d+[a-z]?_", "", Path(path).stem)
+
+def shipped_notebooks() -> dict[str, Path]: # short name: path
+    "The tutorials and benchmarks of the project."
+    folders = (shipped("nbs") / kind for kind in ("tutorials", "benchmarks"))
+    return {short_name(path): path for folder in folders for path in sorted(folder.glob("*.ipynb"))}
 
 # %% ../nbs/00_core.ipynb #4f484e80
 class _Cell:

@@ -9,7 +9,7 @@ __all__ = ['LARGEST', 'LARGEST_SEED', 'OTHER_NAMES', 'TRUTH', 'NOTHING', 'settin
 # %% ../nbs/01_settings.ipynb #4d712558
 import contextlib, dataclasses, difflib, math, operator, types, typing
 from dataclasses import fields
-from .core import inert, local_path, TinyTrainerError
+from .core import TinyTrainerError, inert, local_path
 
 # %% ../nbs/01_settings.ipynb #a315afd2
 def setting(

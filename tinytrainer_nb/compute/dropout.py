@@ -26,7 +26,7 @@ class OwnDropout(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return (self.drop if function is F.dropout else function)(*args, **(kwargs or {}))
 
-    def drop(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    def drop(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor: # x: any shape
         "In the place of `F.dropout`."
         if not training or p == 0: return x
         kept = torch.empty_like(x).bernoulli_(1 - p, generator=self.generator)

@@ -15,7 +15,7 @@ from ..core import TinyTrainerError, progress
 from ..hardware import mix_seed
 from .arguments import GenerateArgs
 from .decode import Decoder
-from ..data.tokens import micro_batches, prompt_ids
+from ..data.tokens import filling, micro_batches, prompt_ids, turn_ends
 from ..model.attention import SharedCache
 
 # %% ../../nbs/compute/07_generate.ipynb #c2becf47
@@ -93,11 +93,11 @@ def _read_prompts(
         "attention interface, so its cache cannot be kept here. Use a Llama- or Qwen-like model.")
     return torch.cat(found)
 
-def _end_to_end(rows: list[list[int]], device, multiple: int = 64) -> dict: # tensors (1, T)
-    "Tokens and positions of the rows in one, filled up to a multiple so that there are few different shapes."
-    fill = -sum(map(len, rows)) % multiple
+def _end_to_end(rows: list[list[int]], device) -> dict: # tensors (1, T)
+    "Tokens and positions of the rows in one, filled up so that there are few different shapes."
+    fill = filling(sum(map(len, rows)))
     tokens = [t for row in rows for t in row] + [0] * fill
-    positions = [i for row in rows for i in range(len(row))] + list(range(fill))
+    positions = [i for row in rows for i in range(len(row))] + [0] * fill # the context may be shorter than `fill`
     return dict(input_ids=torch.tensor([tokens], device=device), position_ids=torch.tensor([positions], device=device))
 
 # %% ../../nbs/compute/07_generate.ipynb #ba1de061
@@ -174,9 +174,9 @@ def _speak(
 
 # %% ../../nbs/compute/07_generate.ipynb #7ba30a10
 def end_tokens(model, tokenizer) -> set[int]:
-    "Ids that end a completion: the tokenizer's end token and those of the model's generation config."
+    "Ids that end a completion: those that end an answer in the template, and those of the model's generation config."
     more = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return {tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])} - {None}
+    return {*turn_ends(tokenizer), *(more if isinstance(more, list) else [more])} - {None}
 
 def prompt_room(model, max_new_tokens: int) -> int: # tokens
     "How long a prompt may be, so that it and its completion fit into the model's context."
@@ -201,14 +201,13 @@ def _parts(ids: list[list[int]], size: int) -> list[list[int]]:
 
 # %% ../../nbs/compute/07_generate.ipynb #c0a664c7
 @contextlib.contextmanager
-def _decoding(model, dtype: torch.dtype | None, decoder: Decoder | None, rows: int):
+def _decoding(model, decoder: Decoder, ready=None): # ready: from `decoder.ready()`
     "The model ready to decode; gives the function that decodes one token of every slot."
     modes, attention = [(m, m.training) for m in model.modules()], model.config._attn_implementation
-    decoder = decoder or Decoder(model, dtype, rows)
     model.eval()
     model.config._attn_implementation = "packed"
     try:
-        with decoder.on() as step: yield step
+        with decoder.on(ready) as step: yield step
     finally:
         for m, mode in modes: m.training = mode
         model.config._attn_implementation = attention
@@ -234,7 +233,8 @@ def generate(
     seeds = seeds or [mix_seed(args.seed, i, j) for i in range(len(prompts)) for j in range(n)]
     count, ends = len(ids) * n, end_tokens(model, tokenizer)
     said = {} # (prompt, completion): where it was noted, and its row there
-    with (_decoding(model, dtype, decoder, min(args.batch_size, count)) as step,
+    decoder = decoder or Decoder(model, dtype, min(args.batch_size, count))
+    with (_decoding(model, decoder) as step,
           progress(total=count, desc="completions", quiet=quiet) as bar):
         for part in _parts(ids, max(1, args.batch_size // n)):
             rows = [(i, j) for i in part for j in range(n)]
@@ -280,9 +280,11 @@ def stream(
     spoken, shown = Spoken(tokenizer, 1, end_tokens(model, tokenizer), args.stop), 0
     seed = mix_seed(args.seed, 0, 0) if seed is None else seed
     decoder = decoder or Decoder(model, dtype, 1)
-    with _decoding(model, dtype, decoder, 1) as step: speaking = _speak(model, step, [ids], args, [seed], spoken)
+    ready = decoder.ready()
+    speaking = _speak(model, ready.step, [ids], args, [seed], spoken)
     while True:
-        with _decoding(model, dtype, decoder, 1): goes_on = next(speaking, None) is not None
+        if not ready.still_holds(model): ready = decoder.ready() # trained between two tokens
+        with _decoding(model, decoder, ready): goes_on = next(speaking, None) is not None
         if not goes_on: break # between two tokens the model is as it was, and gradients are on
         text = spoken.text(0)
         sure = len(text) - _unsure(text, args.stop)

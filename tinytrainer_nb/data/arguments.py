@@ -16,4 +16,5 @@ class DataArgs(Settings):
     data: str = setting("", "a file, a folder of texts, or a Hub data set; empty: the project's own", path=True)
     columns: str = setting("", "which columns of the data are meant, such as prompt=question,completion=answer; "
                                "or a mapping's name, such as arc")
-    split: str = setting("train", "part of a Hub data set, such as test or train[:1000]")
+    split: str = setting("train", "part of a Hub data set, such as test or train[:1000], "
+                                  "or of its folder, such as test")

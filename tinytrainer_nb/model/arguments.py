@@ -10,7 +10,7 @@ __all__ = ['SHAPES', 'DEFAULT_BASE', 'known_shape', 'LoadArgs', 'find_base', 'is
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from ..core import data_file, local_path, may_be_on_hub, read_json, TinyTrainerError
+from ..core import TinyTrainerError, data_file, local_path, may_be_on_hub, read_json
 from ..settings import Settings, setting
 
 # %% ../../nbs/model/01_arguments.ipynb #25e5cb17

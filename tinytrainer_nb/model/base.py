@@ -8,7 +8,7 @@ __all__ = ['WORTH_KEEPING', 'count_parameters', 'Preset', 'model_preset', 'step_
 
 # %% ../../nbs/model/05_base.ipynb #dfd88545
 import contextlib, copy, functools, hashlib, json, os, re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 import torch
 from torch import nn
@@ -19,9 +19,8 @@ from .arguments import SHAPES, known_shape
 from .layers import keep_gradients
 from . import attention # noqa: F401, registers "packed"
 from .attention import _OTHER_MODEL
-from .cache import base_hash, cache_limit, find_tensors, keep_tensors
+from .cache import base_hash, cache_limit, files_of, find_tensors, keep_tensors
 import transformers
-from huggingface_hub import try_to_load_from_cache
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, LlamaConfig
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -259,18 +258,13 @@ def weights_key(
         names = ("config.json", "model.safetensors.index.json")
         files = {n: file_hash(folder / n) for n in names if (folder / n).exists()}
         weights = base_hash(path)
-    else: files, weights = {}, _commit(path)
+    else: files, weights = {}, (f"{path}@{files_of(path).name}" if files_of(path).is_dir() else "")
     if not weights: return ""
     settings = _quantization_config(quantization, dtype).to_dict() | dict(dtype=dtype_name(dtype))
     made_with = {p: versions()[p] for p in ("torch", "transformers", "bitsandbytes")}
     made_with["device"] = hardware()["gpu" if device == "cuda" else "cpu"]
     decisive = json.dumps([weights, files, settings, made_with], sort_keys=True)
     return hashlib.sha256(decisive.encode()).hexdigest()
-
-def _commit(name: str) -> str:
-    "The commit of a Hub id in the local cache, which names the folder of its config; empty if it is not there."
-    config = try_to_load_from_cache(name, "config.json")
-    return f"{name}@{Path(config).parent.name}" if isinstance(config, str) else ""
 
 # %% ../../nbs/model/05_base.ipynb #b57c4ce0
 def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -392,7 +386,7 @@ class LoadReport:
     "What `load_model` did."
     base: str          # as it was asked for
     path: str          # folder or Hub id it was loaded from
-    sha256: str        # of the weight files, empty for a Hub id
+    sha256: str        # of the weight files
     parameters: int    # of the base
     bytes_before: int  # of the weights as stored
     bytes_after: int   # in memory
@@ -403,6 +397,9 @@ class LoadReport:
     seconds: float     # it took
     seed: int | None = None # of random weights
     cache: str = ""    # hit: from the cache; miss: kept there now; else why the weights are not kept, or empty
+    files: dict = field(default_factory=dict) # hashes of the `DECISIVE` files beside the weights
+    commit: str = ""   # of a Hub id
+    vocabulary: str = "" # hash of the tokenizer as it was loaded
 
     def __str__(self):
         before, after = f"{self.bytes_before / 1e6:,.1f} MB", f"{self.bytes_after / 1e6:,.1f} MB"
@@ -427,7 +424,7 @@ def new_model(
     compute, why = probe_dtype(device) if dtype == "auto" else (DTYPES[dtype], "as asked")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(preset.config, dtype=torch.float32).to(device)
+        model = AutoModelForCausalLM.from_config(preset.config, dtype=torch.float32, trust_remote_code=False).to(device)
     model.config._attn_implementation = "packed"
     name, size = f"new:{shape}", tensor_bytes(model)
     model.load_report = LoadReport(
@@ -441,7 +438,9 @@ class LoadRecord:
     "What run.json says of the model that a run began with."
     base: str = ""             # as it was asked for
     path: str = ""             # folder or Hub id it was loaded from
-    sha256: str = ""           # of the weight files, empty for a Hub id
+    sha256: str = ""           # of the weight files
+    files: dict = field(default_factory=dict) # hashes of the `DECISIVE` files beside them
+    commit: str = ""           # of a Hub id
     quantization: str = "none" # none, nf4 or int8
     dtype: str = "fp32"        # bf16, fp16 or fp32: what products are computed in
     device: str = "cpu"        # cpu or cuda

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from ..core import TinyTrainerError, builds, patch_to, progress, quiet, read_typed
 from .arguments import TinyLoraArgs
 from .layers import has_adapter, linear_layers, linear_names, written_out
-from .cache import base_hash
-from huggingface_hub import try_to_load_from_cache
 from peft import PeftConfig, TinyLoraConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners._buffer_dict import BufferDict
@@ -245,9 +243,7 @@ def base_marks(model) -> tuple[str, str]: # hash of the weight files; quantizati
         raise TinyTrainerError(
             "this model was not loaded by load_model(), so an adapter could not tell its base again. "
             "Load it with load_model(folder).")
-    if report.sha256: return report.sha256, report.quantization
-    cached = try_to_load_from_cache(report.path, "config.json") # a Hub id's files are in the cache
-    return base_hash(str(Path(cached).parent)), report.quantization
+    return report.sha256, report.quantization
 
 def check_base(
     model,             # from `load_model`

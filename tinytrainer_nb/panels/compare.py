@@ -13,7 +13,7 @@ from itertools import combinations
 from pathlib import Path
 import ipywidgets as widgets
 import numpy as np
-from ..core import local_path, Markup, one_line, patch_to, TinyTrainerError, visible
+from ..core import Markup, TinyTrainerError, local_path, patch_to, visible
 from ..model.base import LoadRecord
 from .widgets import Panel, scrolled, small, wrapped
 from ..views.plots import COLOURS, PANELS, STYLES, Picture, figure_html, figure_name
@@ -40,7 +40,7 @@ def run_names(runs: list[Run]) -> list[str]:
     "Short names that tell the runs apart."
     folders = [run.folder.resolve() for run in runs]
     above = Path(os.path.commonpath([f.parent for f in folders]))
-    return [one_line(f.relative_to(above).as_posix()) for f in folders]
+    return [visible(f.relative_to(above).as_posix()) for f in folders]
 
 # %% ../../nbs/panels/06_compare.ipynb #e169db78
 def run_facts(run: Run) -> dict:
@@ -190,8 +190,8 @@ def _name_lines(figure: Picture, lines: list, runs: list[Run]) -> None:
     "A legend below the panels: each run by its name and by what tells it from the others."
     labels = [_label(name, difference) for name, difference in zip(run_names(runs), telling(runs))]
     title = "lines: running means; marks: held out"
-    legend = figure.legend(lines, labels, loc="outside lower left", fontsize=9, frameon=False, handlelength=4,
-                           title=title, title_fontsize=9, alignment="left")
+    figure.legend(lines, labels, loc="outside lower left", fontsize=9, frameon=False, handlelength=4,
+                  title=title, title_fontsize=9, alignment="left")
 
 def _label(name: str, difference: str) -> str:
     "A line of the legend; matplotlib would leave one out that begins with _."

@@ -9,7 +9,7 @@ __all__ = ['groups_of', 'ordered', 'columns_of', 'spread', 'groups_html', 'Rollo
 import threading
 from statistics import mean
 import ipywidgets as widgets
-from ..core import Markup, one_line
+from ..core import Markup, visible
 from .widgets import Panel, button, close_inside, scrolled, small, source_of, wrapped
 from ..views.plots import alarm_lines, table_html
 from ..runs.run import Run
@@ -202,7 +202,7 @@ def _update(self, run: Run, events: list[dict]) -> None:
     "Offer the steps and columns that there are, and show the alarms."
     steps = list(dict.fromkeys(e["step"] for e in events if e["kind"] == "sample"))
     _offer(self.step, [("newest", "newest"), *((f"step {step}", step) for step in steps)])
-    columns = [(one_line(_HEADS.get(name, name)), name) for name in columns_of(groups_of(run))]
+    columns = [(visible(_HEADS.get(name, name)), name) for name in columns_of(groups_of(run))]
     _offer(self.sort, columns or [("reward", "reward")])
     self._ring({e["name"]: e["step"] for e in events if e["kind"] == "alarm"}, steps)
 
@@ -232,7 +232,7 @@ def _alarm(self, line: str, name: str, step: int | None) -> widgets.Box:
     words = widgets.HTML(text, layout=widgets.Layout(flex="1 1 20em", width="auto"))
     if step is None: return wrapped(words)
     def jump(): self.step.value = step
-    label = one_line(f"{name.replace('_', ' ')}: step {step}")
+    label = visible(f"{name.replace('_', ' ')}: step {step}")
     return wrapped(button(label, "search", "show the samples nearest to where it rang last", jump, "auto"), words)
 
 def rollout_panel(

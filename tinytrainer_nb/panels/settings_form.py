@@ -10,7 +10,7 @@ import contextlib, math, time
 from dataclasses import fields, replace
 from pathlib import Path
 import ipywidgets as widgets
-from ..core import Markup, TinyTrainerError, one_line, patch_to
+from ..core import Markup, TinyTrainerError, patch_to, visible
 from ..settings import Settings, as_text, check_value, field_type, grouped, parse_value
 from .widgets import Panel, complaint, number_in, small, wrapped
 from ..recipes.table import find_recipe, recipe_of, run_settings
@@ -148,7 +148,7 @@ def _list(name: str, options: list) -> widgets.Dropdown:
 @patch_to(Form)
 def _make_lists(self, earlier: bool) -> None:
     "The presets, and the earlier runs if they are wanted."
-    presets = [(one_line(name), values) for name, values in self.kind.presets.items()]
+    presets = [(visible(name), values) for name, values in self.kind.presets.items()]
     self.preset = _list("preset", [("as given", {}), *presets])
     self.earlier = _list("as in an earlier run", [("", None)])
     self.lists = [self.preset] * bool(presets) + [self.earlier] * earlier
@@ -159,7 +159,7 @@ def _make_lists(self, earlier: bool) -> None:
 def _find(self) -> None:
     "Look for earlier runs."
     at = lambda run: time.strftime("%Y-%m-%d %H:%M", time.localtime(run.info.get("created", 0)))
-    found = [(f"{one_line(run.folder.name)}, {at(run)}", run) for run in earlier_runs(self.args)]
+    found = [(f"{visible(run.folder.name)}, {at(run)}", run) for run in earlier_runs(self.args)]
     self.earlier.options = [("", None), *found]
     self.earlier.layout.display = None if found else "none"
 

@@ -38,7 +38,7 @@ def _number(name: str) -> int:
 def run_numbers(run: Run) -> list[float]:
     "The trained numbers of a run as they are now."
     if run.status in ("finished", "stopped") and (result := saved_numbers(run.folder / "adapter")): return result
-    told = (e["numbers"] for e in reversed(run.events) if e["kind"] == "metrics" and "numbers" in e)
+    told = ([x or 0.0 for x in e["numbers"]] for e in reversed(run.events) if e["kind"] == "metrics" and "numbers" in e)
     return next(told, None) or saved_numbers(run.folder / "start")
 
 def has_dials(run: Run) -> bool:

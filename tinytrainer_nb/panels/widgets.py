@@ -148,7 +148,10 @@ def _watch(self) -> None:
 
 # %% ../../nbs/panels/01_widgets.ipynb #3b5d8f16
 @patch_to(Panel)
-def _twin(self) -> HTML: return HTML(Markup("<div class='{}'>{}</div>").format(self.mark, self.twin()))
+def _twin(self) -> HTML:
+    try: inside = self.twin()
+    except TinyTrainerError as e: inside = complaint(e) # such as a run's folder that is damaged
+    return HTML(Markup("<div class='{}'>{}</div>").format(self.mark, inside))
 
 @patch_to(Panel)
 def keep(self) -> None:

@@ -17,6 +17,7 @@ from .rewards import Reward, find_reward, reward_columns
 from ..compute.arguments import GenerateArgs
 from ..compute.generate import fitting, generate, prompt_room
 from ..data.rows import encode_rows
+from ..model.layers import context_length
 from ..data.tokens import Collator, ensure_template
 from .trainer import mean_loss
 
@@ -80,7 +81,9 @@ def _to_device(batch: dict, model) -> dict:
 def _evaluate_loss(model, tokenizer, data, limit: int, max_length: int, dtype: torch.dtype) -> Evaluation:
     "The mean loss over the learned tokens of `data`."
     table = as_examples(data)
-    rows, _ = encode_rows(tokenizer, table.select(range(min(limit or len(table), len(table)))), max_length)
+    table = table.select(range(min(limit or len(table), len(table))))
+    rows, reading = encode_rows(tokenizer, table, max_length, context=context_length(model))
+    if reading.reasons() != "none": say(f"left out: {reading.reasons()}", error=True)
     return Evaluation("loss", mean_loss(model, _to_device(Collator(4096)(rows), model), dtype), len(rows))
 
 def _askable(model, tokenizer, found: list[dict], prompt_format: str | None, new: int) -> tuple[list[dict], list]:

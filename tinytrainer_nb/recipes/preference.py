@@ -8,7 +8,7 @@ __all__ = ['SCORE', 'sample_pairs', 'encode_answer', 'encode_pairs', 'PairCollat
            'RewardTrainer', 'reward_model', 'model_reward']
 
 # %% ../../nbs/recipes/09_preference.ipynb #60753a07
-import contextlib, copy
+import contextlib, copy, json
 from functools import partial
 from pathlib import Path
 import torch
@@ -24,9 +24,10 @@ from ..compute.logprobs import need_plain_logits, token_logprobs
 from ..compute.generate import fitting, generate, prompt_room
 from ..data.formats import as_examples, data_origin, empty_rows, load_prompts
 from ..data.tokens import encode_chat, ensure_template, micro_batches, pack_row
-from ..data.rows import hold_out
-from ..model.layers import plain_model, trainable
+from ..data.rows import Reading, beyond_context, held_note, held_numbers, hold_out
+from ..model.layers import context_length, plain_model, trainable
 from ..model.base import LoadRecord, compute_context
+from ..model.load import result_hashes
 from ..model.lora import freeze_reference, save_adapter, saved_adapters, using_adapters
 from .arguments import DPOArgs, PairArgs, RewardModelArgs
 from .trainer import RunTrainer
@@ -83,16 +84,18 @@ def encode_pairs(
     tokenizer,         # with a chat template
     examples: Dataset, # what `load_examples` returns: `messages`, `chosen`, `rejected`
     max_length: int,   # tokens of a conversation with its answer
+    context: int | None = None, # tokens that the model can take at most: `context_length(model)`
 ) -> tuple[list[dict], dict]: # `prompt_ids`, `chosen_ids`, `rejected_ids` of each pair; how many were left out, and why
     "Pairs as TRL wants them. Pairs of equal answers and those too long are left out."
-    pairs, left_out = [], {"equal answers": 0, "too long": 0}
+    pairs, limits = [], Reading(max_length, context=context)
+    left_out = {"equal answers": 0, "too long": 0, beyond_context(context): 0}
     for row in examples:
         chosen, chosen_start = encode_answer(tokenizer, row["messages"], row["chosen"])
         rejected, rejected_start = encode_answer(tokenizer, row["messages"], row["rejected"])
         if chosen == rejected:
             left_out["equal answers"] += 1
-        elif max(len(chosen), len(rejected)) > max_length:
-            left_out["too long"] += 1
+        elif why := limits.too_long(max(len(chosen), len(rejected))):
+            left_out[why] += 1
         else: # a token may hold the prompt's last and the answer's first character
             differ = next(i for i, (a, b) in enumerate(zip(chosen + [-1], rejected + [-2])) if a != b)
             start = min(chosen_start, rejected_start, differ)
@@ -211,31 +214,39 @@ def _keep(run: Run, **parts: Dataset) -> None:
 def read_back(run: Run, tokenizer, args: PairArgs) -> dict:
     "The pairs that a run has kept."
     train, held = (Dataset.from_list(kept_rows(run, name)) for name in ("train", "heldout"))
-    return dict(train=train, pairs=encode_pairs(tokenizer, train, args.max_length)[0], held=held)
+    return dict(train=train, held=held)
 
 # %% ../../nbs/recipes/09_preference.ipynb #84edc410
+def _no_pair(total: int, left_out: dict, args: PairArgs) -> TinyTrainerError:
+    "The error that says why no pair is left, and what helps."
+    cures = {"too long": "raise max_length", "equal answers": "bring pairs whose answers differ",
+             "empty text": "fill the empty texts"}
+    found = [cures.get(why, "shorten the pairs, or take a model with a longer context") for why in left_out]
+    reasons = ", ".join(f"{count:,} {why}" for why, count in left_out.items())
+    limit = f", with max_length={args.max_length}" if "too long" in left_out else ""
+    cure = ", or ".join(found)
+    return TinyTrainerError(f"no pair is left of {total}: {reasons}{limit}. {cure[:1].upper()}{cure[1:]}.")
+
 def _begin(recipe: str, model, tokenizer, data, args: PairArgs, live: bool) -> Run:
     "Prepare the run and start it. Raises `TinyTrainerError` for data or settings that cannot work."
     examples = _pairs_of(data)
     need_trainable(model)
     ensure_template(tokenizer)
     if recipe == "dpo": need_plain_logits(model.config)
-    train, held = hold_out(examples, args.eval_rows if args.eval_steps else 0, args.seed)
+    wanted = args.eval_rows if args.eval_steps else 0
+    train, held = hold_out(examples, wanted, args.seed)
     need_heldout(args, len(held))
-    pairs, left_out = encode_pairs(tokenizer, train, args.max_length)
+    pairs, left_out = encode_pairs(tokenizer, train, args.max_length, context_length(model))
     if empty := len(empty_rows(examples)): left_out = {"empty text": empty} | left_out
     reasons = ", ".join(f"{count:,} {why}" for why, count in left_out.items()) or "none"
-    if not pairs:
-        raise TinyTrainerError(f"no pair is left of {len(train)}: {reasons}, with max_length={args.max_length}. "
-                               "Raise max_length, or bring pairs whose answers differ.")
+    if not pairs: raise _no_pair(len(train), left_out, args)
     tokens = sum(2 * len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in pairs)
     about = dict(load=describe(model, tokenizer), data=data_origin(examples), may_change=may_change(args))
     with Run.prepare(args.out, recipe, args, **about) as run:
         _keep(run, train=train, heldout=held)
-        begin(run, model)
-        if args.eval_steps and not len(held):
-            tell(run, f"no pair is held back for an evaluation: that takes ten pairs, and there are {len(train)}")
-        tell(run, f"data: {len(pairs):,} pairs, {tokens:,} tokens; left out: {reasons}; held out: {len(held):,} pairs")
+        begin(run, model, tokenizer)
+        kept = held_note(len(examples), wanted, len(held), "pairs", held_numbers(examples, wanted, args.seed))
+        tell(run, f"data: {len(pairs):,} pairs, {tokens:,} tokens; left out: {reasons}; {kept}")
     return start(run, model, tokenizer, args, built, live, train=train, pairs=pairs, held=held)
 
 # %% ../../nbs/recipes/09_preference.ipynb #9c50a56f
@@ -259,9 +270,15 @@ def built(run: Run, model, tokenizer, args: PairArgs, **material):
     return _built(trainer, run, model, tokenizer, args, **material)
 
 @contextlib.contextmanager
-def _built(trainer: type, run: Run, model, tokenizer, args: PairArgs, train: Dataset, pairs: list[dict], held: Dataset):
+def _built(
+    trainer: type, run: Run, model, tokenizer, args: PairArgs,
+    train: Dataset,                  # what is trained on
+    held: Dataset,                   # what is evaluated on
+    pairs: list[dict] | None = None, # of `train`, if they are encoded already
+):
     "A context that gives the trainer; on leaving it the model is as it was, but for its training."
-    heldout = encode_pairs(tokenizer, held, args.max_length)[0]
+    encoded = lambda part: encode_pairs(tokenizer, part, args.max_length, context_length(model))[0]
+    pairs, heldout = pairs or encoded(train), encoded(held)
     data = dict(train_dataset=Dataset.from_list(pairs), eval_dataset=Dataset.from_list(heldout) if heldout else None)
     dtype = LoadRecord.of(run.info).torch_dtype
     with as_it_was(model): yield trainer(run, args, dtype, model, tokenizer, shown=list(held or train), **data)
@@ -345,9 +362,9 @@ class Scorer(nn.Module):
 # %% ../../nbs/recipes/09_preference.ipynb #4595b6f9
 def _need_room(scorer, rows: list[dict], answers: list[str]) -> None:
     "Raise `TinyTrainerError` if a conversation with its answer is longer than the model can read."
-    room = prompt_room(scorer, 0)
+    room = context_length(scorer.policy)
     for row, answer in zip(rows, answers):
-        if (length := len(row["input_ids"])) > room:
+        if room and (length := len(row["input_ids"])) > room:
             raise TinyTrainerError(f"the reward model reads at most {room} tokens, and this conversation with its "
                                    f"answer has {length}: {answer[:80]!r}. Lower max_new_tokens, leave out long "
                                    "prompts (max_length), or train it on a base with a longer context.")
@@ -447,5 +464,5 @@ def model_reward(
         "The reward model's score of each completion, after all turns before it if they are given as `messages`."
         asked = [p if isinstance(p, list) else [dict(role="user", content=p)] for p in messages or prompts]
         return scores(scorer, tokenizer, asked, completions, dtype)
-    reward.__name__ = run.folder.resolve().name
+    reward.__name__, reward.fingerprint = run.folder.resolve().name, json.dumps(result_hashes(run.folder))
     return reward

@@ -17,16 +17,19 @@ from ..core import TinyTrainerError, progress, say, whole_folder
 from ..settings import may_change
 from ..data.formats import Sourced, data_origin, load_examples
 from ..data.tinyworld import corpus
+from ..data.rows import Reading, held_note
+from ..data.tokens import control_words, text_ids
 from ..model.arguments import LoadArgs, LoraArgs
-from ..model.layers import has_adapter
+from ..model.layers import context_length, has_adapter
 from ..model.base import LoadRecord, model_preset, new_model
 from ..model.load import load_model
 from ..compute.arguments import GenerateArgs
-from ..compute.generate import generate
+from ..compute.generate import generate, prompt_room
 from ..model.cache import base_hash
+from ..model.export import write_generation_config
 from .arguments import PretrainArgs
 from .trainer import RunTrainer
-from .start import describe, need_heldout, start
+from .start import describe, need_heldout, start, tell
 from ..runs.run import Run
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, Trainer
@@ -61,9 +64,17 @@ def token_stream(
     kind = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     parts, texts = [], list(texts)
     for i in progress(range(0, len(texts), 1000), desc="tokens"):
-        for ids in tokenizer(texts[i:i + 1000]).input_ids:
+        for ids in text_ids(tokenizer, texts[i:i + 1000]):
             parts.append(np.asarray([*ids, tokenizer.eos_token_id], dtype=kind))
+    _tell_special(tokenizer, texts)
     return np.concatenate(parts)
+
+def _tell_special(tokenizer, texts: list[str]) -> None:
+    "Say how many documents hold the text of a special token, which is text there."
+    found = [word[0] for text in texts if (word := control_words(tokenizer).search(text))]
+    if not found: return
+    say(f"note: {len(found):,} documents hold the text of a special token, such as {found[0]!r}; "
+        "it is learned as text", error=True)
 
 # %% ../../nbs/recipes/06_pretrain.ipynb #3c0c6511
 class Blocks(torch.utils.data.Dataset):
@@ -96,7 +107,8 @@ class PretrainTrainer(RunTrainer, Trainer):
 
     def sample(self) -> None:
         "Two texts that the model writes when nothing is asked, as events."
-        args = GenerateArgs(max_new_tokens=self.settings.sample_tokens, temperature=0.8, seed=self.settings.seed)
+        tokens = max(1, min(self.settings.sample_tokens, prompt_room(self.model, 1))) # the text begins with BOS
+        args = GenerateArgs(max_new_tokens=tokens, temperature=0.8, seed=self.settings.seed)
         out = generate(self.model, self.tokenizer, [""] * 2, args, dtype=self.dtype, quiet=True)
         for text in out.completions:
             self.run.log("sample", self.state.global_step, prompt="", completion=text, reward=None)
@@ -109,7 +121,7 @@ class PretrainTrainer(RunTrainer, Trainer):
         self.model.load_report = replace(self.model.load_report, base=path, path=path, sha256=base_hash(path))
 
 def save_base(model, tokenizer, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    "Write weights (safetensors, `dtype`), config and tokenizer."
+    "Write weights (safetensors, `dtype`), configs and tokenizer."
     weights = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
     config, how = copy.deepcopy(model.config), copy.deepcopy(model.generation_config)
     config.use_cache = how.use_cache = True # the trainer had switched it off; without it decoding is ten times slower
@@ -119,8 +131,13 @@ def save_base(model, tokenizer, folder: Path, dtype: torch.dtype = torch.bfloat1
     saved.load_state_dict(weights)
     saved.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    write_generation_config(model, tokenizer, folder)
 
 # %% ../../nbs/recipes/06_pretrain.ipynb #27dd7f53
+def _block_length(model, args: PretrainArgs) -> int: # tokens
+    "Tokens a block: `max_length`, or the model's context if it is shorter."
+    return Reading(args.max_length, context=context_length(model)).limit
+
 def _held_out(blocks: Blocks, args: PretrainArgs) -> int:
     "How many blocks are held back for the evaluation."
     return min(args.eval_blocks if args.eval_steps else 0, len(blocks) // 10)
@@ -128,7 +145,7 @@ def _held_out(blocks: Blocks, args: PretrainArgs) -> int:
 @contextlib.contextmanager
 def built(run: Run, model, tokenizer, args: PretrainArgs, stream: np.ndarray): # stream: token ids (N,)
     "A context that gives the trainer."
-    blocks = Blocks(stream, args.max_length)
+    blocks = Blocks(stream, _block_length(model, args))
     held = _held_out(blocks, args)
     train = torch.utils.data.Subset(blocks, range(len(blocks) - held))
     heldout = [blocks[i] for i in range(len(blocks) - held, len(blocks))]
@@ -143,6 +160,13 @@ def read_back(run: Run, tokenizer, args: PretrainArgs) -> dict:
     return dict(stream=np.load(run.folder / "data" / "tokens.npy"))
 
 # %% ../../nbs/recipes/06_pretrain.ipynb #f377d89b
+def _tell_blocks(run: Run, blocks: Blocks, args: PretrainArgs) -> None:
+    "Say what may surprise: shorter blocks than were asked for, and fewer that are held out."
+    if blocks.length < args.max_length:
+        tell(run, f"blocks have {blocks.length} tokens, the model's context, instead of max_length={args.max_length}")
+    wanted, held = args.eval_blocks if args.eval_steps else 0, _held_out(blocks, args)
+    if held < wanted: tell(run, held_note(len(blocks), wanted, held, "blocks"))
+
 def pretrain(
     model,                     # from `new_model`, or a loaded model to go on with
     tokenizer,                 # its tokenizer
@@ -154,17 +178,18 @@ def pretrain(
     args = args or PretrainArgs()
     texts = examples["text"] if isinstance(examples, Dataset) else examples
     stream = token_stream(tokenizer, texts)
-    blocks = Blocks(stream, args.max_length)
+    blocks = Blocks(stream, _block_length(model, args))
     need_heldout(args, _held_out(blocks, args))
     if len(blocks) < 1:
         raise TinyTrainerError(f"the text has {len(stream)} tokens, fewer than one block of "
-                               f"max_length={args.max_length}. Bring more text, or lower max_length.")
+                               f"max_length={blocks.length}. Bring more text, or lower max_length.")
     counts = dict(documents=len(texts), tokens=len(stream), sha256=hashlib.sha256(stream).hexdigest())
     told = dict(load=describe(model, tokenizer), data=data_origin(examples) | counts, may_change=may_change(args))
     with Run.prepare(args.out, "pretrain", args, **told) as run:
         (run.folder / "data").mkdir()
         np.save(run.folder / "data" / "tokens.npy", stream)
         with whole_folder(run.folder / "start") as folder: tokenizer.save_pretrained(folder)
+        _tell_blocks(run, blocks, args)
     model = model.float().requires_grad_(True) # small steps would be lost in 16 bits
     return start(run, model, tokenizer, args, built, live, stream=stream)
 

@@ -9,7 +9,7 @@ __all__ = ['not_default', 'as_python', 'as_parameters', 'as_command']
 import math
 from dataclasses import fields
 import yaml
-from ..core import TinyTrainerError, command as shell
+from ..core import TinyTrainerError, shell_line
 from ..settings import Settings, as_text
 from ..data.arguments import DataArgs
 from ..runs.run import Run
@@ -87,7 +87,7 @@ def as_command(
     "A line for a terminal. Raises `TinyTrainerError` for settings that no command has, and a run that none can repeat."
     args = run_settings(of) if isinstance(of, Run) else of
     command, prefix = _command_of(args)
-    if args is of: return shell("tinytrainer", command, *_flags(args, prefix))
+    if args is of: return shell_line("tinytrainer", command, *_flags(args, prefix))
     load, lora = _model_of(of, args)
     source = [*_flags(load), *_flags(_data_of(of)), *_reward_of(of)]
-    return shell("tinytrainer", command, *source, *_flags(args), *_flags(lora, "lora_"))
+    return shell_line("tinytrainer", command, *source, *_flags(args), *_flags(lora, "lora_"))

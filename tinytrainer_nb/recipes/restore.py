@@ -6,12 +6,13 @@
 __all__ = ['at_start', 'load_trained', 'take_step', 'at_checkpoint', 'lent', 'as_handed_over', 'trains_here']
 
 # %% ../../nbs/recipes/02_restore.ipynb #c06b1b4e
-import contextlib, os
+import contextlib
 from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import nn
 from ..core import TinyTrainerError
+from ..runs.lock import is_me
 from ..runs.run import Run
 from ..model.layers import trainable
 from ..model.base import LoadRecord, new_model, _pretrained
@@ -25,7 +26,7 @@ def at_start(run: Run) -> tuple: # (model, tokenizer)
     "A run's model as it was when the run began, and its tokenizer. Raises `TinyTrainerError` if the base has changed."
     record, start = LoadRecord.of(run.info), run.folder / "start"
     if not (start / "adapter_config.json").exists(): return _whole_at_start(record, start)
-    model, tokenizer = load_recorded(record)
+    model, tokenizer = load_recorded(record, changed=start / "tokenizer")
     return with_adapter(model, start), tokenizer
 
 def _whole_at_start(record: LoadRecord, start: Path) -> tuple:
@@ -93,4 +94,4 @@ def as_handed_over(run: Run, model):
 # %% ../../nbs/recipes/02_restore.ipynb #0955d4ac
 def trains_here(run: Run) -> bool:
     "Whether `run.model` is the run's present model: trained in this process, and by no other one since."
-    return run.model is not None and run.info["process"]["pid"] == os.getpid()
+    return run.model is not None and is_me(run.info["process"])

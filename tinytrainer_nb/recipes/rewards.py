@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['BUILT_IN', 'LARGEST', 'FLAT', 'final_answer', 'exact_answer', 'last_number', 'flexible_answer', 'reference_overlap',
-           'format_reward', 'length_reward', 'repetition_reward', 'reward_columns', 'Reward', 'find_reward',
-           'mean_size', 'hardly_differ', 'same_reward']
+           'format_reward', 'length_reward', 'repetition_reward', 'reward_columns', 'Reward', 'code_hash',
+           'find_reward', 'mean_size', 'hardly_differ', 'same_reward', 'difference']
 
 # %% ../../nbs/recipes/08_rewards.ipynb #c68dfa94
-import hashlib, inspect, math, re, sys, traceback
+import ast, contextlib, hashlib, inspect, math, re, sys, textwrap, traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from ..core import TinyTrainerError, is_there, local_path, one_line, patch_to, plain, repeated_share
 from ..settings import suggestion
 
@@ -267,6 +267,29 @@ class Reward:
         else: values = (_call(name, f, p, c, row) for p, c, row in zip(prompts, completions, rows))
         return [_number(name, value, p, c) for value, p, c in zip(values, prompts, completions)]
 
+# %% ../../nbs/recipes/08_rewards.ipynb #f4bfd16a
+def _bytecode(code: CodeType) -> list:
+    "What a function does, without the places where it was written."
+    def constant(value):
+        if isinstance(value, CodeType): return _bytecode(value)
+        return sorted(map(repr, value)) if isinstance(value, frozenset) else repr(value) # a set has no order
+    return [code.co_code.hex(), code.co_names, [constant(value) for value in code.co_consts]]
+
+def _meaning(f: Callable):
+    "A function's whole file, if it is a reward's, else its source; as a syntax tree, in which comments do not count."
+    if isinstance(f, partial): return [_meaning(f.func), repr(f.args), repr(sorted(f.keywords.items()))]
+    f = inspect.unwrap(f if hasattr(f, "__code__") else type(f).__call__)
+    names = getattr(f, "__globals__", {})
+    with contextlib.suppress(OSError, TypeError, SyntaxError, ValueError):
+        if names.get(_OURS): return ast.dump(ast.parse(Path(names["__file__"]).read_bytes()))
+        return ast.dump(ast.parse(textwrap.dedent(inspect.getsource(f))))
+    return _bytecode(f.__code__) if hasattr(f, "__code__") else repr(f)
+
+def code_hash(f: Callable) -> str: # 16 hexadecimal digits
+    "A hash of what a reward function does, or of its own `fingerprint`."
+    meaning = getattr(f, "fingerprint", "") or re.sub(r" at 0x[0-9a-f]+", "", str(_meaning(f)))
+    return hashlib.sha256(meaning.encode()).hexdigest()[:16]
+
 # %% ../../nbs/recipes/08_rewards.ipynb #1339082a
 @patch_to(Reward)
 @property
@@ -276,20 +299,25 @@ def watched(self) -> list[str]:
 
 @patch_to(Reward)
 @property
-def record(self) -> dict: # kind, spec, names
+def record(self) -> dict: # kind, spec, names, weights by name; `code` by name of what is not built in
     "How run.json describes it. `kind` is built_in, file, function or functions."
     names = [name for name in self.parts if name != "flexible_answer" or name not in self.watched]
     if ".py:" in self.spec: kind = "file"
     elif self.spec: kind = "built_in"
     else: kind = "function" if len(names) == 1 else "functions"
-    return dict(kind=kind, spec=self.spec, names=names)
+    own = [name for name in names if self.parts[name][0] not in BUILT_IN.values()]
+    code = dict(code={name: code_hash(self.parts[name][0]) for name in own}) if own else {}
+    return dict(kind=kind, spec=self.spec, names=names, weights={name: self.parts[name][1] for name in names}, **code)
 
 # %% ../../nbs/recipes/08_rewards.ipynb #1191585a
+_OURS = "__reward_file__" # a mark in the modules that are made of them
+
 def _executed(path: Path) -> ModuleType:
     "A file as a module of its own name: two files called alike do not meet."
     name = f"{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
     module = ModuleType(name)
     module.__file__ = str(path)
+    setattr(module, _OURS, True)
     sys.modules[name] = module # dataclasses look there for the module that they are in
     try: exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), module.__dict__)
     except BaseException:
@@ -421,6 +449,7 @@ def same_reward(
     record: dict | str,              # from run.json
     given=None,                      # what `find_reward` takes; None: nothing was given
     how: str = "resume(reward=...)", # how to give it, for the error
+    accepted: bool = False,          # also a different one
 ) -> Reward:
     "The reward of a run, found again. Raises `TinyTrainerError` if it must be given and is not, or is a different one."
     if isinstance(record, str): record = dict(kind="function", spec="", names=[record]) # an older run's
@@ -429,7 +458,15 @@ def same_reward(
     if given is None and record["kind"] != "built_in":
         raise TinyTrainerError(f"its reward was {told}, which is not kept in the folder. Give it again: {how}.")
     reward = find_reward(record["spec"] if given is None else given)
-    if reward.record["names"] != record["names"]:
-        raise TinyTrainerError(f"its reward was {told}; {', '.join(reward.record['names'])} is another one. "
-                               "Give the same again.")
-    return reward
+    if accepted or not (other := difference(record, reward.record)): return reward
+    raise TinyTrainerError(f"its reward was {told}; {other}. Give the same again, or say that the run is to go on with "
+                           "this one: accept=['reward'], in a terminal --accept reward.")
+
+def difference(before: dict, now: dict) -> str: # of two records
+    "What differs, in words; empty if nothing does, as far as an older run tells."
+    if now["names"] != before["names"]: return f"{', '.join(now['names'])} is another one"
+    old, new = before.get("code"), now.get("code", {})
+    changed = [name for name in new if old is not None and old.get(name) != new[name]]
+    if changed: return f"the code of {', '.join(changed)} has changed since"
+    weights = before.get("weights", now["weights"])
+    return "" if weights == now["weights"] else f"its weights were {weights}, and those given are {now['weights']}"

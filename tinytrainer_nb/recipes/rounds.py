@@ -22,6 +22,7 @@ from ..compute.logprobs import need_plain_logits, token_logprobs
 from ..compute.decode import Decoder, choose_forms
 from ..compute.generate import fitting, generate, prompt_room
 from ..data.formats import data_origin, load_prompts
+from ..data.rows import held_note
 from ..data.tokens import ensure_template, micro_trees, pack_trees
 from ..model.base import LoadRecord, compute_context
 from ..model.lora import freeze_reference, save_adapter, using_adapters
@@ -174,7 +175,9 @@ def prepare(
     about = dict(load=load, data=data, may_change=may_change(args), reward=judge.record)
     with Run.prepare(args.out, recipe, args, **about) as run:
         write_json(run.folder / "data" / "prompts.json", prompts)
-        begin(run, model)
+        begin(run, model, tokenizer)
+        wanted, held = args.eval_rows if args.eval_steps else 0, held_out(prompts, args)
+        if held < wanted: tell(run, held_note(len(prompts), wanted, held, "prompts"))
         if len(prompts) < len(found): tell(run, f"left out: {len(found) - len(prompts)} prompts that are too long")
     return run, prompts
 
@@ -452,6 +455,11 @@ def log(self, logs: dict, start_time=None) -> None:
     "Write a round's figures, and the alarms that they raise."
     super(RolloutTrainer, self).log(logs, start_time)
     if "loss" not in logs or not self.run.leads: return
+    with self.run.surviving("the look for alarms"): self.look_for_alarms()
+
+@patch_to(RolloutTrainer)
+def look_for_alarms(self) -> None:
+    "Write what the rounds so far give cause to say."
     for alarm in new_alarms(rounds(self.run.events), watched=self.reward.watched):
         self.run.log("alarm", self.state.global_step, **asdict(alarm))
         if not self.bar.disable:
@@ -501,7 +509,8 @@ def read_back(run: Run, tokenizer, args: RolloutArgs) -> dict:
 def reward_again(
     run: Run,    # of a recipe with rounds
     given=None,  # what `find_reward` takes
+    accepted: bool = False, # also another one
 ) -> Reward:
     "The reward of a resumed run. Raises `TinyTrainerError` if it must be given again and is not, or is another one."
-    try: return same_reward(run.info["reward"], given, run.how_to_resume())
+    try: return same_reward(run.info["reward"], given, run.how_to_resume(), accepted)
     except TinyTrainerError as e: raise TinyTrainerError(f"{run.folder}: {e}") from None

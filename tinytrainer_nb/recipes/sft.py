@@ -11,13 +11,14 @@ from datasets import Dataset
 from ..core import patch_to, remove_whole, write_json
 from ..settings import may_change
 from ..model.base import LoadRecord
+from ..model.layers import context_length
 from ..compute.arguments import GenerateArgs
-from ..compute.generate import generate
+from ..compute.generate import fitting, generate, prompt_room
 from ..compute.lower_states import Hidden, UpperCollator, announce_hidden
 from ..compute.lower_states import first_trained_layer, starting_at
 from ..data.formats import as_examples, data_origin, empty_rows
 from ..data.tokens import Collator, ensure_template
-from ..data.rows import encode_rows, hold_out, read_examples
+from ..data.rows import Reading, encode_rows, held_note, held_numbers, hold_out, read_examples
 from .arguments import SFTArgs
 from .trainer import RunTrainer
 from .start import begin, describe, kept_rows, need_heldout, need_trainable, start, tell
@@ -42,10 +43,15 @@ class SFTTrainer(RunTrainer, Trainer):
             asked = question[-1]["content"]
             self.run.log("sample", self.state.global_step, prompt=asked, completion=text, reward=None)
 
-def _questions(table: Dataset, count: int = 2) -> list[list[dict]]:
-    "The first few conversations of `table`, up to their last answer."
-    rows = [r["messages"][:-1] for r in table if r.get("messages")]
-    return [r for r in rows if r][:count]
+def _questions(table: Dataset, count: int = 20) -> list[list[dict]]:
+    "The first conversations of `table`, up to their last answer."
+    rows = [r["messages"][:-1] for r in table.select(range(min(count, len(table)))) if r.get("messages")]
+    return [r for r in rows if r]
+
+def _fitting(model, tokenizer, questions: list, args: SFTArgs, count: int = 2) -> list[list[dict]]:
+    "The first few of `questions` that leave room for a sample in the model's context."
+    room = prompt_room(model, args.sample_tokens)
+    return [q for q, fits in zip(questions, fitting(model, tokenizer, questions, room)) if fits][:count]
 
 # %% ../../nbs/recipes/05_sft.ipynb #7a0bff9a
 def sft(
@@ -61,19 +67,20 @@ def sft(
     ensure_template(tokenizer)
     if args.keep_hidden: first_trained_layer(model) # raises where it cannot work
     examples = as_examples(examples)
-    train, held = hold_out(examples, args.eval_rows if args.eval_steps else 0, args.seed)
+    wanted = args.eval_rows if args.eval_steps else 0
+    train, held = hold_out(examples, wanted, args.seed)
     need_heldout(args, len(held))
-    rows, reading = encode_rows(tokenizer, train, args.max_length, args.train_on_all)
+    rows, reading = encode_rows(tokenizer, train, args.max_length, args.train_on_all, context_length(model))
     if empty := empty_rows(examples): reading.left_out = {"empty text": empty} | reading.left_out
     told = dict(load=describe(model, tokenizer), data=data_origin(examples), may_change=may_change(args))
     with Run.prepare(args.out, "sft", args, **told) as run:
         _keep_data(run, train, held)
-        begin(run, model)
-        if args.eval_steps and not len(held):
-            tell(run, f"no row is held back for an evaluation: that takes ten rows, and there are {len(train)}")
-        tell(run, f"data: {reading}; held out: {len(held):,} rows")
+        begin(run, model, tokenizer)
+        numbers = held_numbers(examples, wanted, args.seed)
+        tell(run, f"data: {reading}; {held_note(len(examples), wanted, len(held), names=numbers)}")
         if args.keep_hidden:
-            every_row, passes = [*rows, *_heldout(tokenizer, held, args)], args.max_steps * args.batch_size / len(rows)
+            every_row = [*rows, *_encoded(model, tokenizer, held, args)[0]]
+            passes = args.max_steps * args.batch_size / len(rows)
             tell(run, announce_hidden(model, every_row, run.folder, passes))
     return start(run, model, tokenizer, args, built, live, train=train, rows=rows, held=held)
 
@@ -90,21 +97,27 @@ def _keep_data(run: Run, train: Dataset, held: Dataset) -> None:
 def read_back(run: Run, tokenizer, args: SFTArgs) -> dict:
     "The data that a run has kept: what `built` takes."
     train, held = (Dataset.from_list(kept_rows(run, name)) for name in ("train", "heldout"))
-    return dict(train=train, rows=encode_rows(tokenizer, train, args.max_length, args.train_on_all)[0], held=held)
+    return dict(train=train, held=held)
 
 # %% ../../nbs/recipes/05_sft.ipynb #2978cf44
-def _heldout(tokenizer, held: Dataset, args: SFTArgs) -> list[dict]:
-    "Token rows for the evaluation."
-    return read_examples(tokenizer, held, args.max_length, args.train_on_all)[0]
+def _encoded(model, tokenizer, part: Dataset, args: SFTArgs) -> tuple[list[dict], Reading]:
+    "Token rows of one part of the data, none if none is left, and the counts."
+    return read_examples(tokenizer, part, args.max_length, args.train_on_all, context_length(model))
 
 @contextlib.contextmanager
-def built(run: Run, model, tokenizer, args: SFTArgs, train: Dataset, rows: list[dict], held: Dataset):
+def built(
+    run: Run, model, tokenizer, args: SFTArgs,
+    train: Dataset,                  # what is trained on
+    held: Dataset,                   # what is evaluated on
+    rows: list[dict] | None = None,  # of `train`, if they are encoded already
+):
     "A context that gives the trainer."
     kind = UpperTrainer if args.keep_hidden else SFTTrainer
+    rows, heldout = rows or _encoded(model, tokenizer, train, args)[0], _encoded(model, tokenizer, held, args)[0]
     yield kind(
         run, args, LoadRecord.of(run.info).torch_dtype, model=model, tokenizer=tokenizer,
-        train_dataset=rows, eval_dataset=_heldout(tokenizer, held, args) or None,
-        data_collator=kind.collates(args.micro_batch_tokens), questions=_questions(held if len(held) else train))
+        train_dataset=rows, eval_dataset=heldout or None, data_collator=kind.collates(args.micro_batch_tokens),
+        questions=_fitting(model, tokenizer, _questions(held if len(held) else train), args))
 
 # %% ../../nbs/recipes/05_sft.ipynb #eba5e82f
 class UpperTrainer(SFTTrainer):

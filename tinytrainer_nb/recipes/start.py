@@ -6,15 +6,16 @@
 __all__ = ['need_trainable', 'need_heldout', 'describe', 'begin', 'kept_rows', 'tell', 'load_for_training', 'start']
 
 # %% ../../nbs/recipes/03_start.ipynb #c06b1b4e
-from contextlib import ExitStack, nullcontext
-from ..core import read_typed, say, TinyTrainerError, whole_folder
+from contextlib import ExitStack, nullcontext, suppress
+from ..core import TinyTrainerError, read_typed, say, whole_folder
 from ..hardware import random_kept, seed_everything
+from ..runs.lock import released
 from ..runs.run import Run
 from ..runs.worker import launch
 from ..model.arguments import LoadArgs, LoraArgs
 from ..model.layers import adapter_layers, has_adapter, trainable
 from ..model.lora import adapter_settings, add_lora, save_adapter
-from ..model.load import load_model
+from ..model.load import load_model, need_whole_vocabulary, vocabulary_hash
 from .arguments import TrainArgs
 from peft import PeftModel
 
@@ -42,18 +43,22 @@ def need_heldout(
 
 # %% ../../nbs/recipes/03_start.ipynb #043eb794
 def describe(model, tokenizer) -> dict:
-    "The part of run.json about the model. Raises `TinyTrainerError` for a model that `load_model` did not load."
+    """The part of run.json about the model.
+    Raises `TinyTrainerError` for a model that `load_model` did not load, or a tokenizer with tokens that it lacks."""
     report = getattr(model, "load_report", None)
     if report is None:
         raise TinyTrainerError("this model was not loaded by load_model(), so the run could not be resumed. "
                                "Load it with load_model(folder).")
+    need_whole_vocabulary(report.base, tokenizer, model.config)
     adapter = dict(adapter=adapter_settings(model), adapter_from=getattr(model, "adapter_from", None))
     return report.__dict__ | adapter | dict(chat_template=tokenizer.chat_template)
 
 # %% ../../nbs/recipes/03_start.ipynb #5de2d199
-def begin(run: Run, model) -> None:
-    "Keep the adapter as it was handed over."
-    with whole_folder(run.folder / "start") as folder: save_adapter(model, folder)
+def begin(run: Run, model, tokenizer) -> None:
+    "Keep the adapter as it was handed over, and the tokenizer if it is not the base's own any more."
+    with whole_folder(run.folder / "start") as folder:
+        save_adapter(model, folder)
+        if vocabulary_hash(tokenizer) != model.load_report.vocabulary: tokenizer.save_pretrained(folder / "tokenizer")
 
 _TURNS = [dict(role="text", content="text"), "?"] # a conversation, or null; sorts as in `core.unfit`
 _ROW = dict(messages=_TURNS, text="text?", chosen="text", rejected="text")
@@ -65,6 +70,7 @@ def kept_rows(
     "Rows that a run has kept. Raises `TinyTrainerError` for a file that is not what it was."
     path = run.folder / "data" / f"{name}.json"
     rows = read_typed(path, [_ROW])
+    if not rows and name != "heldout": raise TinyTrainerError(f"{path}: no row is in it. Restore the file.")
     bare = (i for i, row in enumerate(rows) if not row.get("messages") and row.get("text") is None)
     if (i := next(bare, None)) is None: return rows
     raise TinyTrainerError(f"{path}: [{i}] has neither messages nor a text. Restore the file.")
@@ -72,7 +78,8 @@ def kept_rows(
 def tell(run: Run, message: str) -> None:
     "A note in the journal and on the screen, before the first step."
     run.log("note", 0, message=message)
-    if run.leads: say(message, error=True)
+    if not run.leads: return
+    with suppress(OSError, ValueError): say(message, error=True) # its terminal may be closed
 
 # %% ../../nbs/recipes/03_start.ipynb #25e4474f
 def load_for_training(
@@ -107,7 +114,7 @@ def start(
         model.adapter_from = None # from now on it is neither a fresh one nor that of an earlier run
         built_here = stack.pop_all()
     def work():
-        with built_here, nullcontext() if live else random_kept():
+        with released(run.lock), built_here, run.failing(), nullcontext() if live else random_kept():
             if not live: seed_everything(args.seed) # a reward may draw; other cells draw beside a live run
             trainer.fit()
         model.adapter_from = dict(run=str(run.folder))

@@ -7,13 +7,15 @@ __all__ = ['read_data', 'train']
 
 # %% ../../nbs/recipes/16_train.ipynb #6b6b211a
 from ..core import TinyTrainerError, data_file, patch_to, say, share, write_json
+import contextlib
 from ..settings import Settings
 from ..data.arguments import DataArgs
-from ..runs.lock import TURN, _me
+from ..runs.lock import TURN
 from ..runs.run import Run
 from ..model.arguments import LoadArgs, LoraArgs
 from .restore import at_start
 from .start import start
+from .rewards import Reward, difference
 from .rounds import reward_again
 from .table import Recipe, find_recipe
 
@@ -44,39 +46,71 @@ def train(
     return function(model, tokenizer, material, *([reward] if recipe.rounds else []), args)
 
 # %% ../../nbs/recipes/16_train.ipynb #c44257f2
-def _go_on(run: Run, live: bool, reward) -> Run:
+def _judge(run: Run, reward, accept) -> Reward:
+    "The reward of a run that goes on; one that differs and was accepted is noted. Raises `TinyTrainerError`."
+    judge, before = reward_again(run, reward, "reward" in accept), run.info["reward"]
+    if judge.record == before or not run.leads: return judge
+    if other := difference(before, judge.record):
+        run.log("note", run.last_checkpoint()[1], message=f"from here on the reward differs, as accepted: {other}")
+    run.update_info(reward=judge.record)
+    return judge
+
+def _go_on(run: Run, live: bool, reward, accept) -> Run:
     "Restore and build. Raises `TinyTrainerError` if the base, the data or the reward are not what they were."
     recipe = find_recipe(run.info["recipe"])
     args, module = recipe.settings_class(**run.info["settings"]), recipe.imported()
     if reward is not None and not recipe.rounds:
         raise TinyTrainerError(f"{run.folder}: a run of {recipe.name} has no reward. Leave it out.")
-    given = dict(judge=reward_again(run, reward)) if recipe.rounds else {}
+    given = dict(judge=_judge(run, reward, accept)) if recipe.rounds else {}
     model, tokenizer = at_start(run)
     return start(run, model, tokenizer, args, module.built, live, **module.read_back(run, tokenizer, args), **given)
 
 # %% ../../nbs/recipes/16_train.ipynb #8056b54d
+def _need_known(accept: list[str]) -> None:
+    "Raise `TinyTrainerError` for something that cannot be accepted."
+    known = isinstance(accept, (list, tuple)) and all(name == "reward" for name in accept)
+    if not known: raise TinyTrainerError(f"accept={accept!r:.60} is not allowed: it must be a list of what may differ, "
+                                         "which is ['reward'].")
+
 @patch_to(Run)
 def resume(
     self,
     live: bool = False, # train in a worker thread and return at once
     reward=None,        # again, if it was a function or a file
+    take_over: bool = False, # also from a process that cannot be seen from here, and has ended
+    accept: list[str] = (),  # what may differ: "reward"
 ) -> "Run":
     """Go on exactly where the run was interrupted or stopped; a finished run is returned unchanged.
     Raises `TinyTrainerError` if it is being trained, or its base, data or reward are not what they were."""
     if share(self.status) == "finished": return self
     TURN.need()
-    if not self.leads: return _go_on(self, live, reward)
-    if who := self.lock.holder():
-        raise TinyTrainerError(f"{self.folder}: process {who['pid']} is training into this folder, "
-                               "so there is nothing to resume.")
-    before = self.info
+    _need_known(accept)
+    if not self.leads: return _go_on(self, live, reward, accept)
     self.need_own()
-    self.take_requests() # those left over from before
+    self.claim(take_over)
+    before = self.info
+    with self._given_back(before):
+        if before["status"] == "finished":
+            raise TinyTrainerError(f"{self.folder}: another process has just finished this run.")
+        self._tell_resume(before)
+        return _go_on(self, live, reward, accept)
+
+@patch_to(Run)
+@contextlib.contextmanager
+def _given_back(self, before: dict): # of run.json
+    "A context that takes the lock into the training; if that does not begin, lock and run.json are as before."
+    try: yield
+    except BaseException:
+        if self.worker is None or self.worker.done.is_set(): # else its thread has the lock
+            if self.lock.is_mine and self.info["status"] == "running": write_json(self.folder / "run.json", before)
+            self.lock.release()
+        raise
+
+@patch_to(Run)
+def _tell_resume(self, info: dict) -> None: # info: of run.json
+    "Take away old requests, and say that the run goes on."
+    self.take_requests()
     step = self.last_checkpoint()[1]
     where = f"goes on after step {step} of" if step else "has no checkpoint and starts over, steps:"
-    say(f"{self.folder}: {where} {before['settings'].get('max_steps')}", error=True)
-    write_json(self.folder / "run.json", before | dict(status="running", process=_me()))
-    try: return _go_on(self, live, reward)
-    except BaseException:
-        if not self.lock.holder() and self.info["status"] == "running": write_json(self.folder / "run.json", before)
-        raise
+    say(f"{self.folder}: {where} {info['settings'].get('max_steps')}", error=True)
+    write_json(self.folder / "run.json", info | dict(status="running", process=self.lock.me()))

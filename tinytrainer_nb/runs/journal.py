@@ -9,7 +9,8 @@ __all__ = ['STATES', 'EVENTS', 'Journal']
 import json, os, threading, time
 from itertools import islice
 from pathlib import Path
-from ..core import MissingFile, need_file, need_flat, need_no_link, patch_to, plain, unfit, write_whole
+from ..core import MissingFile, need_file, need_flat, need_no_link, patch_to, plain, sync_file
+from ..core import unfit, write_whole
 
 # %% ../../nbs/runs/01_journal.ipynb #6f1908c3
 class Journal:
@@ -33,7 +34,7 @@ class Journal:
     def sync(self) -> None:
         "Force the file to the disk."
         if not self.path.exists(): return
-        with open(self.path, "rb+") as f: os.fsync(f.fileno())
+        with open(self.path, "rb+") as f: sync_file(f)
 
     def _forget(self) -> None:
         "Start reading from the beginning."
@@ -55,10 +56,10 @@ STATES = ("running", "paused", "stopped", "finished", "failed", "interrupted")
 _EVERY = dict(time="moment", step="count", kind="text") # what each event has
 _FIGURES = {name: "number?" for name in ("loss", "reward", "kl", "accuracy", "seconds", "tokens", "tokens_per_s")}
 EVENTS = dict( # kind: sorts of its fields, besides those of each event, as in `core.unfit`
-    metrics=_FIGURES | dict(numbers=["number"]),
+    metrics=_FIGURES | dict(numbers=["number?"]),
     evaluation=_FIGURES,
-    sample=dict(prompt="text", completion="text", reward="number?", parts={...: "number?"}, group="count",
-                index="count", advantage="number?", tokens="count", finished="flag"),
+    sample=dict(prompt="text", completion="text", reward="number?", parts={...: "number?"}, group="count?",
+                index="count?", advantage="number?", tokens="count?", finished="flag?"),
     checkpoint=dict(path="text", asked="moment"),
     change=dict(setting="text", old="number", new="number", asked="moment"),
     status=dict(value=STATES, asked="moment"),

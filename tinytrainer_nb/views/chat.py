@@ -12,7 +12,7 @@ from ..core import TinyTrainerError, inert, patch_to, visible
 from ..hardware import mix_seed
 from ..compute.decode import Decoder
 from ..compute.arguments import GenerateArgs
-from ..compute.generate import stream
+from ..compute.generate import prompt_room, stream
 from ..data.tokens import ensure_template, prompt_ids
 
 # %% ../../nbs/views/03_chat.ipynb #26a5558f
@@ -50,7 +50,7 @@ class Chat:
 def _window(self, messages: list[dict]) -> tuple[list[dict], int]:
     "The system message and the newest others that leave room for an answer; how many were left out."
     first, turns = messages[:bool(self.system)], messages[bool(self.system):]
-    room = self.model.config.max_position_embeddings - self.args.max_new_tokens # tokens
+    room = prompt_room(self.model, self.args.max_new_tokens) # tokens
     left_out = 0
     while len(turns) - left_out > 1 and len(prompt_ids(self.tokenizer, first + turns[left_out:])) > room: left_out += 2
     return first + turns[left_out:], left_out

@@ -12,7 +12,8 @@ from matplotlib.ticker import LogLocator, ScalarFormatter
 from ..data.formats import as_examples, data_origin
 from .plots import COLOURS, Picture
 from ..core import inert, one_line, patch_to
-from ..data.rows import Reading, read_examples
+from ..data.rows import Reading, beyond_context, read_examples
+from ..model.layers import context_length
 from ..data.tokens import ensure_template
 
 # %% ../../nbs/views/04_data_report.ipynb #748ebcdb
@@ -64,11 +65,13 @@ def data_report(
     tokenizer,             # of the model that is to be trained
     data,                  # what `load_examples` takes or returns
     max_length: int = 512, # tokens, as in the recipe's settings
+    model=None,            # that is to be trained, if its own context may be shorter than `max_length`
 ) -> DataReport:
     """Read `data` as training would. If nothing is left to learn from, the report says so.
     Raises `TinyTrainerError` for data that cannot be read."""
     table = as_examples(data)
-    _, reading = read_examples(ensure_template(tokenizer), table, max_length)
+    context = context_length(model) if model is not None else None
+    _, reading = read_examples(ensure_template(tokenizer), table, max_length, context=context)
     return DataReport(**vars(reading), name=Path(data_origin(table)["name"]).name)
 
 # %% ../../nbs/views/04_data_report.ipynb #122d36b6
@@ -80,24 +83,26 @@ def _edges(lengths: list[int], bars: int = 40) -> list[float]: # tokens
 # %% ../../nbs/views/04_data_report.ipynb #7b60e3d4
 def _fits_or_not(report: DataReport) -> dict[str, list[int]]: # label: lengths in tokens
     "The rows that fit and those that are longer; the label says what becomes of them."
-    fates = {"left out": len(report.left_out.get("too long", ())), "cut into windows": len(report.windows)}
+    long = (*report.left_out.get("too long", ()), *report.left_out.get(beyond_context(report.context), ()))
+    fates = {"left out": len(long), "cut into windows": len(report.windows)}
     longer = "longer: " + ", ".join(f"{count:,} {fate}" for fate, count in fates.items() if count)
     parts = {
-        "fit": [n for n in report.lengths if n <= report.max_length],
-        longer: [n for n in report.lengths if n > report.max_length],
+        "fit": [n for n in report.lengths if n <= report.limit],
+        longer: [n for n in report.lengths if n > report.limit],
     }
     return {label: lengths for label, lengths in parts.items() if lengths}
 
 @patch_to(DataReport)
 def figure(self, width: float = 7.0) -> Picture: # inches
-    "The rows by their length in tokens, and where `max_length` cuts."
+    "The rows by their length in tokens, and where `max_length` or the model's context cuts."
     figure = Picture(figsize=(width, 3.0), layout="constrained")
     axes = figure.subplots()
-    parts, edges, limit = _fits_or_not(self), _edges(self.lengths), self.max_length + 0.5
+    parts, edges, limit = _fits_or_not(self), _edges(self.lengths), self.limit + 0.5
     if len(parts) > 1: edges = sorted({*edges, limit}) # no bar on both sides of the line
     colours = [COLOURS[label != "fit"] for label in parts]
     axes.hist(list(parts.values()), bins=edges, stacked=True, color=colours, label=list(parts))
-    axes.axvline(limit, color="#666666", linestyle="--", linewidth=1, label=f"max_length {self.max_length:,}")
+    name = "max_length" if self.limit == self.max_length else "the model's context"
+    axes.axvline(limit, color="#666666", linestyle="--", linewidth=1, label=f"{name} {self.limit:,}")
     axes.set(ylabel="rows")
     axes.set_title(f"{one_line(self.name):.80}: {self.rows:,} rows, {self.tokens:,} tokens", fontsize=10)
     _logarithmic(axes, self.lengths)

@@ -12,7 +12,7 @@ import base64, io, textwrap
 from itertools import islice
 from pathlib import Path
 import numpy as np
-from ..core import Markup, one_line, patch_to, visible, write_whole
+from ..core import Markup, TinyTrainerError, one_line, patch_to, visible, write_whole
 from ..runs.run import Run
 from PIL import Image
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -369,7 +369,9 @@ def save_figure(self) -> Path:
     return write_whole(self.folder / "figure.png", self.figure().png(dpi=110))
 
 @patch_to(Run)
-def _repr_html_(self) -> str: return run_html(self)
+def _repr_html_(self) -> Markup:
+    try: return run_html(self)
+    except TinyTrainerError as e: return Markup("<div>{}</div>").format(e) # a damaged run shows what is wrong with it
 
 # %% ../../nbs/views/01_plots.ipynb #cb05665d
 class LivePicture:

@@ -38,7 +38,7 @@ def run_line(run: Run) -> str:
     last, total = steps[-1], run.info["settings"].get("max_steps", "?")
     names = ("reward", "kl") if "reward" in last else ("loss", "accuracy")
     figures = "  ".join(f"{name} {last[name]:.2f}" for name in names if last.get(name) is not None)
-    return f"{run.info['recipe']}  step {last['step']}/{total}  {figures}  {_rest(run)}".rstrip()
+    return one_line(f"{run.info['recipe']}  step {last['step']}/{total}  {figures}  {_rest(run)}").rstrip()
 
 def _rest(run: Run) -> str:
     "The time left in words, or that the run is paused; empty if nobody knows."
@@ -71,7 +71,17 @@ def summary_line(run: Run) -> str:
     change = "" if None in (first, last) else f"{name} {first:.3g} -> {last:.3g}, "
     speed = f"{s['tokens_per_s']:,.0f} tokens/s, " if s["tokens_per_s"] else ""
     costs = f"{duration(s['seconds'] or 0)}, {speed}{s['peak_memory_gb'] or 0:.2f} GiB"
-    return f"{s['recipe']} {s['status']}: {steps}, {change}{costs}{_rung(run)}"
+    return one_line(f"{s['recipe']} {s['status']}: {steps}, {change}{_held_out(run)}{costs}{_rung(run)}")
+
+def _held_out(run: Run) -> str:
+    "The held-out figures of the result: of the last evaluation, or of the best one if its weights were kept."
+    found = [e for e in run.events if e["kind"] == "evaluation"]
+    if not found: return ""
+    told, name = found[-1], "reward" if "reward" in found[-1] else "loss"
+    if run.info["settings"].get("keep_best") and all(e.get(name) is not None for e in found):
+        told = (max if name == "reward" else min)(found, key=lambda e: e[name])
+    value = told.get(name)
+    return "" if value is None else f"held-out {name} {value:.3g} (step {told['step']}), "
 
 def _rung(run: Run) -> str:
     "The alarms of a run, each with the step of its first; empty if there were none."
@@ -92,7 +102,7 @@ def news(run: Run, events: list[dict]) -> list[str]: # some of the run's events
         elif kind == "evaluation": lines.append(f"  step {step}: held-out {_scores(e)}")
         elif kind == "alarm": lines.append(f"  step {step}: alarm, {e['message']}")
         elif kind == "status" and e["value"] in ("finished", "stopped") and run.summary: lines.append(summary_line(run))
-    return lines
+    return list(map(one_line, lines))
 
 def _scores(event: dict) -> str:
     "The figures of an evaluation."

@@ -12,17 +12,18 @@ from pathlib import Path
 from tinytrainer_nb.core import TinyTrainerError, quiet
 
 HERE = Path(__file__).resolve().parent
-# Of PyTorch: what importing the package adds to the environment of its own processes
 LARGE_PAGES = dict(THP_MEM_ALLOC_ENABLE="1")
+# What importing the package adds to the environment of its own processes
+OURS = LARGE_PAGES | dict(ONEDNN_PRIMITIVE_CACHE_CAPACITY="256", LRU_CACHE_CAPACITY="256")
 # Of glibc: bytes from which memory is mapped afresh, and given back; heaps
 GLIBC = dict(MALLOC_MMAP_THRESHOLD_=str(2**32), MALLOC_TRIM_THRESHOLD_=str(2**34), MALLOC_ARENA_MAX="1")
 KEPT = GLIBC | LARGE_PAGES
 
 
 def said(*command, env: dict | None = None) -> dict:
-    """The last line of a Python process's output, as JSON; env: what is added to the environment. Large pages are not
-    handed on: the package asks for them where it is imported, others run as they do without it."""
-    plain = {name: value for name, value in os.environ.items() if LARGE_PAGES.get(name) != value}
+    """The last line of a Python process's output, as JSON; env: what is added to the environment. What the
+    package sets is not handed on: it does so where it is imported, and others run as they do without it."""
+    plain = {name: value for name, value in os.environ.items() if OURS.get(name) != value}
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         stdout=subprocess.PIPE,

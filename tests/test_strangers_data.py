@@ -1,0 +1,722 @@
+"""What strangers' data mean: system texts, weights, empty turns, other names, folders, compressed files, odd columns.
+And rows that are longer than the model's own context."""
+
+import bz2
+import datetime
+import decimal
+import gzip
+import json
+import lzma
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from live import adapter
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+)
+
+from tinytrainer_nb.core import TinyTrainerError, data_file
+from tinytrainer_nb.data.formats import load_examples, load_prompts
+from tinytrainer_nb.data.rows import encode_rows, held_numbers, hold_out, read_examples
+from tinytrainer_nb.data.tokens import encode_chat, ensure_template, pack_row
+from tinytrainer_nb.model.arguments import LoraArgs
+from tinytrainer_nb.model.layers import context_length
+from tinytrainer_nb.model.load import load_model
+from tinytrainer_nb.model.lora import add_lora
+from tinytrainer_nb.recipes.arguments import (
+    DPOArgs,
+    PretrainArgs,
+    RewardModelArgs,
+    SFTArgs,
+)
+from tinytrainer_nb.recipes.evaluate import evaluate
+from tinytrainer_nb.recipes.preference import (
+    PairTrainer,
+    dpo,
+    model_reward,
+    reward_model,
+)
+from tinytrainer_nb.recipes.pretrain import pretrain
+from tinytrainer_nb.recipes.sft import sft
+from tinytrainer_nb.recipes.train import Run
+from tinytrainer_nb.recipes.trainer import RunTrainer
+from tinytrainer_nb.views.data_report import data_report
+
+
+def user(text):
+    return dict(role="user", content=text)
+
+
+def said(text, **more):
+    return dict(role="assistant", content=text) | more
+
+
+def system(text):
+    return dict(role="system", content=text)
+
+
+def human(text):
+    return {"from": "human", "value": text}
+
+
+def gpt(text):
+    return {"from": "gpt", "value": text}
+
+
+PAIR = dict(prompt="q", completion="a")
+TALK = [user("q"), said("a")]
+
+
+def lines(*rows) -> bytes:
+    return "".join(json.dumps(r) + "\n" for r in rows).encode()
+
+
+def folder(path: Path, **files) -> Path:
+    "A folder of files; `__` in a name stands for a slash, `_dot_` for a dot"
+    for name, data in files.items():
+        target = path / name.replace("__", "/").replace("_dot_", ".").replace("_dash_", "-")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+    return path
+
+
+def refused(call, *args, **how) -> str:
+    with pytest.raises(TinyTrainerError) as e:
+        call(*args, **how)
+    assert len(str(e.value).splitlines()) == 1
+    return str(e.value)
+
+
+# A system text in a column of its own
+
+WITH_SYSTEM = {  # a row with a system column, and what it is without
+    "sharegpt": dict(conversations=[human("q"), gpt("a")]),
+    "messages": dict(messages=TALK),
+    "prompt/completion": PAIR,
+    "instruction": dict(instruction="q", output="a"),
+    "question/answer": dict(question="q", answer="a"),
+    "prompt/response": dict(prompt="q", response="a"),
+    "preference": dict(prompt="q", chosen="a", rejected="b"),
+    "preference by question": dict(question="q", chosen="a", rejected="b"),
+    "prompts": dict(prompt="q"),
+    "turns": dict(prompt=[user("q")], completion="a"),
+}
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt"])
+@pytest.mark.parametrize("kind", WITH_SYSTEM)
+def test_a_system_column_is_the_first_turn(kind, name, capsys):
+    row = WITH_SYSTEM[kind]
+    (with_it,), (without,) = load_examples([row | {name: "Be short."}]).to_list(), load_examples([row]).to_list()
+    assert with_it == without | dict(messages=[system("Be short."), *without["messages"]])
+    assert load_prompts([row | {name: "Be short."}])[0]["messages"] == [system("Be short."), user("q")]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("empty", [None, "", "  \n"])
+def test_an_empty_system_column_means_none(empty, capsys):
+    rows = [dict(messages=TALK, system=empty), dict(messages=TALK, system="S")]
+    assert [len(m) for m in load_examples(rows)["messages"]] == [2, 3] and capsys.readouterr().err == ""
+
+
+def test_a_system_column_that_is_not_used_is_said(capsys):
+    own = [system("T"), *TALK]
+    table = load_examples([dict(messages=own, system="T "), dict(messages=own, system="S")])
+    assert table["messages"][:] == [own, own] and table["system"][:] == [None, "S"]
+    assert "1 of 2 rows: column system is not used: another system text is there (row 2)" in capsys.readouterr().err
+    for row in (dict(text="plain", system="S"), dict(messages=TALK, system=["S"])):
+        assert load_examples([row])["system"][:] == [row["system"]]
+        assert "column system is not used: it is not a text before a conversation" in capsys.readouterr().err
+
+
+def test_columns_may_name_the_system_column():
+    table = load_examples([dict(PAIR, persona="S")], columns="system=persona")
+    assert table.to_list() == [dict(messages=[system("S"), *TALK])]
+
+
+def test_other_meanings_beside_a_conversation_are_said(capsys):
+    for row, said_of in (
+        (dict(question="q", answer="a", context="c"), "column context is not used: --columns instruction="),
+        (dict(instruction="q", output="a", history=[["b", "c"]]), "column history is not used"),
+        (dict(messages=[user("q"), said("a", reasoning_content="Hm.")]), "field reasoning_content of turns is not"),
+    ):
+        load_examples([row])
+        assert said_of in capsys.readouterr().err
+    (row,) = load_examples([dict(instruction="q", context="c", response="a")])
+    assert row["messages"][0]["content"] == "q\nc" and capsys.readouterr().err == ""
+
+
+# Turns that are not learned
+
+tokenizer = ensure_template(AutoTokenizer.from_pretrained(data_file("tiny")))
+
+
+def learned(messages, train_on_all=False) -> str:
+    (row,), _ = encode_rows(tokenizer, load_examples([dict(messages=messages)]), 512, train_on_all)
+    return tokenizer.decode([i for i, label in zip(row["input_ids"], row["labels"]) if label != -100])
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"weight": False}, {"train": False}, {"loss": False}])
+def test_a_turn_of_weight_0_is_not_learned(mark):
+    talk = [user("q"), said("WRONG", **mark), user("again"), said("RIGHT", weight=1)]
+    assert "WRONG" not in learned(talk) and "RIGHT" in learned(talk)
+    assert "WRONG" not in learned(talk, train_on_all=True) and "again" in learned(talk, train_on_all=True)
+    assert learned([user("q"), said("WRONG"), user("again"), said("RIGHT")]).count("G") == 2
+
+
+def test_weights_go_with_the_rows(tmp_path):
+    rows = [dict(messages=[user("q"), said("x", weight=0), user("r"), said("y")]), dict(messages=TALK)]
+    table = load_examples(folder(tmp_path, a_dot_jsonl=lines(*rows)) / "a.jsonl")
+    weights = [[t["weight"] for t in turns] for turns in table["messages"]]
+    assert weights == [[1, 0, 1, 1], [1, 1]]
+    assert load_examples(table).to_list() == table.to_list()
+    assert load_examples([dict(messages=TALK)])["messages"][0] == TALK
+
+
+def test_weights_that_are_not_known_are_refused():
+    for weight in (0.5, 2, "0", [0]):
+        why = refused(load_examples, [dict(messages=[user("q"), said("a", weight=weight)])])
+        assert f"row 1, field 'messages': a turn's weight {weight!r} is not known" in why
+    assert learned([dict(user("q"), weight=0.5), said("a", loss=0.3)]).startswith("a")
+
+
+def test_an_answer_that_is_not_learned_is_no_reference():
+    rows = load_prompts([dict(messages=[user("q"), said("wrong", weight=0)]), dict(messages=TALK)])
+    assert [r["reference_answer"] for r in rows] == [None, "a"] and rows[0]["messages"] == [user("q")]
+    why = refused(encode_rows, tokenizer, load_examples([dict(messages=[user("q"), said("x", weight=0)])]), 64)
+    assert "every answer has the weight 0" in why and "max_length" not in why
+
+
+def test_rows_that_differ_in_weights_alone_are_no_duplicates():
+    rows = [dict(messages=[user("q"), said("a", weight=w), user("r"), said("b")]) for w in (0, 1, 1)]
+    assert read_examples(tokenizer, load_examples(rows), 64)[1].duplicates == {3: 2}
+
+
+# Empty turns
+
+
+def test_an_empty_system_turn_means_none(capsys):
+    for empty in ("", " \n"):
+        assert load_examples([dict(messages=[system(empty), *TALK])])["messages"][:] == [TALK]
+        assert load_examples([dict(conversations=[{"from": "system", "value": empty}, human("q"), gpt("a")])])[
+            0
+        ] == dict(messages=TALK)
+    assert load_examples([dict(messages=[system(""), *TALK], system="S")])["messages"][0][0] == system("S")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("role", ["tool", "observation"])
+def test_a_tool_may_return_nothing(role):
+    talk = [user("q"), dict(role="function_call", content="run()"), dict(role=role, content=""), said("Done.")]
+    assert load_examples([dict(messages=talk)])["messages"][:] == [talk]
+    assert "Done." in learned(talk)
+
+
+def test_an_empty_turn_is_named(tmp_path, capsys):
+    rows = [
+        dict(messages=TALK),
+        dict(messages=[system("S"), user(" "), said("a")]),
+        dict(messages=[user("q"), said("")]),
+    ]
+    path = folder(tmp_path, a_dot_jsonl=lines(*rows)) / "a.jsonl"
+    assert len(load_examples(path)) == 1
+    err = capsys.readouterr().err
+    assert "2 of 3 rows left out: empty text (line 2, 3); in line 2 turn 2, of the role user, is empty" in err
+    assert "In row 1 turn 2, of the role assistant, is empty." in refused(load_examples, rows[2:])
+    assert "In row 1 there is no turn." in refused(load_examples, [dict(messages=[system(" ")])])
+    assert "In row 1 'rejected' is empty." in refused(load_examples, [dict(prompt="q", chosen="a", rejected="")])
+
+
+# Preferences that repeat themselves
+
+WHOLE = dict(chosen=[user("q"), said("good")], rejected=[user("q"), said("bad")])
+ASKED = dict(messages=[user("q")], chosen="good", rejected="bad")
+
+
+@pytest.mark.parametrize(
+    "row, wanted",
+    [
+        (dict(WHOLE, prompt="q", messages=[user("q"), said("good")]), ASKED),
+        (dict(WHOLE, messages=[user("q"), said("good")]), ASKED),
+        (dict(WHOLE, messages=[user("q"), said("bad")]), ASKED),
+        (dict(prompt="q", messages=[user("q"), said("good")], chosen="good", rejected="bad"), ASKED),
+        (dict(prompt="q", messages=[user("q"), said("other")], chosen="good", rejected="bad"), ASKED),
+        (WHOLE, ASKED),
+        (dict(WHOLE, conversations=[human("q"), gpt("good")]), ASKED),
+        (dict(query="q", chosen="good", rejected="bad"), ASKED),
+        (
+            dict(instruction="q", input="i", chosen="good", rejected="bad"),
+            ASKED | dict(messages=[user("q\ni")]),
+        ),
+        (
+            dict(prompt="q", **{c: [system("S"), *turns] for c, turns in WHOLE.items()}),
+            ASKED | dict(messages=[system("S"), user("q")]),
+        ),
+        (
+            dict(prompt="q", **{c: [user("first"), said("one"), *turns] for c, turns in WHOLE.items()}),
+            ASKED | dict(messages=[user("first"), said("one"), user("q")]),
+        ),
+    ],
+)
+def test_whole_conversations_in_preferences(row, wanted):
+    (found,) = load_examples([dict(row, score=1)])
+    assert {k: found[k] for k in ("messages", "chosen", "rejected", "score")} == wanted | dict(score=1)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        dict(chosen=[user("q"), said("a")], rejected=[user("r"), said("b")]),
+        dict(chosen="Human: q", rejected="Human: r"),
+        dict(messages=[user("q"), said("other")], chosen="a", rejected="b"),
+        dict(prompt="r", **WHOLE),
+    ],
+)
+def test_preferences_that_disagree_are_refused(row):
+    assert "row 1" in refused(load_examples, [row])
+
+
+# Other names of questions and answers
+
+
+@pytest.mark.parametrize("ask", ["prompt", "question", "instruction", "query", "input", "problem"])
+@pytest.mark.parametrize("answer", ["completion", "response", "answer", "output", "reply", "solution", "target"])
+def test_a_question_and_an_answer_by_other_names(ask, answer):
+    (row,) = load_examples([{ask: "q", answer: "a", "level": 3}])
+    assert row["messages"] == TALK and row["level"] == 3 and ask not in row
+    assert load_prompts([{ask: "q", answer: "a"}])[0]["reference_answer"] == "a"
+
+
+def test_an_instruction_with_an_input_and_a_response():
+    (row,) = load_examples([dict(instruction="Add.", input="1, 2", response="3")])
+    assert row == dict(messages=[user("Add.\n1, 2"), said("3")])
+
+
+def test_a_reward_still_finds_the_column_of_the_answer():
+    (row,) = load_prompts([dict(prompt="q", answer="4")])
+    assert row["answer"] == row["reference_answer"] == "4"
+    (row,) = load_prompts([dict(messages=[system("S"), user("q")], solution="4")])
+    assert row["solution"] == row["reference_answer"] == "4" and len(row["messages"]) == 2
+
+
+@pytest.mark.parametrize("answers", [[4, 5], [["4", "four"], ["5"]], [{"value": 4}, None]])
+def test_answers_that_are_no_texts_stay_columns(answers):
+    rows = load_prompts([dict(prompt="q", answer=a) for a in answers])
+    assert [r["answer"] for r in rows] == answers and rows[0]["reference_answer"] is None
+
+
+def test_an_answer_that_only_some_rows_have():
+    rows = load_prompts([dict(prompt="q", answer="4"), dict(prompt="r", answer=None), dict(prompt="s")])
+    assert [r["reference_answer"] for r in rows] == ["4", None, None]
+
+
+@pytest.mark.parametrize(
+    "row, cure",
+    [
+        (dict(prompt="q", response="a", answer="long answer"), "columns={'completion': 'answer'}"),
+        (dict(prompt="q", id="7", text_of_the_reply="It is four."), "--columns completion=text_of_the_reply"),
+        (
+            dict(messages=[user("q")], said="four", n=3),
+            "Columns that were not used: said, n; if said holds the answers",
+        ),
+        (dict(prompt="q", answer=4), "Columns that were not used: answer; none of them holds texts"),
+    ],
+)
+def test_nothing_to_learn_names_the_columns_and_the_cure(row, cure):
+    why = refused(encode_rows, tokenizer, load_examples([row] * 3), 64)
+    assert cure in why and "3 nothing to learn" in why and "max_length" not in why
+    if "--columns" in why:
+        columns = why.rpartition("--columns ")[2].rstrip(".")
+        assert len(encode_rows(tokenizer, load_examples([row] * 3, columns=columns), 64)[0]) == 3
+
+
+@pytest.mark.parametrize(
+    "row, cure",
+    [
+        (dict(Prompt="q", Response="a"), "--columns prompt=Prompt,completion=Response"),
+        ({" prompt": "q", "Completion ": "a"}, "columns={'prompt': ' prompt', 'completion': 'Completion '}"),
+        (dict(problem="q", solution="s", answer="a"), "--columns prompt=problem,completion=answer"),
+    ],
+)
+def test_a_cure_for_columns_that_are_not_known(row, cure):
+    assert cure in refused(load_examples, [row])
+
+
+def test_blanks_around_names_of_csv_columns(tmp_path):
+    path = folder(tmp_path, a_dot_csv=b"prompt, completion ,\tlevel\nq, a ,3\n") / "a.csv"
+    assert load_examples(path).to_list() == [dict(messages=[user("q"), said(" a ")], level="3")]
+    path.write_bytes(b"prompt,completion, prompt\nq,a,b\n")
+    assert "a column name stands twice" in refused(load_examples, path)
+
+
+# Folders
+
+CARD = b"---\nlicense: mit\n---\n# Hens\n"
+TRAIN, TEST = lines(PAIR), lines(PAIR, PAIR)
+
+
+def parquet(*rows) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), sink)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize(
+    "files, rows",
+    [
+        (dict(README_dot_md=CARD, data__train_dot_jsonl=TRAIN), 1),
+        (dict(README_dot_md=CARD, data__train_dot_jsonl=TRAIN, data__test_dot_jsonl=TEST, LICENSE=b"MIT"), 1),
+        (dict(README_dot_md=CARD, train__0_dot_csv=b"prompt,completion\nq,a\n", validation__0_dot_csv=b"x"), 1),
+        (dict(dataset_infos_dot_json=b"{}", data__train_dot_json_dot_gz=gzip.compress(b"[" + TRAIN + b"]")), 1),
+        (
+            {
+                f"data__{split}_dash_0000{i}_dash_of_dash_00002_dot_parquet": parquet(PAIR)
+                for split in ("train", "test")
+                for i in (0, 1)
+            },
+            2,
+        ),
+        ({f"part{i}_dot_jsonl": TRAIN for i in range(12)}, 12),
+        ({f"part{i}_dot_jsonl_dot_gz": gzip.compress(TEST) for i in range(3)}, 6),
+        (dict(all_dot_jsonl=TRAIN, test_dot_jsonl=TEST), 1),
+        (dict(latest_dot_jsonl=TRAIN, contest_dot_jsonl=TEST), 3),
+    ],
+)
+def test_a_data_set_in_a_folder(tmp_path, files, rows, capsys):
+    table = load_examples(folder(tmp_path, **files))
+    assert table["messages"][:] == [TALK] * rows
+    left_out = len(files) - len(read_json_note(table))
+    err = capsys.readouterr().err
+    assert (f"{left_out} of {len(files)} files left out" in err) == bool(left_out), err
+
+
+def read_json_note(table) -> dict:
+    return json.loads(table.info.description)["files"]
+
+
+def test_splits_of_a_folder(tmp_path, capsys):
+    path = folder(tmp_path, README_dot_md=CARD, data__train_dot_jsonl=TRAIN, data__test_dot_jsonl=TEST)
+    assert len(load_examples(path, split="test")) == 2 and len(load_prompts(path, split="train")) == 1
+    assert "read as one data set: data/test.jsonl" in capsys.readouterr().err
+    assert "its files are of test, train. Name one" in refused(load_examples, path, split="validation")
+    only = folder(tmp_path / "only", test_dot_jsonl=TEST)
+    assert len(load_examples(only)) == 2 and "its only files are of the split test" in capsys.readouterr().err
+    names = ("train_sft", "train_gen", "test_sft")
+    parts = {f"data__{n}_dash_00000_dash_of_dash_00001_dot_jsonl": TRAIN for n in names}
+    several = folder(tmp_path / "several", **parts)
+    assert "of train_gen, train_sft, test_sft. Name one: split='train_gen'" in refused(load_examples, several)
+    assert len(load_examples(several, split="test_sft")) == 1
+    configs = folder(
+        tmp_path / "configs", **{f"{c}__train_dash_00000_dash_of_dash_00001_dot_jsonl": TRAIN for c in "ab"}
+    )
+    assert "a data set of several parts (a, b)" in refused(load_examples, configs)
+
+
+def test_a_folder_of_two_formats_and_of_texts(tmp_path, capsys):
+    two = folder(tmp_path / "two", a_dot_jsonl=TEST, a_dot_csv=b"prompt,completion\nx,y\n", notes_dot_md=b"Notes.")
+    assert load_examples(two)["messages"][:] == [TALK, TALK]
+    assert "2 of 3 files left out (a.csv, notes.md); read as one data set: a.jsonl" in capsys.readouterr().err
+    texts = folder(tmp_path / "texts", README_dot_md=CARD, data__train_dot_txt=b"one", data__test_dot_txt=b"two")
+    assert load_examples(texts)["text"][:] == ["one"] and "2 of 3 files left out" in capsys.readouterr().err
+    tales = folder(tmp_path / "tales", README_dot_md=b"# A tale", test_dot_txt=b"one", hill_dot_txt=b"two")
+    assert len(load_examples(tales)) == 3 and capsys.readouterr().err == ""
+    assert "only README.md" in refused(load_examples, folder(tmp_path / "card", README_dot_md=CARD))
+
+
+def test_a_fault_in_a_shard_names_file_and_line(tmp_path):
+    path = folder(tmp_path, a_dot_jsonl=TRAIN, b_dot_jsonl=lines(PAIR, dict(prompt="q", completion=3)))
+    assert "file b.jsonl, line 2, field 'completion': expected text, found 3" in refused(load_examples, path)
+    (path / "b.jsonl").write_bytes(b"{")
+    assert "b.jsonl, line 1: not readable as JSON" in refused(load_examples, path)
+    (path / "b.jsonl").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    assert "b.jsonl: this is a pointer of Git LFS" in refused(load_examples, path)
+
+
+# Compressed files
+
+
+def zst(data: bytes) -> bytes:
+    return pyarrow.compress(data, codec="zstd", asbytes=True)
+
+
+PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zst}
+INSIDE = {
+    "a.jsonl": TEST,
+    "a.json": json.dumps([PAIR, PAIR]).encode(),
+    "a.CSV": b"\xef\xbb\xbfprompt,completion\r\nq,a\r\nq,a\r\n",
+    "a.parquet": parquet(PAIR, PAIR),
+}
+
+
+@pytest.mark.parametrize("packed", PACK)
+@pytest.mark.parametrize("name", INSIDE)
+def test_compressed_files_are_read(tmp_path, name, packed):
+    path, data = tmp_path / (name + packed), PACK[packed](INSIDE[name])
+    path.write_bytes(data)
+    assert load_examples(path)["messages"][:] == [TALK, TALK]
+    for cut in (1, 5, len(data) // 2):
+        path.write_bytes(data[:-cut])
+        assert f"cannot be unpacked as {packed}" in refused(load_examples, path)
+    path.write_bytes(INSIDE[name])
+    assert f"cannot be unpacked as {packed}" in refused(load_examples, path)
+
+
+def test_compressed_texts_and_unknown_endings(tmp_path):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress("é\r\n".encode()) + gzip.compress(b"two"))
+    assert load_examples(tmp_path / "a.txt.gz")["text"][:] == ["é\r\ntwo"]
+    (tmp_path / "a.md.xz").write_bytes(lzma.compress(b"\n\xe9"))
+    assert "line 2: its byte 1 (0xe9) is not UTF-8" in refused(load_examples, tmp_path / "a.md.xz")
+    for name in ("a.jsonl.lz4", "a.gz", "a.tar.gz", "a.zip"):
+        (tmp_path / name).write_bytes(TRAIN)
+        assert "are not read. Known: .jsonl" in refused(load_examples, tmp_path / name)
+
+
+# A column that nobody needs
+
+ODD = {
+    "text and number": ["row-0", 1],
+    "true and one": [True, 1],
+    "list and object": [[1], {"a": 1}],
+    "text and nothing known": ["a", None],
+    "nested": [{"a": [{"b": [1, "x"]}]}, {"c": 1}],
+    "not a number inside": [{"a": 1.5}, {"a": None}],
+}
+
+
+@pytest.mark.parametrize("values", ODD.values(), ids=ODD)
+def test_an_odd_column_comes_back_as_it_was(tmp_path, values):
+    path = folder(tmp_path, a_dot_jsonl=lines(*(dict(PAIR, id=v) for v in values))) / "a.jsonl"
+    table = load_examples(path)
+    assert table["id"][:] == values and table["messages"][:] == [TALK] * 2
+    assert [type(v) for v in table["id"]] == [type(v) for v in values]
+
+
+@pytest.mark.parametrize(
+    "values, kept",
+    [
+        ([datetime.date(2020, 1, 1), "soon"], ['"2020-01-01"', '"soon"']),
+        ([10**40, 1], [str(10**40), "1"]),
+        (["\ud83d", "a"], ['"\\ud83d"', '"a"']),
+        ([{1: "a"}, None], ['{"1": "a"}', None]),
+        ([decimal.Decimal("1.5"), [1]], ['"1.5"', "[1]"]),
+        ([float("nan"), "x"], [None, "x"]),
+        ([b"a", "a"], ['"a"', '"a"']),
+        ([object(), 1], None),
+        ([1j, 2], None),
+    ],
+)
+def test_an_odd_column_is_kept_as_json_or_left_out_with_a_line(values, kept, capsys):
+    table = load_examples([dict(PAIR, odd=v) for v in values])
+    assert table["messages"][:] == [TALK] * 2
+    assert (table["odd"][:] if kept else "odd" not in table.column_names) == (kept or True)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"the data: column odd {'kept as JSON' if kept else 'left out'}")
+
+
+def test_odd_parquet_columns(tmp_path, capsys):
+    a_map = pyarrow.array(
+        [[("lang", "en")], [("lang", "de"), ("n", "1")]], pyarrow.map_(pyarrow.string(), pyarrow.string())
+    )
+    columns = dict(
+        meta=a_map,
+        when=pyarrow.array([10**15, 0], pyarrow.timestamp("s")),
+        bad=pyarrow.array([b"\xff", b"a"]).view(pyarrow.string()),
+        price=pyarrow.array([decimal.Decimal("1.50"), None]),
+        raw=pyarrow.array([b"\xff", None]),
+        score=pyarrow.array([float("nan"), 1.0]),
+        deep=pyarrow.array([{"a": {"b": [1]}}, None]),
+    )
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table(dict(prompt=["q", "q"], completion=["a", "a"]) | columns)
+    pyarrow.parquet.write_table(table, path)
+    found = load_examples(path)
+    assert found["messages"][:] == [TALK] * 2
+    assert found["meta"][:] == [{"lang": "en"}, {"lang": "de", "n": "1"}] and found["deep"][0] == {"a": {"b": [1]}}
+    assert found["price"][0] == decimal.Decimal("1.50") and found["raw"][0] == b"\xff"
+    err = capsys.readouterr().err
+    assert {n for n in columns if f"column {n} left out, since it cannot be read" in err} == {"when", "bad"}
+    pyarrow.parquet.write_table(table.rename_columns(["prompt", "x", "meta", "when", "response", *"abcd"]), path)
+    assert "column response: " in refused(load_examples, path)
+
+
+@pytest.mark.parametrize(
+    "row, field",
+    [
+        (dict(prompt="q", completion=datetime.date(2020, 1, 1)), "completion"),
+        (dict(prompt=b"q", completion="a"), "prompt"),
+        (dict(instruction="q", output={"a": 1}), "output"),
+        (dict(text=float("nan")), "text"),
+        (dict(question="q", answer=4), "answer"),
+        (dict(messages="[]"), "messages"),
+        (dict(prompt="q", chosen="a", rejected=3), "rejected"),
+    ],
+)
+def test_a_needed_column_of_an_odd_type_is_refused_by_name(row, field):
+    assert f"row 1, field '{field}': expected" in refused(load_examples, [row])
+
+
+# What is held back
+
+
+def test_held_back_rows_of_small_sets_are_named():
+    table = load_examples(
+        [dict(prompt=f"q{i}", completion="a") for i in range(25)] + [dict(prompt=" ", completion="a")]
+    )
+    numbers = held_numbers(table, 64, 3)
+    assert [f"q{n - 1}" for n in numbers] == [m[0]["content"] for m in hold_out(table, 64, 3)[1]["messages"]]
+    shifted = load_examples(
+        [dict(prompt=" ", completion="a"), *({"prompt": f"q{i}", "completion": "a"} for i in range(25))]
+    )
+    assert held_numbers(shifted, 64, 3) == [n + 1 for n in numbers]
+
+
+# Rows that are longer than the model's context
+
+CONTEXT = 32
+FEW = dict(vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2)
+SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=CONTEXT)
+CONFIGS = dict(
+    gpt2=lambda: GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=CONTEXT, **FEW),
+    opt=lambda: OPTConfig(ffn_dim=32, word_embed_proj_dim=32, pad_token_id=0, **SIZES, **FEW),
+    llama=lambda: LlamaConfig(intermediate_size=32, **SIZES, **FEW),
+)
+LONG = [dict(prompt="hen " * 40, completion="egg " * 40)] * 6
+SHORT = [dict(prompt="hen", completion=f"egg {i}") for i in range(14)]
+TALE = "The hens lay their eggs in the barn. " * 30
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    "Models with a context of 32 tokens, by their kind"
+    root, made = tmp_path_factory.mktemp("bases"), {}
+    for name, config in CONFIGS.items():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config()).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+        made[name] = str(root / name)
+    return made
+
+
+def loaded(base, lora=True):
+    model, own = load_model(base, "none", "fp32", verbose=False)
+    return (add_lora(model, LoraArgs(r=2)) if lora else model), own
+
+
+def notes(run) -> str:
+    return " ".join(e.get("message", "") for e in run.events if e["kind"] == "note")
+
+
+def test_the_context_is_a_limit_where_positions_are_learned(bases):
+    found = {name: context_length(loaded(base)[0]) for name, base in bases.items()}
+    assert found == dict(gpt2=CONTEXT, opt=CONTEXT, llama=None)
+    for name in ("gpt2", "opt"):
+        model = AutoModelForCausalLM.from_pretrained(bases[name])
+        assert (
+            context_length(model) == CONTEXT and model(torch.ones(1, CONTEXT, dtype=torch.long)).logits.isfinite().all()
+        )
+        with pytest.raises((IndexError, RuntimeError)):
+            model(torch.ones(1, CONTEXT + 1, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_rows_beyond_the_context_are_left_out_in_sft(bases, name, tmp_path, capsys):
+    model, own = loaded(bases[name])
+    often = dict(batch_size=4, eval_steps=1, save_steps=1, sample_steps=1, sample_tokens=8)
+    run = sft(model, own, LONG + SHORT, SFTArgs(max_steps=2, out=str(tmp_path / "run"), **often))
+    assert run.status == "finished"
+    assert "left out: 6 longer than the model's context of 32 tokens" in notes(run)
+    assert "held out: 2 rows (number " in notes(run)
+    assert "64 were asked for" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe, Args", [(sft, SFTArgs), (dpo, DPOArgs)])
+def test_a_resumed_run_leaves_out_the_same_rows(bases, recipe, Args, tmp_path, monkeypatch):
+    rows = LONG + SHORT
+    if recipe is dpo:
+        rows = [dict(prompt=r["prompt"], chosen=r["completion"], rejected="no") for r in rows]
+
+    def train(out):
+        how = dict(max_steps=4, batch_size=4, eval_steps=2, save_steps=2, sample_steps=0)
+        return recipe(*loaded(bases["gpt2"]), rows, Args(out=str(tmp_path / out), **how))
+
+    whole = train("whole")
+    step = PairTrainer.training_step if recipe is dpo else RunTrainer.training_step
+
+    def die(self, *args, **how):
+        if self.state.global_step == 2:
+            raise OSError("no power")
+        return step(self, *args, **how)
+
+    with monkeypatch.context() as m:
+        m.setattr(PairTrainer if recipe is dpo else RunTrainer, "training_step", die)
+        with pytest.raises(OSError):
+            train("cut")
+    again = Run.open(tmp_path / "cut").resume()
+    assert again.status == "finished" and adapter(again) == adapter(whole)
+
+
+def test_texts_are_cut_to_the_context(bases, tmp_path):
+    model, own = loaded(bases["gpt2"])
+    table = load_examples([dict(text=TALE)] * 3)
+    rows, reading = encode_rows(own, table, 512, context=context_length(model))
+    assert {len(r["input_ids"]) for r in rows[:-1]} >= {CONTEXT} and max(len(r["input_ids"]) for r in rows) == CONTEXT
+    assert reading.windows and reading.left_out == {} and reading.learned == sum(n - 1 for n in reading.lengths)
+    none = dict(eval_steps=0, save_steps=0, sample_steps=0)
+    assert sft(model, own, table, SFTArgs(max_steps=1, out=str(tmp_path / "s"), **none)).status == "finished"
+    model, own = loaded(bases["gpt2"], lora=False)
+    args = PretrainArgs(max_steps=2, eval_steps=1, save_steps=0, sample_steps=1, out=str(tmp_path / "p"), batch_size=4)
+    run = pretrain(model, own, [TALE] * 3, args)
+    assert (
+        run.status == "finished"
+        and "blocks have 32 tokens, the model's context, instead of max_length=256" in notes(run)
+    )
+
+
+def test_the_loss_is_evaluated_on_rows_that_fit(bases, capsys):
+    model, own = loaded(bases["opt"], lora=False)
+    found = evaluate(model, own, LONG + SHORT, "loss")
+    assert found.n == 14 and found.score == pytest.approx(evaluate(model, own, SHORT, "loss").score, abs=1e-5)
+    assert "left out: 6 longer than the model's context of 32 tokens" in capsys.readouterr().err
+    why = refused(evaluate, model, own, LONG, "loss")
+    assert "6 longer than the model's context" in why and "Shorten the rows" in why and "max_length" not in why
+
+
+@pytest.mark.parametrize("recipe, Args", [(dpo, DPOArgs), (reward_model, RewardModelArgs)])
+def test_pairs_beyond_the_context_are_left_out(bases, recipe, Args, tmp_path):
+    pairs = [dict(prompt=r["prompt"], chosen=r["completion"], rejected="no") for r in LONG + SHORT]
+    args = Args(max_steps=1, batch_size=4, eval_steps=1, save_steps=0, sample_steps=0, out=str(tmp_path / "run"))
+    model, own = loaded(bases["gpt2"])
+    run = recipe(model, own, pairs, args)
+    assert run.status == "finished" and "6 longer than the model's context of 32 tokens" in notes(run)
+    why = refused(recipe, *loaded(bases["gpt2"]), pairs[:6], args)
+    assert "6 longer than the model's context" in why and "Shorten the pairs" in why and "max_length" not in why
+    if recipe is reward_model:
+        reward = model_reward(run.folder)
+        assert len(reward(["hen"], ["egg"])) == 1
+        assert "more than the reward model's context of 32" in refused(reward, ["hen"], ["egg " * 40])
+
+
+def test_max_length_counts_where_it_is_shorter(bases):
+    table = load_examples([dict(prompt="hen", completion="egg " * n) for n in (1, 2, 40)])
+    _, reading = read_examples(tokenizer, table, 30, context=CONTEXT)
+    assert reading.left_out == {"too long": [2], "longer than the model's context of 32 tokens": [3]}
+    why = refused(encode_rows, tokenizer, table.select([1]), 30, context=CONTEXT)
+    assert why.endswith("1 too long, with max_length=30. Raise max_length.")
+    report = data_report(tokenizer, table, 512, model=loaded(bases["gpt2"])[0])
+    assert (
+        report.left_out == {"longer than the model's context of 32 tokens": [3]}
+        and report.figure().png()[:4] == b"\x89PNG"
+    )
+
+
+def test_the_filling_of_a_packed_row_has_no_positions_of_its_own():
+    packed = pack_row([encode_chat(tokenizer, TALK)])
+    length = packed["document_lengths"][0]
+    assert packed["position_ids"][0].tolist() == [*range(length), *[0] * (packed["input_ids"].shape[1] - length)]
