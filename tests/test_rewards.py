@@ -696,7 +696,7 @@ def test_rewards_that_hardly_differ():
     assert hardly_differ([0.5, 0.505], 1.0) and not hardly_differ([0.5, 0.505], 0.1)
 
 
-def test_a_reward_model_reads_the_text_that_it_learned_on(tmp_path):
+def test_a_reward_model_reads_the_text_that_it_learned_on(tmp_path, monkeypatch):
     """All turns before the answer, in the same template, with the same end: what comes through a reward is what the
     trained head says of the ids that were trained on"""
     model, tokenizer = load_model(small_base(), "none", "fp32", verbose=False)
@@ -716,7 +716,8 @@ def test_a_reward_model_reads_the_text_that_it_learned_on(tmp_path):
     alone = judge(["Who?"], [pairs[0]["chosen"]])
     assert alone != pytest.approx(want, abs=1e-5) and alone == judge([turns[1:]], [pairs[0]["chosen"]])
     assert judge(["Who?"], [""], [turns]) != alone  # an empty answer is one, too
-    assert "the reward model reads at most" in refused(judge, ["Who?"], ["hen " * 3000])
+    monkeypatch.setattr(preference, "context_length", lambda model: 64)  # as of a model with a table of positions
+    assert "the reward model reads at most 64 tokens" in refused(judge, ["Who?"], ["hen " * 100])
 
 
 def test_an_evaluation_names_missing_answers_before_it_generates(monkeypatch):
