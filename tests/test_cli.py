@@ -191,7 +191,10 @@ def test_a_run_is_a_base(finished, monkeypatch):
     assert main(["ppo", "--base", "first", *rounds.split(), *reward, "--out", "second"]) == 0
     run = Run.open(finished.parent / "second")
     assert run.info["reward"] == dict(
-        kind="built_in", spec="exact_answer=1,reference_overlap=0.5", names=["exact_answer", "reference_overlap"]
+        kind="built_in",
+        spec="exact_answer=1,reference_overlap=0.5",
+        names=["exact_answer", "reference_overlap"],
+        weights=dict(exact_answer=1.0, reference_overlap=0.5),
     )
     r = lambda folder: json.loads((folder / "adapter/adapter_config.json").read_text(encoding="utf-8"))["r"]
     assert r(run.folder) == r(finished) == 4, "the adapter of the first run was trained on"

@@ -386,7 +386,7 @@ def test_a_base_that_changed_is_refused(tmp_path, monkeypatch, capsys):
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    check(["resume", "out"], ["b", "not those the run was started with"], tmp_path, capsys)
+    check(["resume", "out"], ["b", "not as it was when the run was started"], tmp_path, capsys)
 
 
 def test_an_unfinished_run_is_not_begun_again(stopped, tmp_path, capsys):

@@ -89,9 +89,11 @@ def test_a_run_as_base_and_a_reward_from_a_file_that_is_executed_once():
     assert main(["ppo", "--base", "first", "--reward", "judge.py:short", "--out", "second", *rounds]) == 0
     assert Path("executed").read_text() == "x"
     run = Run.open("second")
-    assert run.info["reward"] == dict(
-        kind="file", spec="judge.py:short", names=["short"]
-    ) and "--base first" in as_command(run)
+    told = run.info["reward"]
+    assert (told["kind"], told["spec"], told["names"]) == ("file", "judge.py:short", ["short"]) and told["code"][
+        "short"
+    ]
+    assert "--base first" in as_command(run)
     assert weights(again(run)) == weights(run)
     assert weights(run) != weights(first)
     assert main(["evaluate", "--task", "judge.py:short", "--limit", "2", "--max_new_tokens", "4", "--json"]) == 0
@@ -162,7 +164,8 @@ def test_a_reward_model_has_no_command():
 
     run = reward_model(*model(), "pairs.jsonl", RewardModelArgs(max_steps=1, batch_size=2, out="judge", **SMALL))
     refused(run, "no command takes RewardModelArgs")
-    assert find_reward(model_reward("judge")).record == dict(kind="function", spec="", names=["judge"])
+    told = find_reward(model_reward("judge")).record
+    assert (told["kind"], told["spec"], told["names"]) == ("function", "", ["judge"]) and told["code"]["judge"]
 
 
 def test_a_resume_wants_the_same_reward():

@@ -700,7 +700,7 @@ def test_pairs_beyond_the_context_are_left_out(bases, recipe, Args, tmp_path):
     if recipe is reward_model:
         reward = model_reward(run.folder)
         assert len(reward(["hen"], ["egg"])) == 1
-        assert "more than the reward model's context of 32" in refused(reward, ["hen"], ["egg " * 40])
+        assert "the reward model reads at most 32" in refused(reward, ["hen"], ["egg " * 40])
 
 
 def test_max_length_counts_where_it_is_shorter(bases):

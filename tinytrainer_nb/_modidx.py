@@ -2561,6 +2561,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'tinytrainer_nb/recipes/trainer.py'),
                                                 'tinytrainer_nb.recipes.trainer._need_intact': ( 'recipes/trainer.html#_need_intact',
                                                                                                  'tinytrainer_nb/recipes/trainer.py'),
+                                                'tinytrainer_nb.recipes.trainer._progress': ( 'recipes/trainer.html#_progress',
+                                                                                              'tinytrainer_nb/recipes/trainer.py'),
                                                 'tinytrainer_nb.recipes.trainer._schedule': ( 'recipes/trainer.html#_schedule',
                                                                                               'tinytrainer_nb/recipes/trainer.py'),
                                                 'tinytrainer_nb.recipes.trainer._seconds': ( 'recipes/trainer.html#_seconds',

@@ -409,16 +409,15 @@ def encode_text(
 
 # %% ../../nbs/data/03_tokens.ipynb #a5a9abc9
 def filling(
-    tokens: int,        # real ones in a row
-    multiple: int = 64, # of the smallest rows
+    tokens: int,                 # real ones in a row
+    multiple: int | None = None, # of the row's length; None: few lengths, eight between a power of two and the next
 ) -> int:
-    "Tokens that fill a row up to the next of eight lengths between a power of two and the next, so that few are used."
-    step = max(multiple, 2 ** (tokens.bit_length() - 1) // 8)
-    return -tokens % step
+    "Tokens that fill a row up; without a `multiple` to one of few lengths, at least 64."
+    return -tokens % (multiple or max(64, 2 ** (tokens.bit_length() - 1) // 8))
 
 def pack_row(
     rows: list[dict],   # of "input_ids" and "labels"
-    multiple: int = 64, # T is a multiple of it
+    multiple: int | None = None, # T is a multiple of it; None: as `filling` has it
 ) -> dict: # `input_ids`, `position_ids` (1, T); `logits_to_keep`, `shift_labels` (learned tokens,); `document_lengths`
     "Documents laid end to end in one row of T tokens."
     fill = filling(sum(len(r["input_ids"]) for r in rows), multiple)
@@ -469,7 +468,7 @@ def _trees(rows: list[dict]) -> list[list[dict]]:
 
 def pack_trees(
     rows: list[dict],   # of `prompt`, `completion` (token ids), `group`; a group shares its prompt and stands together
-    multiple: int = 64, # T is a multiple of it
+    multiple: int | None = None, # T is a multiple of it; None: as `filling` has it
 ) -> dict:              # tensors of one row of T tokens, as from `pack_row`
     "Every prompt once and its completions behind it, end to end; a tree's entry in `document_lengths` is a tuple."
     ids, positions, lengths, keep = [], [], [], []

@@ -253,5 +253,5 @@ def _write_merged(model, tokenizer, folder: Path, dtype: torch.dtype) -> None:
     tokenizer.save_pretrained(folder)
     plain.generation_config = kept
     write_generation_config(plain, tokenizer, folder)
-    again = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    again = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     _need_same(exact_logits(plain), exact_logits(again), "what was written")

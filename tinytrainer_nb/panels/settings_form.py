@@ -35,7 +35,7 @@ def field_widget(field, value) -> widgets.Widget:
 def read_widget(field, widget):
     "What the widget says, as the field's type. Raises `TinyTrainerError` if it is not allowed."
     if isinstance(widget.value, str): return parse_value(field, widget.value)
-    return check_value(field, number_in(widget) if isinstance(widget, widgets.FloatText) else widget.value)
+    return check_value(field, number_in(widget) if field_type(field) is int else widget.value)
 
 # %% ../../nbs/panels/02_settings_form.ipynb #0a84e1f6
 def _ends(field) -> tuple: # None where there is no bound

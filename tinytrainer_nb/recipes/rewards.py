@@ -268,6 +268,8 @@ class Reward:
         return [_number(name, value, p, c) for value, p, c in zip(values, prompts, completions)]
 
 # %% ../../nbs/recipes/08_rewards.ipynb #f4bfd16a
+_OURS = "__reward_file__" # a mark in the modules that are made of reward files
+
 def _bytecode(code: CodeType) -> list:
     "What a function does, without the places where it was written."
     def constant(value):
@@ -310,8 +312,6 @@ def record(self) -> dict: # kind, spec, names, weights by name; `code` by name o
     return dict(kind=kind, spec=self.spec, names=names, weights={name: self.parts[name][1] for name in names}, **code)
 
 # %% ../../nbs/recipes/08_rewards.ipynb #1191585a
-_OURS = "__reward_file__" # a mark in the modules that are made of them
-
 def _executed(path: Path) -> ModuleType:
     "A file as a module of its own name: two files called alike do not meet."
     name = f"{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"

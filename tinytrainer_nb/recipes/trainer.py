@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from ..core import PLAIN, TinyTrainerError, builds, file_hash, patch_to, processes, progress
-from ..core import quiet, read_json, read_typed, remove_whole, same_file, share, visible
+from ..core import quiet, read_typed, remove_whole, same_file, share, visible
 from ..core import whole_folder, write_json
 from ..settings import may_change
 from ..hardware import peak_memory
@@ -346,7 +346,7 @@ PROGRESS = dict(tokens="count", seconds="number", settings={...: PLAIN}, best=_B
 def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
     "Copy the trained tensors into place. Raises `TinyTrainerError` if the checkpoint is damaged or of another model."
     checkpoint = Path(resume_from_checkpoint)
-    done = read_typed(checkpoint / "progress.json", PROGRESS, need=tuple(PROGRESS))
+    done = _progress(checkpoint)
     _need_intact(checkpoint, done["sha256"])
     load_trained(self.model, checkpoint / "trained.safetensors")
     self.tokens, self.seconds, self.best = done["tokens"], done["seconds"], done["best"]
@@ -355,6 +355,10 @@ def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
             same_file(checkpoint / BEST, folder / self.best_weights.name)
     for name in may_change(self.settings):
         if name in done["settings"]: setattr(self.settings, name, done["settings"][name])
+
+def _progress(checkpoint: Path) -> dict:
+    "What a checkpoint notes beside its tensors. Raises `TinyTrainerError` if the file is damaged."
+    return read_typed(checkpoint / "progress.json", PROGRESS, need=tuple(PROGRESS))
 
 def _need_intact(checkpoint: Path, hashes: dict[str, str]) -> None: # by file name
     "Raises `TinyTrainerError` if a file is not as it was written."
@@ -578,7 +582,7 @@ def _train_from(self, checkpoint: Path | None, step: int) -> None:
 def _is_over(self, checkpoint: Path | None, step: int) -> bool:
     "Whether a checkpoint is that of the last step: of the last one there is, or the one at which patience ended."
     if step >= self.settings.max_steps: return True
-    return checkpoint is not None and self.out_of_patience(read_json(checkpoint / "progress.json")["best"])
+    return checkpoint is not None and self.out_of_patience(_progress(checkpoint)["best"])
 
 @contextlib.contextmanager
 def cache_setting_kept(config):

@@ -136,6 +136,7 @@ def need_own(self) -> None:
     "Raise `TinyTrainerError` if something in the folder is a link that leads out of it, or a file in a folder's place."
     here = self.folder.resolve()
     for above, folders, files in os.walk(self.folder):
+        if Path(above) == self.folder / "requests": continue # read with care, and never written through
         for path in (Path(above, name) for name in (*folders, *files)):
             inside = path.exists() and here in Path(os.path.realpath(path)).parents
             if path.is_symlink() and not inside:
