@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tinytrainer_nb.core import data_file, whole_folder, write_json
 
 LAYERS = 2
+ROWS = [dict(prompt=f"How many legs have {n} hens?", completion=f"{2 * n} legs") for n in range(2, 18)]
 
 
 @functools.cache

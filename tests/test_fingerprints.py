@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import small_base
+from small import ROWS, small_base
 
 from tinytrainer_nb.all import (
     GenerateArgs,
@@ -31,7 +31,6 @@ from tinytrainer_nb.compute.decode import Decoder
 from tinytrainer_nb.core import TinyTrainerError
 from tinytrainer_nb.recipes.rewards import code_hash, find_reward
 
-ROWS = [dict(prompt=f"How many legs have {n} hens?", completion=f"{2 * n} legs") for n in range(2, 18)]
 FEW = dict(eval_steps=0, save_steps=1, sample_steps=0, batch_size=2)
 
 

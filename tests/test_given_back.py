@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from small import small_base
+from small import ROWS, small_base
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 
@@ -46,7 +46,6 @@ from tinytrainer_nb.notebooks import Parameter, anchor_paths, parameter_value
 from tinytrainer_nb.panels.settings_form import settings_form
 from tinytrainer_nb.settings import fields, parse_value
 
-ROWS = [dict(prompt=f"How many legs have {n} hens?", completion=f"{2 * n} legs") for n in range(2, 18)]
 FEW = dict(eval_steps=0, save_steps=0, sample_steps=0, batch_size=4)
 
 
@@ -184,7 +183,7 @@ print(json.dumps(used))
 """
 
 
-FILLING = pytest.mark.xfail(strict=False, reason="in bf16 compiled products still come in after step 20, up to 256")
+FILLING = pytest.mark.xfail(strict=True, reason="in bf16 compiled products still come in after step 20, up to 256")
 
 
 @pytest.mark.slow

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['LARGEST', 'PLAIN', 'BUILDING', 'TinyTrainerError', 'MissingFile', 'processes', 'share', 'gathered', 'patiently',
            'where_possible', 'sync_file', 'sync_folder', 'hidden_beside', 'write_whole', 'plain', 'write_json',
-           'need_flat', 'need_file', 'read_json', 'unfit', 'read_typed', 'need_fit', 'same_file', 'file_hash',
-           'need_no_link', 'remove_whole', 'whole_folder', 'visible', 'one_line', 'say', 'Markup', 'escaped', 'inert',
-           'shell_line', 'may_be_on_hub', 'local_path', 'is_there', 'shipped', 'data_file', 'short_name',
-           'shipped_notebooks', 'in_notebook', 'progress', 'quiet', 'builds', 'patch_to', 'repeated_share']
+           'need_flat', 'need_file', 'read_json', 'is_number', 'unfit', 'read_typed', 'need_fit', 'same_file',
+           'file_hash', 'need_no_link', 'remove_whole', 'whole_folder', 'visible', 'one_line', 'say', 'Markup',
+           'escaped', 'inert', 'shell_line', 'may_be_on_hub', 'local_path', 'is_there', 'shipped', 'data_file',
+           'short_name', 'shipped_notebooks', 'in_notebook', 'progress', 'quiet', 'builds', 'patch_to',
+           'repeated_share']
 
 # %% ../nbs/00_core.ipynb #a2756417
 import builtins, contextlib, datetime, decimal, errno, functools, hashlib, html, inspect, json, math, os, re
@@ -143,15 +144,15 @@ def read_json(path: Path | str):
 LARGEST = 2**53 # of counts; a float cannot tell larger ones apart
 PLAIN = "text|number|flag?" # what settings hold
 
-def _is_number(value) -> bool: return type(value) in (int, float) and abs(value) <= 1e100 # NaN is not
+def is_number(value) -> bool: return type(value) in (int, float) and abs(value) <= 1e100 # NaN is not
 
 _SORTS = dict( # word: whether a value is so, how an error calls it
     text=(lambda v: isinstance(v, str), "a text"),
     flag=(lambda v: isinstance(v, bool), "true or false"),
-    number=(_is_number, "a number"),
+    number=(is_number, "a number"),
     whole=(lambda v: type(v) is int, "a whole number"), # of any size, such as a seed
     count=(lambda v: type(v) is int and 0 <= v <= LARGEST, "a whole number from 0"),
-    moment=(lambda v: _is_number(v) and 0 <= v < 2.5e11, "a time in seconds since 1970"),
+    moment=(lambda v: is_number(v) and 0 <= v < 2.5e11, "a time in seconds since 1970"),
     object=(lambda v: isinstance(v, dict), "an object"),
     list=(lambda v: isinstance(v, list), "a list"),
 )

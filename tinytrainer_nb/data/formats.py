@@ -9,7 +9,7 @@ __all__ = ['PACKED', 'TEXT_SUFFIXES', 'READERS', 'ABOUT_DATA', 'SPLITS', 'ROLES'
            'data_origin', 'empty_rows', 'as_examples', 'load_prompts']
 
 # %% ../../nbs/data/02_formats.ipynb #dc122039
-import bisect, bz2, csv, datetime, gzip, io, json, lzma, math, re
+import bisect, bz2, contextlib, csv, datetime, gzip, io, json, lzma, math, re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -799,8 +799,7 @@ def _plain(value):
 def _odd_column(name: str, values: list) -> Dataset | None:
     "A column of JSON, or of its text; None if it cannot be. NaN among other things, as pandas has it, says nothing."
     values = [None if isinstance(v, float) and math.isnan(v) else v for v in values]
-    try: return _json_column(name, values)
-    except Exception: pass # the values may be anything
+    with contextlib.suppress(Exception): return _json_column(name, values) # the values may be anything
     try: return _column(name, [None if v is None else json.dumps(_plain(v)) for v in values])
     except Exception: return None
 

@@ -6,8 +6,8 @@
 __all__ = ['read_data', 'train']
 
 # %% ../../nbs/recipes/16_train.ipynb #6b6b211a
-from ..core import TinyTrainerError, data_file, patch_to, say, share, write_json
 import contextlib
+from ..core import TinyTrainerError, data_file, patch_to, say, share, write_json
 from ..settings import Settings
 from ..data.arguments import DataArgs
 from ..runs.lock import TURN

@@ -10,7 +10,7 @@ import json, os, threading, time
 from itertools import islice
 from pathlib import Path
 from ..core import MissingFile, need_file, need_flat, need_no_link, patch_to, plain, sync_file
-from ..core import unfit, write_whole
+from ..core import is_number, unfit, write_whole
 
 # %% ../../nbs/runs/01_journal.ipynb #6f1908c3
 class Journal:
@@ -138,7 +138,7 @@ class _Column:
 
     def read(self) -> tuple[list[int], list[float]]: # steps, values
         "All its numbers so far."
-        new = [e for e in islice(self.events, self.seen, None) if _is_number(e.get(self.name))]
+        new = [e for e in islice(self.events, self.seen, None) if is_number(e.get(self.name))]
         self.steps += [e["step"] for e in new]
         self.values += [e[self.name] for e in new]
         self.seen = len(self.events)
@@ -147,11 +147,9 @@ class _Column:
     def is_figure(self) -> bool:
         "Whether there is a number in it; looks no further than to the first."
         while not self.figure and self.looked < len(self.events):
-            self.figure = _is_number(self.events[self.looked].get(self.name))
+            self.figure = is_number(self.events[self.looked].get(self.name))
             self.looked += 1
         return self.figure
-
-def _is_number(value) -> bool: return type(value) in (int, float) and abs(value) <= 1e100 # nothing computes with more
 
 # %% ../../nbs/runs/01_journal.ipynb #2d8b5c85
 class _Kind:
