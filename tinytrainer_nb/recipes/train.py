@@ -62,6 +62,7 @@ def _go_on(run: Run, live: bool, reward, accept) -> Run:
     if reward is not None and not recipe.rounds:
         raise TinyTrainerError(f"{run.folder}: a run of {recipe.name} has no reward. Leave it out.")
     given = dict(judge=_judge(run, reward, accept)) if recipe.rounds else {}
+    if run.leads: run._tell_resume(run.info)
     model, tokenizer = at_start(run)
     return start(run, model, tokenizer, args, module.built, live, **module.read_back(run, tokenizer, args), **given)
 
@@ -92,7 +93,6 @@ def resume(
     with self._given_back(before):
         if before["status"] == "finished":
             raise TinyTrainerError(f"{self.folder}: another process has just finished this run.")
-        self._tell_resume(before)
         return _go_on(self, live, reward, accept)
 
 @patch_to(Run)
