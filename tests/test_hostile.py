@@ -435,7 +435,7 @@ def test_names_forge_no_line_in_a_terminal(runs, tmp_path, monkeypatch):
     assert "tinytrainer chat $'evil\\x1b[2J\\x0d" in said
     replace_field(Path(name, "run.json"), "recipe", EVIL)
     replace_field(Path(name, "run.json"), "status", "stopped")
-    closed(["resume", name], monkeypatch, 2)  # where it goes on, and that there is no such recipe
+    closed(["resume", name], monkeypatch, 1)
 
 
 def test_a_journal_forges_no_line_in_a_terminal(runs, tmp_path, monkeypatch):
