@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core import TinyTrainerError
+from ..data.tokens import filling
 
 # %% ../../nbs/compute/05_logprobs.ipynb #726857fc
 def _scaled(logits: Tensor, temperature: float, with_entropy: bool) -> Tensor: # (k, V)
@@ -97,8 +98,11 @@ def token_logprobs(
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
     weight, bias = head.weight.to(dtype), head.bias if head.bias is None else head.bias.to(dtype)
+    fill = -len(labels) % chunk # one shape, for each is compiled
+    hidden, filled = F.pad(hidden.to(dtype), (0, 0, 0, fill)), F.pad(labels, (0, fill))
     with torch.autocast(device, enabled=False):
-        return _TokenLogprobs.apply(hidden.to(dtype), weight, bias, labels, temperature, chunk)
+        logprobs, entropy = _TokenLogprobs.apply(hidden, weight, bias, filled, temperature, chunk)
+    return logprobs[:len(labels)], entropy[:len(labels)]
 
 # %% ../../nbs/compute/05_logprobs.ipynb #8e769db8
 def need_plain_logits(
@@ -132,14 +136,16 @@ class _TokenLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, labels, chunk, room): # (K, width), (V, width), (K,)
         learns, weight_learns = any(ctx.needs_input_grad), ctx.needs_input_grad[1]
         total = torch.zeros((), device=hidden.device)
+        hidden = F.pad(hidden, (0, 0, 0, filling(len(labels) % chunk))) # few shapes, for each is compiled
         ctx.slope = torch.empty_like(hidden if learns else hidden[:0])
         ctx.by_weight = None
         space = room(min(chunk, len(hidden)), len(weight), hidden) # one for all chunks
         for i, (part, label) in enumerate(zip(hidden.split(chunk), labels.split(chunk))):
             logits = torch.mm(part, weight.t(), out=space[:len(part)])
-            for some in zip(logits.split(32), label.split(32)): total -= to_slope(*some)[0].sum()
+            for some in zip(logits[:len(label)].split(32), label.split(32)): total -= to_slope(*some)[0].sum()
             if learns: torch.mm(logits, weight, out=ctx.slope[i * chunk:i * chunk + len(part)])
             if weight_learns: ctx.by_weight = _added(ctx.by_weight, logits.t() @ part)
+        ctx.slope = ctx.slope[:len(labels)]
         return total
 
     @staticmethod

@@ -337,14 +337,16 @@ def _batch(n: int, starts: Tensor, sizes: Tensor, T: int, heads: int, groups: in
 # %% ../../nbs/model/02_attention.ipynb #3e160f79
 @functools.lru_cache(maxsize=8)
 def _batches(lengths: tuple, heads: int, groups: int, multiple: int = 32) -> list[_Batch]:
-    "One batch for each rounded length."
+    "Batches of one rounded length, of as many documents as a power of two: few shapes, for each is compiled."
     members, starts = {}, [0, *itertools.accumulate(lengths)]
     for start, n in zip(starts, lengths):
         members.setdefault(_rounded_up(n, multiple), []).append((start, n))
     batches = []
     for n, found in members.items():
-        starts, sizes = torch.tensor(found).unbind(1)
-        batches.append(_batch(n, starts, sizes, sum(lengths), heads, groups))
+        for count in (1 << i for i in range(len(found).bit_length()) if len(found) >> i & 1):
+            starts, sizes = torch.tensor(found[-count:]).unbind(1)
+            batches.append(_batch(n, starts, sizes, sum(lengths), heads, groups))
+            del found[-count:]
     return batches
 
 # %% ../../nbs/model/02_attention.ipynb #63831092
