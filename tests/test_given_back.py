@@ -183,11 +183,8 @@ print(json.dumps(used))
 """
 
 
-FILLING = pytest.mark.xfail(strict=True, reason="in bf16 compiled products still come in after step 20, up to 256")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [pytest.param("bf16", marks=FILLING), "fp32"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_memory_does_not_grow_with_steps(tmp_path, dtype):
     if dtype == "bf16" and not torch.cpu._is_avx512_bf16_supported():
         pytest.skip("needs a processor with bf16 instructions: without them nothing is compiled for each length")
