@@ -5,9 +5,11 @@ import gc
 
 import pytest
 import torch
+import torch.nn.functional as F
 from live import adapter
 from safetensors.torch import load
 from small import small_base
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     LlamaConfig,
@@ -55,6 +57,7 @@ from tinytrainer_nb.recipes.sft import sft
 from tinytrainer_nb.recipes.trainer import RunTrainer
 from tinytrainer_nb.runs.run import Run
 
+aten = torch.ops.aten
 SHAPE = dict(
     vocab_size=199,
     hidden_size=64,
@@ -627,3 +630,44 @@ def test_an_exception_that_is_kept_keeps_no_copies(monkeypatch):
             getattr(x, name, None) is not None for x in left for name in ("copy", "held", "there", "back_there")
         )
     )
+
+
+def shapes_of_products(act) -> set[tuple]:
+    "The shapes that matrix products take, by their first and last sizes."
+    found = set()
+
+    class Shapes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket in (aten.mm, aten.bmm, aten.baddbmm):
+                found.add(tuple(tuple(x.shape) for x in args if isinstance(x, torch.Tensor)))
+            return function(*args, **kwargs or {})
+
+    with Shapes():
+        act()
+    return found
+
+
+def test_products_have_few_shapes():
+    "Each shape is compiled in bf16: documents of any number, and rows of any number in a loss"
+    generator = torch.Generator().manual_seed(0)
+
+    def attend():
+        for _ in range(60):
+            count = int(torch.randint(1, 17, (), generator=generator))
+            lengths = torch.randint(33, 96, (count,), generator=generator).tolist()
+            q, k, v = (torch.randn(sum(lengths), heads, 8, requires_grad=True) for heads in (4, 2, 2))
+            attend_documents(q, k, v, lengths, 0.3).sum().backward()
+
+    assert len(shapes_of_products(attend)) <= 2 * 5 * 4  # lengths of 64 and 96, of 1, 2, 4, 8, 16 documents
+    hidden, weight, labels = torch.randn(600, 16, requires_grad=True), torch.randn(50, 16), torch.arange(600) % 50
+
+    def losses():
+        for count in range(1, 600, 7):
+            token_loss(hidden[:count], weight, labels[:count]).backward()
+
+    assert len(shapes_of_products(losses)) <= 4 * 2  # 64, 128, 192 and 256 rows
+    for count in (1, 63, 64, 65, 256, 300, 599):
+        ours, theirs = hidden[:count].detach().requires_grad_(), hidden[:count].detach().requires_grad_()
+        token_loss(ours, weight, labels[:count]).backward()
+        F.cross_entropy(theirs @ weight.t(), labels[:count], reduction="sum").backward()
+        torch.testing.assert_close(ours.grad, theirs.grad)
