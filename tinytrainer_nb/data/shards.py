@@ -6,7 +6,7 @@
 __all__ = ['MAGIC', 'VERSION', 'BLOCK', 'NAME', 'FORMAT', 'INFO', 'WHOLE', 'Header', 'token_dtype', 'ShardWriter', 'read_header',
            'Shard', 'TokenStream', 'are_shards', 'Shards', 'open_shards']
 
-# %% ../../nbs/data/06_shards.ipynb #56e003b2
+# %% ../../nbs/data/06_shards.ipynb #a9cf4fc7
 import bisect, contextlib, functools, hashlib, json, os, struct, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 from ..core import LARGEST, TinyTrainerError, hidden_beside, local_path, need_fit, need_no_link
 from ..core import patch_to, patiently, read_json, sync_file, sync_folder, write_json
 
-# %% ../../nbs/data/06_shards.ipynb #ed8d6a77
+# %% ../../nbs/data/06_shards.ipynb #d259df30
 MAGIC, VERSION = b"ttshard\n", 1
 BLOCK = 2**20 # bytes that one checksum covers
 _HEADER = struct.Struct("<8sIIQQ32s32s32x")
@@ -42,7 +42,7 @@ class Header:
     @property
     def size(self) -> int: return self.table_at + _SUM * self.blocks # bytes
 
-# %% ../../nbs/data/06_shards.ipynb #9a3631f3
+# %% ../../nbs/data/06_shards.ipynb #9ea30198
 def _packed(h: Header, checksum: bytes) -> bytes: # 128
     "The header as bytes."
     return _HEADER.pack(MAGIC, VERSION, h.width, h.tokens, h.documents, bytes.fromhex(h.tokenizer), checksum)
@@ -55,7 +55,7 @@ def token_dtype(vocabulary: int) -> np.dtype: # vocabulary: number of tokens
     "The numbers that token ids are kept in."
     return np.dtype("<u2" if vocabulary <= 2**16 else "<u4")
 
-# %% ../../nbs/data/06_shards.ipynb #948dca19
+# %% ../../nbs/data/06_shards.ipynb #c72aeab2
 class ShardWriter:
     "A context that writes one shard, whole or not at all."
     def __init__(self, path: Path, dtype: np.dtype, tokenizer: str): # tokenizer: its hash
@@ -84,7 +84,7 @@ class ShardWriter:
             if error is not None: self.beside.unlink(missing_ok=True)
         if error is None: _rename(self.beside, self.path)
 
-# %% ../../nbs/data/06_shards.ipynb #b4e6008d
+# %% ../../nbs/data/06_shards.ipynb #832710aa
 @patch_to(ShardWriter)
 def _finish(self) -> None:
     "Write ends, table and header, and force them to the disk."
@@ -117,7 +117,7 @@ def _rename(beside: Path, path: Path) -> None:
     patiently(os.replace, beside, path)
     sync_folder(path.parent)
 
-# %% ../../nbs/data/06_shards.ipynb #6cea9a4b
+# %% ../../nbs/data/06_shards.ipynb #12342068
 _AGAIN = "Copy it again from where it came, or prepare the data again."
 
 def read_header(
@@ -148,7 +148,7 @@ def _read_fields(path: Path, start: bytes) -> Header:
         raise TinyTrainerError(f"{path}: its header is not as it was written. {_AGAIN}")
     return Header(width, tokens, documents, tokenizer.hex(), checksum.hex())
 
-# %% ../../nbs/data/06_shards.ipynb #84be68ef
+# %% ../../nbs/data/06_shards.ipynb #909d3b4d
 class Shard:
     "A shard on the disk, read in place. Raises `TinyTrainerError` for a damaged one."
     def __init__(self, path: Path, checked: bool = False): # checked: whether all its blocks are known to be right
@@ -175,7 +175,7 @@ class Shard:
             self._body = np.memmap(self.path, np.uint8, "r", _HEADER.size, (size,)) if size else np.zeros(0, np.uint8)
         return self._body
 
-# %% ../../nbs/data/06_shards.ipynb #b90c8b05
+# %% ../../nbs/data/06_shards.ipynb #b907a7f4
 @patch_to(Shard)
 def _need(self, start: int, stop: int) -> None: # bytes of the body
     "Check the blocks that these bytes lie in. Raises `TinyTrainerError` for one that is not as it was written."
@@ -193,12 +193,12 @@ def _part(self, start: int, stop: int, dtype) -> np.ndarray: # bytes of the body
     if not self.checked: self._need(start, stop)
     return self.body[start:stop].view(dtype)
 
-# %% ../../nbs/data/06_shards.ipynb #c8ab9bea
+# %% ../../nbs/data/06_shards.ipynb #d6b5a944
 @patch_to(Shard)
 def read(self, start: int, stop: int) -> np.ndarray: # (stop - start,), not to be written to
     "Tokens `start` to `stop`. Raises `TinyTrainerError` for damage."
-    width = self.header.width
-    return self._part(start * width, min(stop, len(self)) * width, self.header.dtype)
+    start, stop, width = int(start), min(int(stop), len(self)), self.header.width # NumPy's own would wrap around
+    return self._part(start * width, stop * width, self.header.dtype)
 
 @patch_to(Shard)
 def check(self) -> None:
@@ -213,7 +213,7 @@ def ends(self) -> np.ndarray: # (documents,)
     start = self.header.ends_at - _HEADER.size
     return self._part(start, start + 8 * self.header.documents, "<u8")
 
-# %% ../../nbs/data/06_shards.ipynb #ff9f6382
+# %% ../../nbs/data/06_shards.ipynb #2903e522
 class TokenStream:
     "The tokens of several shards, end to end, read in place."
     def __init__(self, shards: list[Shard]):
@@ -224,7 +224,7 @@ class TokenStream:
 
     def read(self, start: int, stop: int) -> np.ndarray: # (stop - start,)
         "Tokens `start` to `stop`, across the borders of files. Raises `TinyTrainerError` for damage."
-        stop = min(stop, len(self))
+        start, stop = int(start), min(int(stop), len(self))
         parts, i = [], bisect.bisect_right(self.starts, start) - 1
         while start < stop:
             upto = min(stop, self.starts[i + 1])
@@ -232,7 +232,7 @@ class TokenStream:
             start, i = upto, i + 1
         return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.uint16), *parts])
 
-# %% ../../nbs/data/06_shards.ipynb #5da61d9a
+# %% ../../nbs/data/06_shards.ipynb #7e6f190a
 NAME, FORMAT = "shards.json", "tinytrainer shards"
 _FILE = dict(name="text", part=("train", "heldout"), tokens="count", documents="count", checksum="text")
 INFO = dict(format="text", version="count", tokenizer="text", dtype=("uint16", "uint32"), vocabulary="count",
@@ -257,7 +257,7 @@ def _read_info(folder: Path) -> dict:
         f"{path}: of version {info.get('version')}, and this program reads version {VERSION}. Prepare the data again.")
     return need_fit(path, info, INFO, tuple(INFO))
 
-# %% ../../nbs/data/06_shards.ipynb #bfbc46c6
+# %% ../../nbs/data/06_shards.ipynb #3c5366cf
 def _opened(folder: Path, entry: dict, info: dict) -> Shard:
     "The shard of an entry of shards.json. Raises `TinyTrainerError` for another one."
     path = folder / entry["name"]
@@ -275,7 +275,7 @@ def _opened(folder: Path, entry: dict, info: dict) -> Shard:
         f"{path}: is another shard than the one that {NAME} names; was it swapped or replaced? {_AGAIN}")
     return shard
 
-# %% ../../nbs/data/06_shards.ipynb #80272dfe
+# %% ../../nbs/data/06_shards.ipynb #d255e0fa
 WHOLE = 2 * 10**9 # bytes that are checked at once
 _CHECKED = ".checked.json"
 
@@ -297,7 +297,7 @@ def _check(folder: Path, shards: list[Shard]) -> None:
     if marks != known and settled: # a file that was changed just now may change again within a tick of its clock
         with contextlib.suppress(OSError, TinyTrainerError): write_json(folder / _CHECKED, marks)
 
-# %% ../../nbs/data/06_shards.ipynb #e28cb0e0
+# %% ../../nbs/data/06_shards.ipynb #87018c39
 class Shards:
     "An opened folder of shards: what shards.json says (`info`), and the tokens of its two parts."
     def __init__(self, folder: Path, info: dict, shards: dict[str, list[Shard]]):
