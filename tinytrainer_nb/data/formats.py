@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PACKED', 'TEXT_SUFFIXES', 'READERS', 'ABOUT_DATA', 'SPLITS', 'ROLES', 'SAID', 'ASKING', 'STYLES', 'TALKS', 'KINDS',
            'KNOWN_COLUMNS', 'ASKED', 'ANSWERS', 'SYSTEM', 'MEANT', 'MAPPINGS', 'ASIDE', 'BESIDE', 'UNFIT', 'WRITTEN',
-           'NEEDED', 'Source', 'read_rows', 'find_kind', 'Mapping', 'need_data', 'load_examples', 'Sourced',
-           'data_origin', 'empty_rows', 'as_examples', 'load_prompts']
+           'NEEDED', 'Source', 'folder_files', 'read_rows', 'find_kind', 'Mapping', 'need_data', 'load_examples',
+           'Sourced', 'data_origin', 'empty_rows', 'as_examples', 'load_prompts']
 
 # %% ../../nbs/data/02_formats.ipynb #dc122039
 import bisect, bz2, contextlib, csv, datetime, gzip, io, json, lzma, math, re
@@ -200,8 +200,9 @@ def _hidden(path: Path) -> bool:
     "Whether a file, or a folder it lies in, begins with a dot."
     return any(part.startswith(".") for part in path.parts)
 
-def _read_folder(path: Path, split: str) -> tuple[list[dict], Source]:
-    "The data files below a folder as one data set, or its texts if it holds none; stderr says what is left out."
+def folder_files(path: Path, split: str) -> list[Path]:
+    """The data files below a folder that are one data set, or its texts if it holds none; stderr says what is left out.
+    Raises `TinyTrainerError` if there are none."""
     files = [f for f in sorted(path.rglob("*")) if f.is_file() and not _hidden(f.relative_to(path))]
     tables = [f for f in files if _format(f) in READERS and f.name.lower() not in ABOUT_DATA]
     texts = [f for f in files if _format(f) in TEXT_SUFFIXES]
@@ -212,7 +213,12 @@ def _read_folder(path: Path, split: str) -> tuple[list[dict], Source]:
                                f"{f', only {only}' if files else ''}. Name a data file, or a folder of data or texts.")
     _need_one_part(path, chosen)
     _say_files(path, files, chosen)
-    return _read_shards(path, chosen) if tables else _read_texts(path, chosen)
+    return chosen
+
+def _read_folder(path: Path, split: str) -> tuple[list[dict], Source]:
+    "The files of a folder as one data set."
+    files = folder_files(path, split)
+    return _read_texts(path, files) if _format(files[0]) in TEXT_SUFFIXES else _read_shards(path, files)
 
 # %% ../../nbs/data/02_formats.ipynb #e2d05b69
 ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "state.json") # what `datasets` writes beside the data
@@ -866,11 +872,13 @@ def _from_hub(name: str, config: str | None, split: str) -> tuple[list[dict], So
     try:
         if not constants.HF_HUB_OFFLINE: get_session().head(constants.ENDPOINT, timeout=5)
         return load_dataset(name, config, split=split).to_list(), Source(f"{full}, {split}")
-    except Exception as e:
-        why = " ".join(str(e).split())
-        raise TinyTrainerError(f"{full}: not a file here, and not to be had from the Hub ({why:.160}). "
-                               "Check the name, or get the file elsewhere and give its path; "
-                               "HF_HUB_OFFLINE=1 takes what was loaded before.") from None
+    except Exception as e: raise _from_hub_failed(full, e) from None
+
+def _from_hub_failed(full: str, e: Exception) -> TinyTrainerError:
+    why = " ".join(str(e).split())
+    return TinyTrainerError(f"{full}: not a file here, and not to be had from the Hub ({why:.160}). "
+                            "Check the name, or get the file elsewhere and give its path; "
+                            "HF_HUB_OFFLINE=1 takes what was loaded before.")
 
 def _dicts(rows: list) -> list[dict]:
     "`rows`, if each is a dict of named fields."
