@@ -4,24 +4,28 @@
 
 # %% auto #0
 __all__ = ['TinyTrainerError', 'data_file', 'read_json', 'write_json', 'hardware', 'peak_memory', 'seed_everything', 'DataArgs',
-           'load_examples', 'load_prompts', 'encode_rows', 'CORPUS_PROMPT', 'Run', 'LoadArgs', 'LoraArgs',
-           'TinyLoraArgs', 'count_trainable', 'clear_cache', 'model_preset', 'new_model', 'add_lora', 'stack_adapter',
-           'adapter_line', 'add_tinylora', 'from_line', 'load_model', 'save_merged', 'GenerateArgs', 'Rollouts',
-           'generate', 'stream', 'run_figure', 'story_figure', 'Chat', 'DataReport', 'data_report', 'DPOArgs',
-           'GRPOArgs', 'PPOArgs', 'PretrainArgs', 'RewardModelArgs', 'SFTArgs', 'sft', 'pretrain', 'train_tokenizer',
-           'Reward', 'exact_answer', 'find_reward', 'flexible_answer', 'format_reward', 'length_reward',
-           'reference_overlap', 'repetition_reward', 'dpo', 'model_reward', 'reward_model', 'sample_pairs', 'ppo',
-           'group_advantages', 'grpo', 'Evaluation', 'answer_table', 'compare', 'evaluate', 'score_table',
-           'run_settings', 'as_command', 'as_parameters', 'as_python', 'settings_form', 'chat_panel', 'rollout_panel',
-           'dial_panel', 'compare_panel', 'follow', 'has_front_end', 'launch_panel', 'run_panel']
+           'PrepareArgs', 'prepare', 'open_shards', 'open_sources', 'load_examples', 'load_prompts', 'encode_rows',
+           'CORPUS_PROMPT', 'Run', 'LoadArgs', 'LoraArgs', 'TinyLoraArgs', 'count_trainable', 'clear_cache',
+           'model_preset', 'new_model', 'add_lora', 'stack_adapter', 'adapter_line', 'add_tinylora', 'from_line',
+           'load_model', 'load_tokenizer', 'save_merged', 'GenerateArgs', 'Rollouts', 'generate', 'stream',
+           'run_figure', 'story_figure', 'Chat', 'DataReport', 'data_report', 'DPOArgs', 'GRPOArgs', 'PPOArgs',
+           'PretrainArgs', 'RewardModelArgs', 'SFTArgs', 'sft', 'pretrain', 'train_tokenizer', 'Reward', 'exact_answer',
+           'find_reward', 'flexible_answer', 'format_reward', 'length_reward', 'reference_overlap', 'repetition_reward',
+           'dpo', 'model_reward', 'reward_model', 'sample_pairs', 'ppo', 'group_advantages', 'grpo', 'Evaluation',
+           'answer_table', 'compare', 'evaluate', 'score_table', 'run_settings', 'as_command', 'as_parameters',
+           'as_python', 'settings_form', 'chat_panel', 'rollout_panel', 'dial_panel', 'compare_panel', 'follow',
+           'has_front_end', 'launch_panel', 'run_panel']
 
 # %% ../nbs/99_all.ipynb #b4febece
 from .core import TinyTrainerError, data_file, read_json, write_json
 from .hardware import hardware, peak_memory, seed_everything
-from .data.arguments import DataArgs
+from .data.arguments import DataArgs, PrepareArgs
 from .data.formats import load_examples, load_prompts
 from .data.rows import encode_rows
 from .data.tinyworld import CORPUS_PROMPT
+from .data.shards import open_shards
+from .data.prepare import prepare
+from .data.order import open_sources
 from .runs.run import Run
 from .model.arguments import LoadArgs, LoraArgs, TinyLoraArgs
 from .model.layers import count_trainable
@@ -29,7 +33,7 @@ from .model.cache import clear_cache
 from .model.base import model_preset, new_model
 from .model.lora import add_lora, stack_adapter
 from .model.tinylora import adapter_line, add_tinylora, from_line
-from .model.load import load_model
+from .model.load import load_model, load_tokenizer
 from .model.export import save_merged
 from .compute.arguments import GenerateArgs
 from .compute.generate import Rollouts, generate, stream
@@ -58,9 +62,10 @@ from .panels.run_panel import follow, has_front_end, launch_panel, run_panel
 # %% ../nbs/99_all.ipynb #3985fd64
 _all_ = [
     "TinyTrainerError", "data_file", "read_json", "write_json", "hardware", "peak_memory", "seed_everything",
-    "DataArgs", "load_examples", "load_prompts", "encode_rows", "CORPUS_PROMPT", "Run",
+    "DataArgs", "PrepareArgs", "prepare", "open_shards", "open_sources", "load_examples", "load_prompts", "encode_rows", "CORPUS_PROMPT", "Run",
     "LoadArgs", "LoraArgs", "TinyLoraArgs", "count_trainable", "clear_cache", "model_preset", "new_model",
-    "add_lora", "stack_adapter", "adapter_line", "add_tinylora", "from_line", "load_model", "save_merged",
+    "add_lora", "stack_adapter", "adapter_line", "add_tinylora", "from_line", "load_model", "load_tokenizer",
+    "save_merged",
     "GenerateArgs", "Rollouts", "generate", "stream",
     "run_figure", "story_figure", "Chat", "DataReport", "data_report",
     "DPOArgs", "GRPOArgs", "PPOArgs", "PretrainArgs", "RewardModelArgs", "SFTArgs",

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'Parser', 'add_settings', 'read_settings', 'with_config', 'recipe_flags', 'read_data_settings', 'report',
-           'train_command', 'resume_command', 'evaluate_command', 'chat_command', 'cache_command', 'notebook_command',
-           'quiet_libraries', 'quiet_bars', 'main']
+           'train_command', 'prepare_command', 'resume_command', 'evaluate_command', 'chat_command', 'cache_command',
+           'notebook_command', 'quiet_libraries', 'quiet_bars', 'main']
 
 # %% ../nbs/91_cli.ipynb #6dbdfd67
 import argparse, contextlib, difflib, glob, json, logging, os, sys, time, warnings
@@ -16,7 +16,7 @@ from . import __version__
 from .core import TinyTrainerError, local_path, one_line, read_json, say
 from .core import shell_line, shipped_notebooks
 from .settings import allowed, as_text, field_type, parse_value, suggestion
-from .data.arguments import DataArgs
+from .data.arguments import DataArgs, PrepareArgs
 from .model.arguments import LoadArgs, LoraArgs, need_base
 from .recipes.table import RECIPES, Recipe
 
@@ -117,10 +117,14 @@ def read_data_settings(values: dict) -> DataArgs:
     if isinstance(columns, dict): columns = ",".join(f"{new}={old}" for new, old in columns.items())
     return read_settings(DataArgs, values | dict(columns=columns))
 
-def _need(load: LoadArgs, data: DataArgs) -> None:
+def _need(load: LoadArgs, data: DataArgs, reads_shards: bool = False) -> None:
     "Raise `TinyTrainerError` for a base or data that are not there, before PyTorch is imported."
     need_base(load.base)
     if not data.data: return
+    from tinytrainer_nb.data.order import are_sources
+    if are_sources(data.data):
+        if reads_shards: return
+        raise TinyTrainerError(f"{data.data}: is data prepared for pretraining, which only `tinytrainer pretrain` reads.")
     from tinytrainer_nb.data.formats import need_data
     need_data(data.data)
 
@@ -167,7 +171,7 @@ def train_command(recipe: Recipe, parser: Parser, given: dict) -> int: # exit st
     out = local_path(args.out)
     if out.is_file():
         raise TinyTrainerError(f"{args.out}: is a file, so no run can be made there. Choose another --out.")
-    _need(load, data)
+    _need(load, data, reads_shards=recipe.name == "pretrain")
     try: report(_trained(recipe, args, load, data, lora, values.get("reward", "exact_answer")))
     except TinyTrainerError as e:
         run = _begun_here(out)
@@ -179,6 +183,30 @@ def train_command(recipe: Recipe, parser: Parser, given: dict) -> int: # exit st
         left = f": {run.how_to_resume()} goes on." if run else " before the run began."
         say("", f"interrupted{left}", error=True)
         return 130
+    return 0
+
+# %% ../nbs/91_cli.ipynb #ad31da8c
+def _prepare_flags(parser: Parser) -> None:
+    add_settings(parser, LoadArgs, "whose tokenizer", without=("quantization", "dtype"))
+    add_settings(parser, DataArgs, "the text", data="must be named")
+    add_settings(parser, PrepareArgs, "what is made of it")
+
+def prepare_command(parser: Parser, given: dict) -> int: # exit status
+    "Turn text into shards of tokens. Raises `TinyTrainerError` for text that cannot be read."
+    load, data, args = read_settings(LoadArgs, given), read_data_settings(given), read_settings(PrepareArgs, given)
+    if not data.data: raise TinyTrainerError("prepare turns text into tokens: name a file, a folder or a Hub data set "
+                                             "with --data.")
+    if data.data != "tinyworld": _need(load, data)
+    from tinytrainer_nb.data.prepare import need_out, prepare, summary_of
+    need_out(local_path(args.out))
+    from tinytrainer_nb.recipes.pretrain import tokenizer_for
+    quiet_bars()
+    tokenizer = tokenizer_for(load.base, data.data, data.columns or None, data.split)
+    try: shards = prepare(data.data, tokenizer, args, data.columns or None, data.split)
+    except KeyboardInterrupt:
+        say("", "interrupted: the same command goes on.", error=True)
+        return 130
+    say(*summary_of(shards), f"next: {shell_line('tinytrainer', 'pretrain', '--base', load.base, '--data', args.out)}")
     return 0
 
 # %% ../nbs/91_cli.ipynb #e96090d7
@@ -345,6 +373,7 @@ COMMANDS = { # name: what it does, its flags, what to call
     "run": ("Execute a notebook with other parameters.", _run_flags, notebook_command),
     **{row.name: (row.help, partial(recipe_flags, row), partial(train_command, row))
        for row in RECIPES.values() if row.command},
+    "prepare": ("Turn text into tokens for pretraining: files that are read in place.", _prepare_flags, prepare_command),
     "evaluate": ("Score a model on data that it has not seen.", _evaluate_flags, evaluate_command),
     "resume": ("Go on with an interrupted run, exactly where it was.", _resume_flags, resume_command),
     "chat": ("Talk to a model in the terminal.", _chat_flags, chat_command),

@@ -6,7 +6,7 @@
 __all__ = ['PIECES_OF_RAMP', 'Windows', 'permuted', 'counts', 'Piece', 'pieces_of', 'Mix', 'Samples', 'source_weights',
            'weight_of', 'are_sources', 'Sources', 'open_sources', 'heldout_windows', 'training_samples']
 
-# %% ../../nbs/data/10_order.ipynb #1c2e1420
+# %% ../../nbs/data/10_order.ipynb #a9a75508
 import functools, hashlib, math
 from dataclasses import dataclass
 from fractions import Fraction
@@ -14,7 +14,7 @@ import numpy as np
 from ..core import TinyTrainerError, is_there
 from .shards import Shards, TokenStream, are_shards, open_shards
 
-# %% ../../nbs/data/10_order.ipynb #a6ee51ef
+# %% ../../nbs/data/10_order.ipynb #cb35a253
 class Windows:
     "A stream of tokens as windows of `length` + 1 tokens; each but the first token is predicted once."
     def __init__(self, stream: TokenStream, length: int): self.stream, self.length = stream, length
@@ -25,7 +25,7 @@ class Windows:
         if not 0 <= i < len(self): raise IndexError(i)
         return self.stream.read(i * self.length, (i + 1) * self.length + 1)
 
-# %% ../../nbs/data/10_order.ipynb #b0570243
+# %% ../../nbs/data/10_order.ipynb #993b3ed4
 _MASK, _ROUNDS = 2**64 - 1, 8
 
 @functools.lru_cache(1024)
@@ -51,7 +51,7 @@ def _feistel(x, bits: int, keys: tuple[int, ...]): # x: int or uint64 (N,), belo
         low, high = high, low
     return x
 
-# %% ../../nbs/data/10_order.ipynb #c8c410ea
+# %% ../../nbs/data/10_order.ipynb #0a5550b9
 def permuted(
     i,          # int, or integers (N,), from 0 to n - 1
     n: int,     # how many there are
@@ -67,7 +67,7 @@ def permuted(
     while x >= n: x = _feistel(x, bits, keys)
     return x
 
-# %% ../../nbs/data/10_order.ipynb #710aad0e
+# %% ../../nbs/data/10_order.ipynb #9a534453
 def _tree(weights: tuple[int, ...]) -> tuple: # nested pairs of (weight, left, right), leaves (weight, source)
     "Sources joined in pairs, the lightest first."
     nodes = [(w, k) for k, w in enumerate(weights) if w]
@@ -95,7 +95,7 @@ def counts(
     _share_out(_tree(weights), n, found)
     return [found.get(k, n * 0) for k in range(len(weights))]
 
-# %% ../../nbs/data/10_order.ipynb #f4973edd
+# %% ../../nbs/data/10_order.ipynb #67d981fe
 PIECES_OF_RAMP = 1024
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _apportioned(lacking: list[Fraction], seats: int) -> tuple[int, ...]: # lack
     while sum(given) > seats: given[min((k for k, g in enumerate(given) if g), key=short)] -= 1
     return tuple(given)
 
-# %% ../../nbs/data/10_order.ipynb #d03fdddc
+# %% ../../nbs/data/10_order.ipynb #270103de
 def _whole(weights: list[Fraction]) -> tuple[int, ...]:
     "Weights as whole numbers without a common divisor."
     denominator = math.lcm(*(w.denominator for w in weights))
@@ -146,7 +146,7 @@ def pieces_of(
     if start + ramp < stop: found.append(Piece(start + ramp, stop, _whole(last), tuple(given)))
     return found
 
-# %% ../../nbs/data/10_order.ipynb #65bb661f
+# %% ../../nbs/data/10_order.ipynb #89838835
 class Mix:
     "Which source each sample comes from, from its number alone."
     def __init__(self, pieces: list[Piece], total: int):
@@ -172,7 +172,7 @@ class Mix:
         source = next(k for k, (a, b) in enumerate(zip(now, then)) if b > a)
         return source, p.before[source] + now[source]
 
-# %% ../../nbs/data/10_order.ipynb #6fe1b0a6
+# %% ../../nbs/data/10_order.ipynb #8a8abab1
 class Samples:
     "The samples of a training in their order, for any `DataLoader`: sample n is computed from n alone."
     def __init__(self, windows: list[Windows], names: list[str], mix: Mix, seed: int):
@@ -196,7 +196,7 @@ class Samples:
         given = self.mix.counts(self.mix.total if n is None else n)
         return [count / size for count, size in zip(given, self.sizes)]
 
-# %% ../../nbs/data/10_order.ipynb #89120b06
+# %% ../../nbs/data/10_order.ipynb #85fd0d72
 def source_weights(text: str) -> dict[str, Fraction]:
     "Folders and weights of `DIR=3,DIR2=1`. Raises `TinyTrainerError` for a weight that is no positive number."
     if is_there(text): return {text: Fraction(1)}
@@ -210,7 +210,7 @@ def source_weights(text: str) -> dict[str, Fraction]:
 
 def weight_of(text, what: str) -> Fraction:
     "A weight as it was written. Raises `TinyTrainerError` if it is no positive number of at most 9 places."
-    try: weight = Fraction(str(text))
+    try: weight = Fraction(str(text)) # also 1/3
     except (ValueError, ZeroDivisionError): weight = Fraction(0)
     if 0 < weight <= 10**9 and weight.denominator <= 10**9: return weight
     raise TinyTrainerError(f"{what} is {str(text)!r:.40}, but it must be a positive number, such as 3 or 0.25.")
@@ -221,7 +221,7 @@ def are_sources(data) -> bool:
     return are_shards(data) or not is_there(data) and any(
         are_shards(part.strip().rpartition("=")[0] or part) or are_shards(part.strip()) for part in data.split(","))
 
-# %% ../../nbs/data/10_order.ipynb #b6a2940d
+# %% ../../nbs/data/10_order.ipynb #e7d9c402
 @dataclass
 class Sources:
     "Prepared folders with their weights."
@@ -235,6 +235,13 @@ class Sources:
         "What a run keeps of them."
         return [dict(folder=str(s.folder.resolve()), checksum=s.checksum, weight=str(w), train=len(s.train),
                      heldout=len(s.heldout)) for s, w in zip(self.shards, self.weights)]
+
+    def origin(self) -> dict:
+        "The same with how to name them again, and their figures together."
+        asked = ",".join(f"{s.folder}={w}" for s, w in zip(self.shards, self.weights))
+        if len(self.shards) == 1: asked = str(self.shards[0].folder)
+        total = {name: sum(s.info[name] for s in self.shards) for name in ("documents", "tokens")}
+        return dict(name=asked, asked=dict(data=asked, columns="", split="train"), sources=self.record()) | total
 
 def open_sources(
     data: str | dict,             # DIR, DIR=3,DIR2=1, or weights by folder
@@ -251,7 +258,7 @@ def open_sources(
         if not len(s.train): raise TinyTrainerError(f"{s.folder}: holds no tokens to train on.")
     return Sources(shards, [weight_of(w, f"the weight of {f}") for f, w in weights.items()])
 
-# %% ../../nbs/data/10_order.ipynb #86ea1c04
+# %% ../../nbs/data/10_order.ipynb #ba5914c5
 def heldout_windows(sources: Sources, length: int, most: int) -> list[np.ndarray]: # of (length + 1,) or fewer
     "Windows for the evaluation, at most `most`."
     windows = [Windows(s.heldout, length) for s in sources.shards]
