@@ -6,7 +6,7 @@
 __all__ = ['SMALLEST', 'LARGEST_UNIT', 'UNITS', 'LONGEST', 'PIECE', 'LARGEST_JSON', 'ROWS', 'KINDS_OF_UNITS', 'Unit', 'unit_size',
            'halved', 'text_column', 'memory_rows', 'Data', 'open_data']
 
-# %% ../../nbs/data/08_units.ipynb #51c70a39
+# %% ../../nbs/data/08_units.ipynb #6b5a824e
 import bz2, csv, gzip, io, itertools, json, lzma
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from .formats import _check_header, _format, _from_hub_failed, _hub_id, _listed,
 from .formats import _read_bytes, _read_json, _read_text
 from .tinyworld import corpus
 
-# %% ../../nbs/data/08_units.ipynb #e1efbeba
+# %% ../../nbs/data/08_units.ipynb #ec1187c1
 SMALLEST, LARGEST_UNIT, UNITS = 4 * 2**20, 256 * 2**20, 64 # bytes of a unit; as many units as there are, in between
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def _runs(sizes: list[int], size: int) -> Iterator[tuple[int, int]]:
             start, total = i + 1, 0
     if start < len(sizes): yield start, len(sizes)
 
-# %% ../../nbs/data/08_units.ipynb #70fbbfeb
+# %% ../../nbs/data/08_units.ipynb #c0b21997
 _OPEN = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open,
          ".zst": lambda path: pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")}
 
@@ -82,7 +82,7 @@ def _line_at(path: Path, at: int) -> tuple[int, int]: # at: byte of the unpacked
             column = len(data) - data.rfind(b"\n") if b"\n" in data else column + len(data)
     return line, column
 
-# %% ../../nbs/data/08_units.ipynb #c6f1cc69
+# %% ../../nbs/data/08_units.ipynb #6f4ff687
 def _decoded(path: Path, data: bytes, at: int) -> str: # at: byte where `data` begins
     "A part of a file as text. Raises `TinyTrainerError` for bytes that are none."
     try: text = data.decode("utf-8")
@@ -94,7 +94,7 @@ def _decoded(path: Path, data: bytes, at: int) -> str: # at: byte where `data` b
     line, column = _line_at(path, at + bad)
     raise TinyTrainerError(f"{path}, line {line}: its byte {column} {found}.")
 
-# %% ../../nbs/data/08_units.ipynb #159839eb
+# %% ../../nbs/data/08_units.ipynb #fdcf3254
 LONGEST, PIECE = 8 * 2**20, 2**20 # bytes: of a text file that is one document, and of the pieces of a longer one
 
 def _cut(data: bytes, least: int = 0) -> int: # least: smallest answer
@@ -115,7 +115,7 @@ def _pieces_of(path: Path, f, start: int, stop: int | None) -> Iterator[tuple[st
         yield _decoded(path, data[:end], start), start
         start, data = start + end, data[end:]
 
-# %% ../../nbs/data/08_units.ipynb #7018db1d
+# %% ../../nbs/data/08_units.ipynb #363d798e
 def _texts(unit: Unit, column: str) -> Iterator[tuple[str, int]]:
     "Text files, each a document."
     for i, name in enumerate(unit.files): yield _read_text(Path(name)), i
@@ -140,7 +140,7 @@ def _halves(unit: Unit, column: str) -> Iterator[tuple[str, int]]:
     yield data[:unit.stop].decode(), 0
     yield data[unit.stop:].decode(), unit.stop
 
-# %% ../../nbs/data/08_units.ipynb #a9eb7802
+# %% ../../nbs/data/08_units.ipynb #5ad06f7f
 def _text_units(files: list[Path]) -> list[Unit]:
     "The units of text files."
     sizes = {f: f.stat().st_size for f in files}
@@ -167,7 +167,9 @@ def halved(unit: Unit, share: float) -> Unit: # share: of the second part
     at = _cut(data[:end], max(0, end - max(2000, end // 50)))
     return Unit("halves", unit.files, 0, at)
 
-# %% ../../nbs/data/08_units.ipynb #df6f4d82
+# %% ../../nbs/data/08_units.ipynb #006c578f
+_BLANK = b"\xef\xbb\xbf \t\r\n" # of a line, with the mark that Windows puts in front of a file
+
 def _lines(unit: Unit, column: str) -> Iterator[tuple[str | None, int]]:
     "The lines of a JSONL file, from byte `start` to `stop`; of a packed one all."
     path, at = Path(unit.files[0]), unit.start
@@ -176,7 +178,7 @@ def _lines(unit: Unit, column: str) -> Iterator[tuple[str | None, int]]:
         while not unit.stop or at < unit.stop:
             line = f.readline()
             if not line: return
-            if line.strip(b"\xef\xbb\xbf \t\r\n"): yield _field_of(_row(path, line, at), column, path, at), at
+            if line.strip(_BLANK): yield _field_of(_row(path, line, at), column, path, at), at
             at += len(line)
 
 def _row(path: Path, line: bytes, at: int) -> dict:
@@ -194,7 +196,7 @@ def _field_of(row: dict, column: str, path, at: int) -> str | None:
     where = f"{path}, line {_line_at(path, at)[0]}" if isinstance(path, Path) else f"{path}, row {at + 1}"
     raise TinyTrainerError(f"{where}, field {column!r}: expected text, found {text!r:.60}. Correct it there.")
 
-# %% ../../nbs/data/08_units.ipynb #01504e05
+# %% ../../nbs/data/08_units.ipynb #d7d0d095
 def _line_units(path: Path, size: int) -> list[Unit]:
     "The units of a JSONL file."
     if _packed(path): return [Unit("lines", (str(path),))]
@@ -207,7 +209,7 @@ def _line_units(path: Path, size: int) -> list[Unit]:
     cuts = sorted({*cuts, total})
     return [Unit("lines", (str(path),), a, b) for a, b in zip(cuts, cuts[1:])]
 
-# %% ../../nbs/data/08_units.ipynb #5f9e1106
+# %% ../../nbs/data/08_units.ipynb #f8c3bf0d
 def _groups(unit: Unit, column: str) -> Iterator[tuple[str | None, int]]:
     "Groups of rows of a Parquet file."
     path = Path(unit.files[0])
@@ -235,7 +237,7 @@ def _group_units(path: Path, size: int) -> list[Unit]:
     sizes = [about.row_group(i).total_byte_size for i in range(about.num_row_groups)]
     return [Unit("groups", (str(path),), a, b) for a, b in _runs(sizes, size)]
 
-# %% ../../nbs/data/08_units.ipynb #9fcbba4c
+# %% ../../nbs/data/08_units.ipynb #5bbde13f
 LARGEST_JSON = 256 * 2**20 # bytes of a file that must be read whole
 
 def _cells(unit: Unit, column: str) -> Iterator[tuple[str | None, int]]:
@@ -268,7 +270,7 @@ def _json_rows(path: Path) -> list[dict]:
     raise TinyTrainerError(f"{path}: {size / 1e6:.0f} MB of JSON would have to be read whole. "
                            "Write it with one object a line, as .jsonl.")
 
-# %% ../../nbs/data/08_units.ipynb #f08e9a55
+# %% ../../nbs/data/08_units.ipynb #cb3a8376
 def text_column(columns: dict | str | None) -> str:
     "The data's column that holds the texts. Raises `TinyTrainerError` for columns that name none."
     pairs = _pairs(columns)
@@ -292,11 +294,12 @@ def _first_names(path: Path) -> list[str]:
             return [name.strip() for name in next(csv.reader(f), [])]
     if kind == ".json": rows = _json_rows(path)
     else:
-        with _stream(path) as f: lines = [line for line in itertools.islice(f, 100) if line.strip()]
-        rows = [_row(path, line, 0) for line in lines]
+        with _stream(path) as f: lines = list(itertools.islice(f, 100))
+        starts = itertools.accumulate(map(len, lines), initial=0)
+        rows = [_row(path, line, at) for line, at in zip(lines, starts) if line.strip(_BLANK)]
     return list(dict.fromkeys(name for row in rows[:100] for name in row))
 
-# %% ../../nbs/data/08_units.ipynb #8a0cb3f3
+# %% ../../nbs/data/08_units.ipynb #eaca4a4b
 ROWS = 10_000 # of a `datasets.Dataset` in a unit
 
 def _memory_units(data) -> list[Unit]:
@@ -317,7 +320,7 @@ def memory_rows(data, unit: Unit, column: str) -> Iterator[tuple[str | None, int
                 f"the data, row {at + 1}: found {row!r:.60}, and a document is a text, or a row with a text.")
             yield _field_of(row, column, "the data", at), at
 
-# %% ../../nbs/data/08_units.ipynb #a506b2f7
+# %% ../../nbs/data/08_units.ipynb #87bcffe1
 @dataclass
 class Data:
     "Data that is ready to be read in units."
@@ -342,7 +345,7 @@ class Data:
 KINDS_OF_UNITS = {"texts": _texts, "pieces": _pieces, "packed text": _packed_text, "halves": _halves,
                   "lines": _lines, "groups": _groups, "cells": _cells, "objects": _objects}
 
-# %% ../../nbs/data/08_units.ipynb #9e9421a8
+# %% ../../nbs/data/08_units.ipynb #d5aaa14b
 def _open_files(path: Path, split: str, column: str) -> Data:
     "A file or a folder."
     files = folder_files(path, split) if path.is_dir() else [path]
@@ -366,7 +369,7 @@ def _open_hub(data: str, split: str, column: str) -> Data:
     except Exception as e: raise _from_hub_failed(f"{name}:{config}" if config else name, e) from None
     return Data(data, column, None, rows, [name, config, split])
 
-# %% ../../nbs/data/08_units.ipynb #602f9cb1
+# %% ../../nbs/data/08_units.ipynb #a105e3d5
 def open_data(
     data,                              # a file, a folder, a Hub id, tinyworld, a list, or a data set of `datasets`
     columns: dict | str | None = None, # {"text": "content"}, or text=content
