@@ -1,4 +1,4 @@
-"""The data path of pretraining: shards that refuse damage, preparations that survive kills, an order from one integer."""
+"""The data path of pretraining: shards refuse damage, preparations survive kills, the order comes from one integer."""
 
 import csv
 import gzip

@@ -62,7 +62,8 @@ from .panels.run_panel import follow, has_front_end, launch_panel, run_panel
 # %% ../nbs/99_all.ipynb #3985fd64
 _all_ = [
     "TinyTrainerError", "data_file", "read_json", "write_json", "hardware", "peak_memory", "seed_everything",
-    "DataArgs", "PrepareArgs", "prepare", "open_shards", "open_sources", "load_examples", "load_prompts", "encode_rows", "CORPUS_PROMPT", "Run",
+    "DataArgs", "PrepareArgs", "prepare", "open_shards", "open_sources",
+    "load_examples", "load_prompts", "encode_rows", "CORPUS_PROMPT", "Run",
     "LoadArgs", "LoraArgs", "TinyLoraArgs", "count_trainable", "clear_cache", "model_preset", "new_model",
     "add_lora", "stack_adapter", "adapter_line", "add_tinylora", "from_line", "load_model", "load_tokenizer",
     "save_merged",

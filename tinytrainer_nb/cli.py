@@ -124,7 +124,8 @@ def _need(load: LoadArgs, data: DataArgs, reads_shards: bool = False) -> None:
     from tinytrainer_nb.data.order import are_sources
     if are_sources(data.data):
         if reads_shards: return
-        raise TinyTrainerError(f"{data.data}: is data prepared for pretraining, which only `tinytrainer pretrain` reads.")
+        raise TinyTrainerError(f"{data.data}: is data prepared for pretraining, "
+                               "which only `tinytrainer pretrain` reads.")
     from tinytrainer_nb.data.formats import need_data
     need_data(data.data)
 
@@ -373,7 +374,8 @@ COMMANDS = { # name: what it does, its flags, what to call
     "run": ("Execute a notebook with other parameters.", _run_flags, notebook_command),
     **{row.name: (row.help, partial(recipe_flags, row), partial(train_command, row))
        for row in RECIPES.values() if row.command},
-    "prepare": ("Turn text into tokens for pretraining: files that are read in place.", _prepare_flags, prepare_command),
+    "prepare": ("Turn text into tokens for pretraining: files that are read in place.",
+                _prepare_flags, prepare_command),
     "evaluate": ("Score a model on data that it has not seen.", _evaluate_flags, evaluate_command),
     "resume": ("Go on with an interrupted run, exactly where it was.", _resume_flags, resume_command),
     "chat": ("Talk to a model in the terminal.", _chat_flags, chat_command),

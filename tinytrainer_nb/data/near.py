@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['WIDTH', 'KEPT', 'NEAR', 'letters', 'text_hash', 'Sketches', 'sketches', 'NearIndex']
 
-# %% ../../nbs/data/07_near.ipynb #1fc72974
+# %% ../../nbs/data/07_near.ipynb #5c83cd4c
 import hashlib
 from dataclasses import dataclass
 import numpy as np
 from ..core import patch_to
 
-# %% ../../nbs/data/07_near.ipynb #c4b6ff01
+# %% ../../nbs/data/07_near.ipynb #2ef0f81f
 _IGNORED = bytes(b for b in range(128) if not chr(b).isalnum())
 
 def letters(text: str) -> bytes:
@@ -23,7 +23,7 @@ def text_hash(text: str, its_letters: bytes) -> int: # 64 bits
     data = its_letters or text.encode("utf8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
-# %% ../../nbs/data/07_near.ipynb #a6d779ba
+# %% ../../nbs/data/07_near.ipynb #7d2fe104
 WIDTH = 24 # letters of a window
 _P = 0x9E3779B1 # odd
 
@@ -43,7 +43,7 @@ def _windows(data: np.ndarray) -> np.ndarray: # uint8 (N,) to uint32 (N - WIDTH 
     number ^= number >> np.uint32(13)
     return number
 
-# %% ../../nbs/data/07_near.ipynb #708530c7
+# %% ../../nbs/data/07_near.ipynb #f22bdcd2
 KEPT = 64 # numbers of a sketch
 _ALL = 2**32 - 1
 
@@ -64,7 +64,7 @@ class Sketches:
         empty = np.zeros(0, np.uint64), np.zeros((0, KEPT), np.uint32), np.zeros(0, np.uint32)
         return Sketches(*(np.concatenate([e, *f]) for e, f in zip(empty, fields)))
 
-# %% ../../nbs/data/07_near.ipynb #53c5b7a6
+# %% ../../nbs/data/07_near.ipynb #2be50e19
 _PIECE = 2**18 # letters whose numbers are computed at once, so that they stay in the processor's cache
 
 def _chosen(data: np.ndarray, lengths: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -82,7 +82,7 @@ def _chosen(data: np.ndarray, lengths: np.ndarray, bounds: np.ndarray) -> tuple[
     if not found: return np.zeros(0, np.int64), np.zeros(0, np.uint32)
     return tuple(np.concatenate(part) for part in zip(*found))
 
-# %% ../../nbs/data/07_near.ipynb #12b4c0cb
+# %% ../../nbs/data/07_near.ipynb #5fcb35cb
 def sketches(texts: list[str]) -> Sketches:
     "The sketches of documents."
     all_letters = [letters(text) for text in texts]
@@ -101,7 +101,7 @@ def sketches(texts: list[str]) -> Sketches:
     hashes = [text_hash(text, part) for text, part in zip(texts, all_letters)]
     return Sketches(np.array(hashes, np.uint64), kept, limits)
 
-# %% ../../nbs/data/07_near.ipynb #093d22a6
+# %% ../../nbs/data/07_near.ipynb #b92f0003
 NEAR = 0.4      # share of the smaller sketch
 _EVIDENCE = 4   # numbers that two sketches must have in common, where they do not see all
 _COMMON = 50    # a window that more documents have is a set phrase
@@ -127,7 +127,7 @@ class NearIndex:
         step = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
         return np.repeat(hit // KEPT, count), self.document[np.repeat(self.first[at[hit]], count) + step]
 
-# %% ../../nbs/data/07_near.ipynb #a65daf57
+# %% ../../nbs/data/07_near.ipynb #c21a809c
 @patch_to(NearIndex)
 def near(self, found: Sketches) -> np.ndarray: # bool (documents,)
     "Which documents are near copies of a held-out one, or one themselves."

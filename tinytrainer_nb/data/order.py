@@ -6,7 +6,7 @@
 __all__ = ['PIECES_OF_RAMP', 'Windows', 'permuted', 'counts', 'Piece', 'pieces_of', 'Mix', 'Samples', 'source_weights',
            'weight_of', 'are_sources', 'Sources', 'open_sources', 'heldout_windows', 'training_samples']
 
-# %% ../../nbs/data/10_order.ipynb #a9a75508
+# %% ../../nbs/data/10_order.ipynb #6c801f87
 import functools, hashlib, math
 from dataclasses import dataclass
 from fractions import Fraction
@@ -14,7 +14,7 @@ import numpy as np
 from ..core import TinyTrainerError, is_there
 from .shards import Shards, TokenStream, are_shards, open_shards
 
-# %% ../../nbs/data/10_order.ipynb #cb35a253
+# %% ../../nbs/data/10_order.ipynb #5f04eeb6
 class Windows:
     "A stream of tokens as windows of `length` + 1 tokens; each but the first token is predicted once."
     def __init__(self, stream: TokenStream, length: int): self.stream, self.length = stream, length
@@ -25,7 +25,7 @@ class Windows:
         if not 0 <= i < len(self): raise IndexError(i)
         return self.stream.read(i * self.length, (i + 1) * self.length + 1)
 
-# %% ../../nbs/data/10_order.ipynb #993b3ed4
+# %% ../../nbs/data/10_order.ipynb #1f153756
 _MASK, _ROUNDS = 2**64 - 1, 8
 
 @functools.lru_cache(1024)
@@ -51,7 +51,7 @@ def _feistel(x, bits: int, keys: tuple[int, ...]): # x: int or uint64 (N,), belo
         low, high = high, low
     return x
 
-# %% ../../nbs/data/10_order.ipynb #0a5550b9
+# %% ../../nbs/data/10_order.ipynb #775324dd
 def permuted(
     i,          # int, or integers (N,), from 0 to n - 1
     n: int,     # how many there are
@@ -67,7 +67,7 @@ def permuted(
     while x >= n: x = _feistel(x, bits, keys)
     return x
 
-# %% ../../nbs/data/10_order.ipynb #9a534453
+# %% ../../nbs/data/10_order.ipynb #7922af42
 def _tree(weights: tuple[int, ...]) -> tuple: # nested pairs of (weight, left, right), leaves (weight, source)
     "Sources joined in pairs, the lightest first."
     nodes = [(w, k) for k, w in enumerate(weights) if w]
@@ -95,7 +95,7 @@ def counts(
     _share_out(_tree(weights), n, found)
     return [found.get(k, n * 0) for k in range(len(weights))]
 
-# %% ../../nbs/data/10_order.ipynb #67d981fe
+# %% ../../nbs/data/10_order.ipynb #64fe3254
 PIECES_OF_RAMP = 1024
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _apportioned(lacking: list[Fraction], seats: int) -> tuple[int, ...]: # lack
     while sum(given) > seats: given[min((k for k, g in enumerate(given) if g), key=short)] -= 1
     return tuple(given)
 
-# %% ../../nbs/data/10_order.ipynb #270103de
+# %% ../../nbs/data/10_order.ipynb #0d91089b
 def _whole(weights: list[Fraction]) -> tuple[int, ...]:
     "Weights as whole numbers without a common divisor."
     denominator = math.lcm(*(w.denominator for w in weights))
@@ -146,7 +146,7 @@ def pieces_of(
     if start + ramp < stop: found.append(Piece(start + ramp, stop, _whole(last), tuple(given)))
     return found
 
-# %% ../../nbs/data/10_order.ipynb #89838835
+# %% ../../nbs/data/10_order.ipynb #20ff6425
 class Mix:
     "Which source each sample comes from, from its number alone."
     def __init__(self, pieces: list[Piece], total: int):
@@ -172,7 +172,7 @@ class Mix:
         source = next(k for k, (a, b) in enumerate(zip(now, then)) if b > a)
         return source, p.before[source] + now[source]
 
-# %% ../../nbs/data/10_order.ipynb #8a8abab1
+# %% ../../nbs/data/10_order.ipynb #55b27187
 class Samples:
     "The samples of a training in their order, for any `DataLoader`: sample n is computed from n alone."
     def __init__(self, windows: list[Windows], names: list[str], mix: Mix, seed: int):
@@ -196,7 +196,7 @@ class Samples:
         given = self.mix.counts(self.mix.total if n is None else n)
         return [count / size for count, size in zip(given, self.sizes)]
 
-# %% ../../nbs/data/10_order.ipynb #85fd0d72
+# %% ../../nbs/data/10_order.ipynb #3ddbe24b
 def source_weights(text: str) -> dict[str, Fraction]:
     "Folders and weights of `DIR=3,DIR2=1`. Raises `TinyTrainerError` for a weight that is no positive number."
     if is_there(text): return {text: Fraction(1)}
@@ -221,7 +221,7 @@ def are_sources(data) -> bool:
     return are_shards(data) or not is_there(data) and any(
         are_shards(part.strip().rpartition("=")[0] or part) or are_shards(part.strip()) for part in data.split(","))
 
-# %% ../../nbs/data/10_order.ipynb #e7d9c402
+# %% ../../nbs/data/10_order.ipynb #cc78ec2b
 @dataclass
 class Sources:
     "Prepared folders with their weights."
@@ -258,7 +258,7 @@ def open_sources(
         if not len(s.train): raise TinyTrainerError(f"{s.folder}: holds no tokens to train on.")
     return Sources(shards, [weight_of(w, f"the weight of {f}") for f, w in weights.items()])
 
-# %% ../../nbs/data/10_order.ipynb #ba5914c5
+# %% ../../nbs/data/10_order.ipynb #b493281d
 def heldout_windows(sources: Sources, length: int, most: int) -> list[np.ndarray]: # of (length + 1,) or fewer
     "Windows for the evaluation, at most `most`."
     windows = [Windows(s.heldout, length) for s in sources.shards]
@@ -270,7 +270,7 @@ def heldout_windows(sources: Sources, length: int, most: int) -> list[np.ndarray
             for k, count in zip(usable, given) for i in range(min(count, len(windows[k])))]
 
 def training_samples(sources: Sources, length: int, total: int, seed: int, mix: Mix | None = None) -> Samples:
-    "The samples of a training of `total` samples."
+    "The samples of a training of `total` samples. Raises `TinyTrainerError` for a source without any."
     windows = [Windows(s.train, length) for s in sources.shards]
     for s, w in zip(sources.shards, windows):
         if not len(w): raise TinyTrainerError(f"{s.folder}: has {len(s.train)} tokens to train on, fewer than two.")

@@ -6,8 +6,8 @@
 __all__ = ['CHUNK', 'NAMED', 'tokenizer_hash', 'Encoder', 'Job', 'About', 'make_part', 'is_made', 'make_parts',
            'make_stream_parts', 'seeds', 'write_shards', 'need_out', 'prepare', 'summary_of']
 
-# %% ../../nbs/data/09_prepare.ipynb #e686a6bf
-import contextlib, io, itertools, json, multiprocessing, os, re, threading
+# %% ../../nbs/data/09_prepare.ipynb #dd09820b
+import contextlib, io, itertools, json, multiprocessing, os, re, signal, threading
 from array import array
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -28,7 +28,7 @@ from .tokens import _first, control_words, ensure_template, text_ids
 from .units import Data, Unit, halved, memory_rows, open_data
 from tokenizers import Tokenizer
 
-# %% ../../nbs/data/09_prepare.ipynb #e514662b
+# %% ../../nbs/data/09_prepare.ipynb #3db65f19
 _PROBE = "The cat, it's 2,019 -- naïve  Zoë\n\n\tsaid: \"ΑΒγ 你好 🙂\" don't\r\n  x=(1+23)*4; ÀÉ <s>a</s> HTTPServer 1e-5"
 
 def tokenizer_hash(tokenizer) -> str:
@@ -41,7 +41,7 @@ def tokenizer_hash(tokenizer) -> str:
     about = [vocabulary, merges, added, ids, _first(tokenizer), tokenizer.eos_token_id]
     return sha256(json.dumps(about).encode()).hexdigest()
 
-# %% ../../nbs/data/09_prepare.ipynb #38cc2eba
+# %% ../../nbs/data/09_prepare.ipynb #6abb2863
 CHUNK = 8000  # letters of a piece
 _AROUND = 50  # letters on both sides of a cut, with which it is tried
 _BETWEEN_WORDS = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
@@ -59,10 +59,10 @@ class Encoder:
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         "The ids of texts without special tokens, some at a time, as each token takes a hundred bytes."
-        parts = (self.fast.encode_batch_fast(texts[i:i + 64], add_special_tokens=False) for i in range(0, len(texts), 64))
-        return [found.ids for part in parts for found in part]
+        some = (texts[i:i + 64] for i in range(0, len(texts), 64))
+        return [found.ids for part in some for found in self.fast.encode_batch_fast(part, add_special_tokens=False)]
 
-# %% ../../nbs/data/09_prepare.ipynb #51871924
+# %% ../../nbs/data/09_prepare.ipynb #f1417a65
 @patch_to(Encoder)
 def _cuts(self, text: str) -> list[int]:
     "Where a text may be cut, at a space between two words."
@@ -86,7 +86,7 @@ def _pieces(self, texts: list[str]) -> list[list[str]]:
     return [[text[a + (self.gap if a else 0):b] for a, b in zip(own, [*own[1:], len(text)])]
             for text, own in zip(texts, cuts)]
 
-# %% ../../nbs/data/09_prepare.ipynb #8c305e76
+# %% ../../nbs/data/09_prepare.ipynb #2c55b6bc
 @patch_to(Encoder)
 def __call__(self, texts: list[str]) -> tuple[np.ndarray, list[int], int]:
     "The ids of all documents end to end, how many each has, and how many documents hold the text of a special token."
@@ -104,7 +104,7 @@ def __call__(self, texts: list[str]) -> tuple[np.ndarray, list[int], int]:
         lengths.append(len(flat) - before)
     return np.frombuffer(flat, np.uint32), lengths, len(special)
 
-# %% ../../nbs/data/09_prepare.ipynb #ecc0a507
+# %% ../../nbs/data/09_prepare.ipynb #9ded5bbc
 _BATCH = 2**20 # letters that are encoded at once
 
 @dataclass
@@ -140,7 +140,7 @@ class About:
         with np.load(path) as kept: k = dict(kept)
         return About(Sketches(k.pop("hashes"), k.pop("numbers"), k.pop("limits")), **k)
 
-# %% ../../nbs/data/09_prepare.ipynb #f95c2325
+# %% ../../nbs/data/09_prepare.ipynb #5ae09c96
 def _batches(documents: Iterator[tuple[str | None, int]], empty: array, rows: list[int]) -> Iterator[tuple[list, list]]:
     "Texts with their places, a megabyte at a time; the places of rows without text go to `empty`."
     texts, places, size = [], [], 0
@@ -180,7 +180,7 @@ def is_made(job: Job, i: int) -> bool:
         return len(About.read(job.path(i, "npz")).places) == part.header.documents
     except Exception: return False # cut, damaged, or of another time
 
-# %% ../../nbs/data/09_prepare.ipynb #09e70121
+# %% ../../nbs/data/09_prepare.ipynb #5fb81d86
 _JOB = None # of a working process
 
 def _begin(job: Job) -> None:
@@ -191,7 +191,7 @@ def _begin(job: Job) -> None:
     parent = multiprocessing.parent_process()
     def end_with_it():
         parent.join()
-        os._exit(1)
+        os.kill(os.getpid(), signal.SIGTERM)
     if parent is not None: threading.Thread(target=end_with_it, daemon=True).start()
 
 def _work(i: int) -> int:
@@ -236,7 +236,7 @@ def _alone(job: Job):
         if before is None: del os.environ["TOKENIZERS_PARALLELISM"]
         else: os.environ["TOKENIZERS_PARALLELISM"] = before
 
-# %% ../../nbs/data/09_prepare.ipynb #ee678348
+# %% ../../nbs/data/09_prepare.ipynb #6d0e43cc
 def make_stream_parts(job: Job) -> int: # parts
     "Make the parts of a stream, one after the other."
     rows, count = job.data.rows, 0
@@ -261,7 +261,7 @@ def _taken(rows) -> list[dict]:
         if size >= _STREAMED: break
     return found
 
-# %% ../../nbs/data/09_prepare.ipynb #6f389548
+# %% ../../nbs/data/09_prepare.ipynb #fbb16ef9
 def _lowest(hashes: np.ndarray, share: float) -> np.ndarray: # bool (documents,)
     "Which documents are held out by their hash."
     return hashes < np.uint64(min(int(share * 2**64), 2**64 - 1))
@@ -280,7 +280,7 @@ def seeds(parts: list[Path], share: float) -> Sketches:
     if not share or total < 2: return held.part(slice(0, 0))
     return held if 0 < len(held) < total else least
 
-# %% ../../nbs/data/09_prepare.ipynb #8bba3714
+# %% ../../nbs/data/09_prepare.ipynb #083808b3
 _RUN = 2**22 # tokens that are copied at once
 
 def _split(part: Shard, which: np.ndarray, path: Path): # which: bool (documents,)
@@ -315,7 +315,7 @@ def write_shards(job: Job, count: int, out: Path, share: float, forced: bool) ->
         _count(info, job, i, about, held)
     return info
 
-# %% ../../nbs/data/09_prepare.ipynb #c5aadb27
+# %% ../../nbs/data/09_prepare.ipynb #a4670283
 NAMED = 20 # held-out documents that are called by name, if there are no more
 
 def _count(info: dict, job: Job, i: int, about: About, held: np.ndarray) -> None:
@@ -329,7 +329,8 @@ def _count(info: dict, job: Job, i: int, about: About, held: np.ndarray) -> None
     info["heldout_documents"] += int(held.sum())
     info["near_copies"] += int(held.sum())
     if job.data.units is not None and len(info["heldout_names"]) <= NAMED:
-        info["heldout_names"] += [job.data.place(job.data.units[i], at) for at in about.places[held][:NAMED + 1].tolist()]
+        places = about.places[held][:NAMED + 1].tolist()
+        info["heldout_names"] += [job.data.place(job.data.units[i], at) for at in places]
 
 def _finish(info: dict, job: Job) -> dict:
     "The figures that follow from the others. Tokens in are tokens out."
@@ -342,7 +343,7 @@ def _finish(info: dict, job: Job) -> dict:
     return dict(format=FORMAT, version=VERSION, tokenizer=job.tokenizer, dtype=job.dtype.name,
                 vocabulary=len(encoder.tokenizer), bos=encoder.first, eos=encoder.end) | info | added
 
-# %% ../../nbs/data/09_prepare.ipynb #7d5466e4
+# %% ../../nbs/data/09_prepare.ipynb #1737cfba
 _PARTS = ".parts"
 
 def need_out(out: Path) -> None:
@@ -376,7 +377,7 @@ def _same_plan(job: Job) -> None:
     for old in (*job.folder.glob("*.bin"), *job.folder.glob("*.npz")): old.unlink()
     write_json(file, plan)
 
-# %% ../../nbs/data/09_prepare.ipynb #2df523d4
+# %% ../../nbs/data/09_prepare.ipynb #354a3711
 def prepare(
     data,                              # a file, a folder, a Hub id, tinyworld, a list, or a data set of `datasets`
     tokenizer,                         # of the model that will be trained
@@ -408,7 +409,7 @@ def _alone_of_its_kind(data: Data) -> bool:
     return len(units) == 1 and units[0].kind == "texts" and len(units[0].files) == 1 \
         and Path(units[0].files[0]).suffix not in PACKED
 
-# %% ../../nbs/data/09_prepare.ipynb #bb5edcc8
+# %% ../../nbs/data/09_prepare.ipynb #263174ee
 def _need_some(info: dict, job: Job, count: int) -> None:
     "Say what was left out. Raises `TinyTrainerError` if nothing is left to train on."
     places = []
@@ -418,7 +419,8 @@ def _need_some(info: dict, job: Job, count: int) -> None:
         places += [job.data.place(job.data.units[i], at) for at in empty]
     rows, empty = info["documents"] + info["left_out_empty"], info["left_out_empty"]
     named = f" ({', '.join(places[:5])}{', ...' if empty > 5 else ''})" if places else ""
-    if empty and info["documents"]: say(f"{job.data.name}: {empty:,} of {rows:,} rows left out: no text{named}", error=True)
+    if empty and info["documents"]:
+        say(f"{job.data.name}: {empty:,} of {rows:,} rows left out: no text{named}", error=True)
     if not info["documents"]: raise TinyTrainerError(
         f"{job.data.name}: no text in it, of {rows:,} rows{named}. Fill it, or name another column or file.")
     if info["documents"] == info["heldout_documents"]: raise TinyTrainerError(

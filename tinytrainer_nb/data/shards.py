@@ -6,7 +6,7 @@
 __all__ = ['MAGIC', 'VERSION', 'BLOCK', 'NAME', 'FORMAT', 'INFO', 'WHOLE', 'SOON', 'Header', 'token_dtype', 'ShardWriter',
            'read_header', 'Shard', 'TokenStream', 'are_shards', 'Shards', 'open_shards']
 
-# %% ../../nbs/data/06_shards.ipynb #b3262438
+# %% ../../nbs/data/06_shards.ipynb #5e0b0fcf
 import bisect, contextlib, functools, hashlib, json, os, struct, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 from ..core import LARGEST, TinyTrainerError, hidden_beside, local_path, need_fit, need_no_link
 from ..core import patch_to, patiently, read_json, sync_file, sync_folder, write_json
 
-# %% ../../nbs/data/06_shards.ipynb #3b8af3e1
+# %% ../../nbs/data/06_shards.ipynb #2ebb4b17
 MAGIC, VERSION = b"ttshard\n", 1
 BLOCK = 2**20 # bytes that one checksum covers
 _HEADER = struct.Struct("<8sIIQQ32s32s32x")
@@ -42,7 +42,7 @@ class Header:
     @property
     def size(self) -> int: return self.table_at + _SUM * self.blocks # bytes
 
-# %% ../../nbs/data/06_shards.ipynb #f7084db3
+# %% ../../nbs/data/06_shards.ipynb #49b84011
 def _packed(h: Header, checksum: bytes) -> bytes: # 128
     "The header as bytes."
     return _HEADER.pack(MAGIC, VERSION, h.width, h.tokens, h.documents, bytes.fromhex(h.tokenizer), checksum)
@@ -55,7 +55,7 @@ def token_dtype(vocabulary: int) -> np.dtype: # vocabulary: number of tokens
     "The numbers that token ids are kept in."
     return np.dtype("<u2" if vocabulary <= 2**16 else "<u4")
 
-# %% ../../nbs/data/06_shards.ipynb #48825c29
+# %% ../../nbs/data/06_shards.ipynb #946d6200
 class ShardWriter:
     "A context that writes one shard, whole or not at all."
     def __init__(self, path: Path, dtype: np.dtype, tokenizer: str): # tokenizer: its hash
@@ -84,7 +84,7 @@ class ShardWriter:
             if error is not None: self.beside.unlink(missing_ok=True)
         if error is None: _rename(self.beside, self.path)
 
-# %% ../../nbs/data/06_shards.ipynb #723cda44
+# %% ../../nbs/data/06_shards.ipynb #64f0cfe2
 @patch_to(ShardWriter)
 def _finish(self) -> None:
     "Write ends, table and header, and force them to the disk."
@@ -117,7 +117,7 @@ def _rename(beside: Path, path: Path) -> None:
     patiently(os.replace, beside, path)
     sync_folder(path.parent)
 
-# %% ../../nbs/data/06_shards.ipynb #5c4fe140
+# %% ../../nbs/data/06_shards.ipynb #b2d71f93
 _AGAIN = "Copy it again from where it came, or prepare the data again."
 
 def read_header(
@@ -134,7 +134,8 @@ def read_header(
                 f"{path}: has {size:,} bytes, and {h.size:,} were written: "
                 f"{'its end is missing' if size < h.size else 'something was added'}. {_AGAIN}")
             f.seek(h.table_at)
-            if _packed(h, bytes.fromhex(h.checksum)) != start or _checksum(h, f.read()).hex() != h.checksum: raise TinyTrainerError(
+            whole = _packed(h, bytes.fromhex(h.checksum)) == start and _checksum(h, f.read()).hex() == h.checksum
+            if not whole: raise TinyTrainerError(
                 f"{path}: its header or its table of checksums is not as it was written. {_AGAIN}")
     except OSError as e: raise TinyTrainerError(f"{path}: cannot be read ({e.strerror}). {_AGAIN}") from None
     return h
@@ -148,7 +149,7 @@ def _read_fields(path: Path, start: bytes) -> Header:
         raise TinyTrainerError(f"{path}: its header is not as it was written. {_AGAIN}")
     return Header(width, tokens, documents, tokenizer.hex(), checksum.hex())
 
-# %% ../../nbs/data/06_shards.ipynb #a3535da5
+# %% ../../nbs/data/06_shards.ipynb #e3b82a9b
 class Shard:
     "A shard on the disk, read in place. Raises `TinyTrainerError` for a damaged one."
     def __init__(self, path: Path, checked: bool = False): # checked: whether all its blocks are known to be right
@@ -176,7 +177,7 @@ class Shard:
             self._body = mapped.view(np.ndarray)
         return self._body
 
-# %% ../../nbs/data/06_shards.ipynb #1c741854
+# %% ../../nbs/data/06_shards.ipynb #025a6271
 @patch_to(Shard)
 def _need(self, start: int, stop: int) -> None: # bytes of the body
     "Check the blocks that these bytes lie in. Raises `TinyTrainerError` for one that is not as it was written."
@@ -194,7 +195,7 @@ def _part(self, start: int, stop: int, dtype) -> np.ndarray: # bytes of the body
     if not self.checked: self._need(start, stop)
     return self.body[start:stop].view(dtype)
 
-# %% ../../nbs/data/06_shards.ipynb #e38cc487
+# %% ../../nbs/data/06_shards.ipynb #15ece1f4
 @patch_to(Shard)
 def read(self, start: int, stop: int) -> np.ndarray: # (stop - start,), not to be written to
     "Tokens `start` to `stop`. Raises `TinyTrainerError` for damage."
@@ -214,7 +215,7 @@ def ends(self) -> np.ndarray: # (documents,)
     start = self.header.ends_at - _HEADER.size
     return self._part(start, start + 8 * self.header.documents, "<u8")
 
-# %% ../../nbs/data/06_shards.ipynb #ecd83081
+# %% ../../nbs/data/06_shards.ipynb #a673127a
 class TokenStream:
     "The tokens of several shards, end to end, read in place."
     def __init__(self, shards: list[Shard]):
@@ -233,7 +234,7 @@ class TokenStream:
             start, i = upto, i + 1
         return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.uint16), *parts])
 
-# %% ../../nbs/data/06_shards.ipynb #5f76170a
+# %% ../../nbs/data/06_shards.ipynb #e1faeed0
 NAME, FORMAT = "shards.json", "tinytrainer shards"
 _FILE = dict(name="text", part=("train", "heldout"), tokens="count", documents="count", checksum="text")
 INFO = dict(format="text", version="count", tokenizer="text", dtype=("uint16", "uint32"), vocabulary="count",
@@ -249,8 +250,8 @@ def _read_info(folder: Path) -> dict:
     "What shards.json says. Raises `TinyTrainerError` if it is missing, foreign, of another version, or does not fit."
     path = folder / NAME
     if not path.exists():
-        raise TinyTrainerError(f"{folder}: holds no {NAME}, so it is no folder of prepared data, or not a finished one. "
-                               "`tinytrainer prepare --data DATA --base BASE --out DIR` makes one, and goes on with it.")
+        raise TinyTrainerError(f"{folder}: holds no {NAME}, so it is no folder of prepared data, or not finished. "
+                               "`tinytrainer prepare --data DATA --base BASE --out DIR` makes one, or goes on with it.")
     info = read_json(path)
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         raise TinyTrainerError(f"{path}: is of another program; one of prepared data says \"format\": \"{FORMAT}\".")
@@ -258,7 +259,7 @@ def _read_info(folder: Path) -> dict:
         f"{path}: of version {info.get('version')}, and this program reads version {VERSION}. Prepare the data again.")
     return need_fit(path, info, INFO, tuple(INFO))
 
-# %% ../../nbs/data/06_shards.ipynb #69e5e882
+# %% ../../nbs/data/06_shards.ipynb #fc4d439c
 def _opened(folder: Path, entry: dict, info: dict) -> Shard:
     "The shard of an entry of shards.json. Raises `TinyTrainerError` for another one."
     path = folder / entry["name"]
@@ -276,7 +277,7 @@ def _opened(folder: Path, entry: dict, info: dict) -> Shard:
         f"{path}: is another shard than the one that {NAME} names; was it swapped or replaced? {_AGAIN}")
     return shard
 
-# %% ../../nbs/data/06_shards.ipynb #504e2e7f
+# %% ../../nbs/data/06_shards.ipynb #de533f4f
 WHOLE, SOON = 2 * 10**9, 64 * 10**6 # bytes that are checked at once; and that are checked anew each time
 _CHECKED = ".checked.json"
 
@@ -296,10 +297,10 @@ def _check(folder: Path, shards: list[Shard]) -> None:
         if isinstance(known, dict) and known.get(s.path.name) == marks[s.path.name]: s.checked = True
         else: s.check()
     settled = time.time_ns() - max((max(m[1:3]) for m in marks.values()), default=0) > 2e9
-    if marks != known and settled and total > SOON: # a file that was changed just now may change again within a tick of its clock
+    if marks != known and settled and total > SOON: # one that was just changed may change again within its clock's tick
         with contextlib.suppress(OSError, TinyTrainerError): write_json(folder / _CHECKED, marks)
 
-# %% ../../nbs/data/06_shards.ipynb #7140e9dc
+# %% ../../nbs/data/06_shards.ipynb #9ff19cf3
 class Shards:
     "An opened folder of shards: what shards.json says (`info`), and the tokens of its two parts."
     def __init__(self, folder: Path, info: dict, shards: dict[str, list[Shard]]):

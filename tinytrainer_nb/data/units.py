@@ -6,7 +6,7 @@
 __all__ = ['SMALLEST', 'LARGEST_UNIT', 'UNITS', 'LONGEST', 'PIECE', 'LARGEST_JSON', 'ROWS', 'KINDS_OF_UNITS', 'Unit', 'unit_size',
            'halved', 'text_column', 'memory_rows', 'Data', 'open_data']
 
-# %% ../../nbs/data/08_units.ipynb #6b5a824e
+# %% ../../nbs/data/08_units.ipynb #230c188f
 import bz2, csv, gzip, io, itertools, json, lzma
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ import pyarrow, pyarrow.parquet
 from datasets import Dataset, IterableDataset, load_dataset
 from ..core import TinyTrainerError, is_there, local_path
 from .formats import PACKED, READERS, TEXT_SUFFIXES, folder_files, need_data
-from .formats import _check_header, _format, _from_hub_failed, _hub_id, _listed, _once, _pairs, _parse
-from .formats import _read_bytes, _read_json, _read_text
+from .formats import _check_header, _format, _from_hub_failed, _hub_id, _listed, _once
+from .formats import _pairs, _parse, _read_bytes, _read_json, _read_text
 from .tinyworld import corpus
 
-# %% ../../nbs/data/08_units.ipynb #ec1187c1
+# %% ../../nbs/data/08_units.ipynb #db036e38
 SMALLEST, LARGEST_UNIT, UNITS = 4 * 2**20, 256 * 2**20, 64 # bytes of a unit; as many units as there are, in between
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def _runs(sizes: list[int], size: int) -> Iterator[tuple[int, int]]:
             start, total = i + 1, 0
     if start < len(sizes): yield start, len(sizes)
 
-# %% ../../nbs/data/08_units.ipynb #c0b21997
+# %% ../../nbs/data/08_units.ipynb #e78622e3
 _OPEN = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open,
          ".zst": lambda path: pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")}
 
@@ -82,7 +82,7 @@ def _line_at(path: Path, at: int) -> tuple[int, int]: # at: byte of the unpacked
             column = len(data) - data.rfind(b"\n") if b"\n" in data else column + len(data)
     return line, column
 
-# %% ../../nbs/data/08_units.ipynb #6f4ff687
+# %% ../../nbs/data/08_units.ipynb #a89e5fda
 def _decoded(path: Path, data: bytes, at: int) -> str: # at: byte where `data` begins
     "A part of a file as text. Raises `TinyTrainerError` for bytes that are none."
     try: text = data.decode("utf-8")
@@ -94,7 +94,7 @@ def _decoded(path: Path, data: bytes, at: int) -> str: # at: byte where `data` b
     line, column = _line_at(path, at + bad)
     raise TinyTrainerError(f"{path}, line {line}: its byte {column} {found}.")
 
-# %% ../../nbs/data/08_units.ipynb #fdcf3254
+# %% ../../nbs/data/08_units.ipynb #2b315ec7
 LONGEST, PIECE = 8 * 2**20, 2**20 # bytes: of a text file that is one document, and of the pieces of a longer one
 
 def _cut(data: bytes, least: int = 0) -> int: # least: smallest answer
@@ -115,7 +115,7 @@ def _pieces_of(path: Path, f, start: int, stop: int | None) -> Iterator[tuple[st
         yield _decoded(path, data[:end], start), start
         start, data = start + end, data[end:]
 
-# %% ../../nbs/data/08_units.ipynb #363d798e
+# %% ../../nbs/data/08_units.ipynb #96c1b34d
 def _texts(unit: Unit, column: str) -> Iterator[tuple[str, int]]:
     "Text files, each a document."
     for i, name in enumerate(unit.files): yield _read_text(Path(name)), i
@@ -140,7 +140,7 @@ def _halves(unit: Unit, column: str) -> Iterator[tuple[str, int]]:
     yield data[:unit.stop].decode(), 0
     yield data[unit.stop:].decode(), unit.stop
 
-# %% ../../nbs/data/08_units.ipynb #5ad06f7f
+# %% ../../nbs/data/08_units.ipynb #a83220e7
 def _text_units(files: list[Path]) -> list[Unit]:
     "The units of text files."
     sizes = {f: f.stat().st_size for f in files}
@@ -167,7 +167,7 @@ def halved(unit: Unit, share: float) -> Unit: # share: of the second part
     at = _cut(data[:end], max(0, end - max(2000, end // 50)))
     return Unit("halves", unit.files, 0, at)
 
-# %% ../../nbs/data/08_units.ipynb #006c578f
+# %% ../../nbs/data/08_units.ipynb #ed3f8321
 _BLANK = b"\xef\xbb\xbf \t\r\n" # of a line, with the mark that Windows puts in front of a file
 
 def _lines(unit: Unit, column: str) -> Iterator[tuple[str | None, int]]:
@@ -196,7 +196,7 @@ def _field_of(row: dict, column: str, path, at: int) -> str | None:
     where = f"{path}, line {_line_at(path, at)[0]}" if isinstance(path, Path) else f"{path}, row {at + 1}"
     raise TinyTrainerError(f"{where}, field {column!r}: expected text, found {text!r:.60}. Correct it there.")
 
-# %% ../../nbs/data/08_units.ipynb #d7d0d095
+# %% ../../nbs/data/08_units.ipynb #2d2ffc17
 def _line_units(path: Path, size: int) -> list[Unit]:
     "The units of a JSONL file."
     if _packed(path): return [Unit("lines", (str(path),))]
@@ -209,7 +209,7 @@ def _line_units(path: Path, size: int) -> list[Unit]:
     cuts = sorted({*cuts, total})
     return [Unit("lines", (str(path),), a, b) for a, b in zip(cuts, cuts[1:])]
 
-# %% ../../nbs/data/08_units.ipynb #f8c3bf0d
+# %% ../../nbs/data/08_units.ipynb #a17cb103
 def _groups(unit: Unit, column: str) -> Iterator[tuple[str | None, int]]:
     "Groups of rows of a Parquet file."
     path = Path(unit.files[0])
@@ -237,7 +237,7 @@ def _group_units(path: Path, size: int) -> list[Unit]:
     sizes = [about.row_group(i).total_byte_size for i in range(about.num_row_groups)]
     return [Unit("groups", (str(path),), a, b) for a, b in _runs(sizes, size)]
 
-# %% ../../nbs/data/08_units.ipynb #5bbde13f
+# %% ../../nbs/data/08_units.ipynb #d2c41c79
 LARGEST_JSON = 256 * 2**20 # bytes of a file that must be read whole
 
 def _cells(unit: Unit, column: str) -> Iterator[tuple[str | None, int]]:
@@ -270,7 +270,7 @@ def _json_rows(path: Path) -> list[dict]:
     raise TinyTrainerError(f"{path}: {size / 1e6:.0f} MB of JSON would have to be read whole. "
                            "Write it with one object a line, as .jsonl.")
 
-# %% ../../nbs/data/08_units.ipynb #cb3a8376
+# %% ../../nbs/data/08_units.ipynb #9d0085af
 def text_column(columns: dict | str | None) -> str:
     "The data's column that holds the texts. Raises `TinyTrainerError` for columns that name none."
     pairs = _pairs(columns)
@@ -299,7 +299,7 @@ def _first_names(path: Path) -> list[str]:
         rows = [_row(path, line, at) for line, at in zip(lines, starts) if line.strip(_BLANK)]
     return list(dict.fromkeys(name for row in rows[:100] for name in row))
 
-# %% ../../nbs/data/08_units.ipynb #eaca4a4b
+# %% ../../nbs/data/08_units.ipynb #0c655176
 ROWS = 10_000 # of a `datasets.Dataset` in a unit
 
 def _memory_units(data) -> list[Unit]:
@@ -310,7 +310,7 @@ def _memory_units(data) -> list[Unit]:
     return [Unit("rows", (), a, b) for a, b in _runs(sizes, unit_size(sum(sizes)))]
 
 def memory_rows(data, unit: Unit, column: str) -> Iterator[tuple[str | None, int]]:
-    "The rows of a unit of a list or a `datasets.Dataset`."
+    "The rows of a unit of a list or a `datasets.Dataset`. Raises `TinyTrainerError` for one that is no text."
     for a in range(unit.start, unit.stop, 256):
         part = data[a:min(a + 256, unit.stop)]
         rows = [{column: text} for text in part[column]] if isinstance(data, Dataset) else part
@@ -320,7 +320,7 @@ def memory_rows(data, unit: Unit, column: str) -> Iterator[tuple[str | None, int
                 f"the data, row {at + 1}: found {row!r:.60}, and a document is a text, or a row with a text.")
             yield _field_of(row, column, "the data", at), at
 
-# %% ../../nbs/data/08_units.ipynb #87bcffe1
+# %% ../../nbs/data/08_units.ipynb #3b54845c
 @dataclass
 class Data:
     "Data that is ready to be read in units."
@@ -338,14 +338,14 @@ class Data:
     def place(self, unit: Unit, at: int) -> str:
         "A document's place in words."
         if unit.kind == "texts": return Path(unit.files[at]).name
-        if unit.kind in ("rows", "groups", "objects"): return " ".join([*(Path(f).name for f in unit.files), f"row {at + 1}"])
-        line = at if unit.kind == "cells" else _line_at(Path(unit.files[0]), at)[0]
-        return f"{Path(unit.files[0]).name} line {line}"
+        names = [Path(f).name for f in unit.files]
+        if unit.kind in ("rows", "groups", "objects"): return " ".join([*names, f"row {at + 1}"])
+        return f"{names[0]} line {at if unit.kind == 'cells' else _line_at(Path(unit.files[0]), at)[0]}"
 
 KINDS_OF_UNITS = {"texts": _texts, "pieces": _pieces, "packed text": _packed_text, "halves": _halves,
                   "lines": _lines, "groups": _groups, "cells": _cells, "objects": _objects}
 
-# %% ../../nbs/data/08_units.ipynb #d5aaa14b
+# %% ../../nbs/data/08_units.ipynb #83003ff8
 def _open_files(path: Path, split: str, column: str) -> Data:
     "A file or a folder."
     files = folder_files(path, split) if path.is_dir() else [path]
@@ -369,7 +369,7 @@ def _open_hub(data: str, split: str, column: str) -> Data:
     except Exception as e: raise _from_hub_failed(f"{name}:{config}" if config else name, e) from None
     return Data(data, column, None, rows, [name, config, split])
 
-# %% ../../nbs/data/08_units.ipynb #a105e3d5
+# %% ../../nbs/data/08_units.ipynb #83d1cf55
 def open_data(
     data,                              # a file, a folder, a Hub id, tinyworld, a list, or a data set of `datasets`
     columns: dict | str | None = None, # {"text": "content"}, or text=content

@@ -251,8 +251,9 @@ def _tell_reads(run: Run, sources: Sources, train: Samples, heldout: list, args:
     for s, times in zip(sources.shards, train.reads()):
         tell(run, f"{s.folder} will be read {times:.2g} times ({len(s.train):,} tokens)")
     wanted = args.eval_blocks if args.eval_steps else 0
-    if len(heldout) < wanted: tell(run, f"{len(heldout)} blocks of held-out text for the evaluation instead of {wanted}: "
-                                        "no more was held out when the data was prepared")
+    if len(heldout) < wanted:
+        tell(run, f"{len(heldout)} blocks of held-out text for the evaluation instead of {wanted}: "
+                  "no more was held out when the data was prepared")
 
 def _on_sources(model, tokenizer, sources: Sources, args: PretrainArgs, live: bool) -> Run:
     "Train on prepared folders."
