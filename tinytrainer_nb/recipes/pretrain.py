@@ -22,6 +22,7 @@ from ..data.tokens import control_words, text_ids
 from ..data.units import open_data
 from ..data.prepare import tokenizer_hash
 from ..data.order import Samples, Sources, are_sources, heldout_windows, open_sources, training_samples
+from ..data.plan import reads_of
 from ..model.arguments import LoadArgs, LoraArgs
 from ..model.layers import context_length, has_adapter
 from ..model.base import LoadRecord, _pretrained, model_preset, new_model
@@ -248,8 +249,7 @@ def _need_tokenizer(tokenizer, sources: Sources) -> None:
 
 def _tell_reads(run: Run, sources: Sources, train: Samples, heldout: list, args: PretrainArgs) -> None:
     "Say how often each source will be read, and what is held out."
-    for s, times in zip(sources.shards, train.reads()):
-        tell(run, f"{s.folder} will be read {times:.2g} times ({len(s.train):,} tokens)")
+    for line in reads_of(train, [s.folder for s in sources.shards]): tell(run, line)
     wanted = args.eval_blocks if args.eval_steps else 0
     if len(heldout) < wanted:
         tell(run, f"{len(heldout)} blocks of held-out text for the evaluation instead of {wanted}: "
