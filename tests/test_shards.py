@@ -23,6 +23,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from datasets import Dataset, load_dataset
+from forked import Command
 from small import small_base
 from tokenizers import (
     Tokenizer,
@@ -49,6 +50,7 @@ from tinytrainer_nb.data.order import (
     permuted,
     pieces_of,
 )
+from tinytrainer_nb.data.plan import Plan, read_stages, reads_of
 from tinytrainer_nb.data.prepare import Encoder, prepare, summary_of, tokenizer_hash
 from tinytrainer_nb.data.shards import (
     Shard,
@@ -1124,3 +1126,99 @@ def test_a_gigabyte_in_one_file_takes_less_than_a_gigabyte_of_memory(tmp_path):
     assert peak < 1 and tokens > 10**8
     header = read_header(next((tmp_path / "d").glob("train-*.bin")))
     assert header.documents > 5
+
+
+# ---- plans
+
+
+PLAN = """
+- tokens: 6e4
+  sources: {a: 3, b: 1}
+  batch_tokens: 1024
+- tokens: 60000
+  sources: {a: [3, 0], b: [1, 3]}
+  ramp_tokens: 3e4
+  batch_tokens: 4096
+"""
+
+
+def test_a_plan_says_which_samples_a_step_reads(tmp_path):
+    (tmp_path / "plan.yaml").write_text(PLAN)
+    plan = Plan(read_stages(tmp_path / "plan.yaml"), 64)
+    sizes = [len(plan.samples_of(step)) for step in range(plan.steps)]
+    assert sizes == [16] * 59 + [64] * 15
+    assert list(itertools.chain(*map(plan.samples_of, range(plan.steps)))) == list(range(plan.mix.total))
+    assert plan.tokens_before(0) == 0 and plan.tokens_before(59) == 59 * 1024
+    assert plan.tokens_before(plan.steps) == plan.mix.total * 64
+    first = plan.mix.counts(59 * 16)
+    assert first == [59 * 16 * 3 // 4, 59 * 16 // 4]
+    last = [plan.mix.place(n)[0] for n in range(plan.mix.total - 200, plan.mix.total)]
+    assert set(last) == {1}, "the first source ends with the ramp"
+    drawn = [0, 0]
+    for n in range(plan.mix.total):
+        source, before = plan.mix.place(n)
+        assert before == drawn[source]
+        drawn[source] += 1
+
+
+def test_a_plan_reads_prepared_folders_beside_its_file(tmp_path):
+    prepared(tmp_path / "a", STORIES[:200])
+    prepared(tmp_path / "b", STORIES[200:])
+    (tmp_path / "plan.yaml").write_text(PLAN)
+    plan = Plan(read_stages(tmp_path / "plan.yaml"), 64)
+    samples = plan.samples(plan.open(tokenizer_hash(TINY)), seed=0)
+    assert len(samples) == plan.mix.total and len(samples[len(samples) - 1]) <= 65
+    said = " ".join(reads_of(samples, plan.folders))
+    assert all(f"will be read {times:.2g} times" in said for times in samples.reads()) and min(samples.reads()) > 1
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("tokens: 5", "must be a list of stages"),
+        ("- 5", "stage 1: must be a stage"),
+        ("- {tokens: 1e6, batch_tokens: 64, source: {a: 1}}", "source: no such field. Did you mean sources"),
+        ("- {tokens: 1e6, batch_tokens: 64, sources: a}", "sources must name folders"),
+        ("- {tokens: 1e6, batch_tokens: 64, sources: {a: [1, 2, 3]}}", "must be a weight"),
+        ("- {tokens: 1e6, batch_tokens: 64, sources: {a: [1, 0], b: [1, 0]}}", "all weights are 0 at its end"),
+        ("- {tokens: 1e6, batch_tokens: 64, sources: {a: 0}}", "must be a positive number"),
+        ("- {tokens: 0.5, batch_tokens: 64, sources: {a: 1}}", "tokens is 0.5"),
+        ("- {tokens: yes, batch_tokens: 64, sources: {a: 1}}", "tokens is True"),
+        ("- {tokens: 1e6, sources: {a: 1}}", "batch_tokens is None"),
+        ("- {tokens: 1e6, batch_tokens: 64, ramp_tokens: 1e7, sources: {a: 1}}", "is more than tokens"),
+        ("- {tokens: [", "not readable as YAML"),
+        ("- !!python/object/apply:os.system ['true']", "not readable as YAML"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_one_line(tmp_path, text, said):
+    (tmp_path / "plan.yaml").write_text(text)
+    with pytest.raises(TinyTrainerError, match=said) as e:
+        read_stages(tmp_path / "plan.yaml")
+    assert "\n" not in str(e.value)
+
+
+def test_what_is_no_prepared_folder_is_read_as_before(tmp_path, pristine):
+    for data in (STORIES, ["one"], Dataset.from_list([dict(text="one")]), "tinyworld", "x\0y", "a" * 9000, None, {}):
+        assert not order.are_sources(data)
+    assert all(
+        map(order.are_sources, (str(pristine), pristine, f"{pristine}=2", f"{pristine}=2,b=1", {str(pristine): 1}))
+    )
+    assert len(open_sources({str(pristine): 2}).shards) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")
+def test_two_processes_learn_from_the_same_samples_as_one(tmp_path):
+    prepared(tmp_path / "a", STORIES[:200], heldout=0.1)
+    prepared(tmp_path / "b", STORIES[200:], heldout=0.1)
+    flags = "--max_steps 4 --batch_size 6 --max_length 64 --eval_steps 4 --save_steps 2 --sample_steps 0 --dtype fp32"
+    losses = []
+    for processes in (1, 2):
+        out = tmp_path / f"r{processes}"
+        mix = f"{tmp_path / 'a'}=3,{tmp_path / 'b'}=1"
+        command = ["pretrain", "--data", mix, "--base", small_base(), *flags.split(), "--out", out]
+        process = Command(*command, processes=processes)
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+        events = Run.open(out).events
+        losses.append([e["loss"] for e in events if e["kind"] in ("metrics", "evaluation")])
+    assert len(losses[0]) == 5 and np.allclose(losses[0], losses[1], atol=2e-5, rtol=0)

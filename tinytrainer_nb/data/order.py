@@ -10,6 +10,7 @@ __all__ = ['PIECES_OF_RAMP', 'Windows', 'permuted', 'counts', 'Piece', 'pieces_o
 import functools, hashlib, math
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 import numpy as np
 from ..core import TinyTrainerError, is_there
 from .shards import Shards, TokenStream, are_shards, open_shards
@@ -216,10 +217,12 @@ def weight_of(text, what: str) -> Fraction:
     raise TinyTrainerError(f"{what} is {str(text)!r:.40}, but it must be a positive number, such as 3 or 0.25.")
 
 def are_sources(data) -> bool:
-    "Whether `--data` names prepared folders."
-    if not isinstance(data, str): return are_shards(data)
-    return are_shards(data) or not is_there(data) and any(
-        are_shards(part.strip().rpartition("=")[0] or part) or are_shards(part.strip()) for part in data.split(","))
+    "Whether these are prepared folders: DIR, DIR=3,DIR2=1, or weights by folder."
+    if isinstance(data, dict): return any(map(are_shards, data))
+    if not isinstance(data, str | Path): return False
+    if are_shards(data) or is_there(data): return are_shards(data)
+    parts = [part.strip() for part in str(data).split(",")]
+    return any(are_shards(part.rpartition("=")[0] or part) for part in parts)
 
 # %% ../../nbs/data/10_order.ipynb #cc78ec2b
 @dataclass
