@@ -14,6 +14,7 @@ BORROWED = [
     (TRAINER, "_save", "only what is trained is saved"),
     (TRAINER, "_load_from_checkpoint", "trained tensors are put back in place"),
     (TRAINER, "_get_train_sampler", "samples that know their order are taken in it"),
+    (TRAINER, "_get_dataloader", "batches of a plan differ in size"),
     (TRAINER, "_load_rng_state", "a live run leaves the random numbers of other cells alone"),
     ("torch:Tensor", "_version", "copies of weights that changed in place are made anew"),
     (TRAINER, "_get_output_dir", "checkpoints are prepared beside their place"),

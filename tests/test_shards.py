@@ -50,7 +50,7 @@ from tinytrainer_nb.data.order import (
     permuted,
     pieces_of,
 )
-from tinytrainer_nb.data.plan import Plan, read_stages, reads_of
+from tinytrainer_nb.data.plan import Plan, open_stages, read_stages, reads_of
 from tinytrainer_nb.data.prepare import Encoder, prepare, summary_of, tokenizer_hash
 from tinytrainer_nb.data.shards import (
     Shard,
@@ -1166,7 +1166,7 @@ def test_a_plan_reads_prepared_folders_beside_its_file(tmp_path):
     prepared(tmp_path / "b", STORIES[200:])
     (tmp_path / "plan.yaml").write_text(PLAN)
     plan = Plan(read_stages(tmp_path / "plan.yaml"), 64)
-    samples = plan.samples(plan.open(tokenizer_hash(TINY)), seed=0)
+    samples = plan.samples(open_stages(plan.stages), seed=0)
     assert len(samples) == plan.mix.total and len(samples[len(samples) - 1]) <= 65
     said = " ".join(reads_of(samples, plan.folders))
     assert all(f"will be read {times:.2g} times" in said for times in samples.reads()) and min(samples.reads()) > 1
@@ -1222,3 +1222,36 @@ def test_two_processes_learn_from_the_same_samples_as_one(tmp_path):
         events = Run.open(out).events
         losses.append([e["loss"] for e in events if e["kind"] in ("metrics", "evaluation")])
     assert len(losses[0]) == 5 and np.allclose(losses[0], losses[1], atol=2e-5, rtol=0)
+
+
+SMALL_PLAN = """
+- {tokens: 1024, batch_tokens: 256, sources: {a: 3, b: 1}}
+- {tokens: 4096, batch_tokens: 1024, sources: {a: [3, 0], b: [1, 3]}, ramp_tokens: 2048}
+"""
+
+
+def test_a_training_by_a_plan(tmp_path, monkeypatch):
+    "Batches grow fourfold, the learning rate goes by tokens, a resume reads what is left"
+    prepared(tmp_path / "a", STORIES[:200])
+    prepared(tmp_path / "b", STORIES[200:])
+    (tmp_path / "plan.yaml").write_text(SMALL_PLAN)
+    plan = Plan(read_stages(tmp_path / "plan.yaml"), 64)
+    samples = plan.samples(open_stages(plan.stages), 0)
+    expected = [[samples[n].tolist() for n in plan.samples_of(step)] for step in range(plan.steps)]
+    assert list(map(len, expected)) == [4] * 4 + [16] * 4
+    seen, flags = [], ["--max_length", "64", "--save_steps", "2", "--eval_steps", "0", "--sample_steps", "0"]
+    flags += ["--warmup_steps", "0", "--schedule", "linear", "--learning_rate", "1e-3", "--base", small_base()]
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(BlockCollator, "__call__", stopping_after(7, seen))
+        main(["pretrain", "--stages", str(tmp_path / "plan.yaml"), *flags, "--out", str(tmp_path / "run")])
+    (tmp_path / "plan.yaml").unlink()
+    run, before = Run.open(tmp_path / "run"), len(seen)
+    step = run.last_checkpoint()[1]
+    monkeypatch.setattr(BlockCollator, "__call__", stopping_after(99, seen))
+    assert run.resume().status == "finished"
+    assert seen[:before] == expected[:before] and seen[before:] == expected[step:]
+    rates = [e["learning_rate"] for e in run.events if e["kind"] == "metrics"][-plan.steps + step :]
+    left = [1 - plan.tokens_before(s) / plan.tokens_before(plan.steps) for s in range(step + 1, plan.steps)]
+    assert np.allclose(rates[: len(left)], [1e-3 * share for share in left], rtol=1e-6), (rates, left)
+    summary = read_json(tmp_path / "run" / "summary.json")
+    assert summary["steps"] == 8 and summary["tokens"] == 5120

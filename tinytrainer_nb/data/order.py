@@ -230,6 +230,7 @@ class Sources:
     "Prepared folders with their weights."
     shards: list[Shards]
     weights: list[Fraction]
+    stages: list | None = None # of a plan, which then says what the weights are
 
     @property
     def tokenizer(self) -> str: return self.shards[0].info["tokenizer"]

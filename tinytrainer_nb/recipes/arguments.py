@@ -161,6 +161,7 @@ class PretrainArgs(TrainArgs):
     sample_steps: int = setting(200, "steps between samples; 0: never", "steps", ge=0)
     sample_tokens: int = setting(64, "length of a sample", "tokens", ge=1)
     eval_blocks: int = setting(64, "blocks held back for the evaluation, at most a tenth", "blocks", ge=0)
+    stages: str = setting("", "YAML file of stages of prepared data, which says data, steps and batches", path=True)
 
 # %% ../../nbs/recipes/01_arguments.ipynb #d9e5618c
 @dataclass

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PIECES', 'train_tokenizer', 'token_stream', 'Blocks', 'BlockCollator', 'PretrainTrainer', 'save_base', 'Positions',
-           'built', 'read_back', 'pretrain', 'read_texts', 'load_for_pretraining', 'tokenizer_for']
+           'Steps', 'built', 'read_back', 'pretrain', 'read_texts', 'load_for_pretraining', 'tokenizer_for']
 
 # %% ../../nbs/recipes/06_pretrain.ipynb #39b3a205
 import contextlib, copy, hashlib, itertools
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import numpy as np
 from datasets import Dataset
-from ..core import TinyTrainerError, progress, say, whole_folder
+from ..core import TinyTrainerError, patch_to, progress, say, whole_folder
 from ..settings import may_change
 from ..data.formats import Sourced, data_origin, load_examples
 from ..data.tinyworld import corpus
@@ -22,7 +22,7 @@ from ..data.tokens import control_words, text_ids
 from ..data.units import open_data
 from ..data.prepare import tokenizer_hash
 from ..data.order import Samples, Sources, are_sources, heldout_windows, open_sources, training_samples
-from ..data.plan import reads_of
+from ..data.plan import Plan, open_stages, read_stages, reads_of, recorded_stages, stages_record
 from ..model.arguments import LoadArgs, LoraArgs
 from ..model.layers import context_length, has_adapter
 from ..model.base import LoadRecord, _pretrained, model_preset, new_model
@@ -111,6 +111,7 @@ class BlockCollator:
 class PretrainTrainer(RunTrainer, Trainer):
     "Full training on blocks; the result is a model of its own in 16 bits."
     tokenizer = None
+    plan = None # of stages
 
     def _get_train_sampler(self, train_dataset=None):
         ordered = isinstance(self.train_dataset, Samples)
@@ -154,6 +155,35 @@ class Positions(torch.utils.data.Sampler):
     def __iter__(self):
         return iter(range(self.trainer.state.global_step * self.trainer.settings.batch_size, len(self)))
 
+class Steps(torch.utils.data.Sampler):
+    "The numbers of each step's samples, of the steps that are still to come."
+    def __init__(self, trainer: PretrainTrainer): self.trainer, self.batch_size = trainer, trainer.settings.batch_size
+
+    def __len__(self) -> int: return self.trainer.plan.steps # of the whole training
+
+    def __iter__(self):
+        for step in range(self.trainer.state.global_step, len(self)): yield list(self.trainer.plan.samples_of(step))
+
+# %% ../../nbs/recipes/06_pretrain.ipynb #3ffe5149
+@patch_to(PretrainTrainer)
+def _get_dataloader(self, *args, is_training: bool = False, **kwargs):
+    if not (self.plan and is_training):
+        return super(PretrainTrainer, self)._get_dataloader(*args, is_training=is_training, **kwargs)
+    loader = torch.utils.data.DataLoader(self.train_dataset, batch_sampler=Steps(self), collate_fn=self.data_collator)
+    loader = self.accelerator.prepare(loader)
+    if self.args.world_size > 1: loader.batch_sampler.batch_size = None # batches of any size are whole
+    return loader
+
+@patch_to(PretrainTrainer)
+def create_scheduler(self, *args, **kwargs):
+    "The schedule; with a plan, by tokens instead of steps."
+    scheduler = super(PretrainTrainer, self).create_scheduler(*args, **kwargs)
+    if not self.plan: return scheduler
+    by_steps, plan = scheduler.lr_lambdas, self.plan
+    moved = lambda step: plan.steps * plan.tokens_before(min(step, plan.steps)) / plan.tokens_before(plan.steps)
+    scheduler.lr_lambdas = [lambda step, f=f: f(moved(step)) for f in by_steps]
+    return scheduler
+
 # %% ../../nbs/recipes/06_pretrain.ipynb #27dd7f53
 def _block_length(model, args: PretrainArgs) -> int: # tokens
     "Tokens a block: `max_length`, or the model's context if it is shorter."
@@ -173,6 +203,7 @@ def _parts(stream: np.ndarray, length: int, args: PretrainArgs) -> tuple: # stre
 def _from_sources(sources: Sources, length: int, args: PretrainArgs) -> tuple:
     "Samples of prepared folders, for training and for the evaluation."
     heldout = heldout_windows(sources, length, args.eval_blocks if args.eval_steps else 0)
+    if sources.stages: return Plan(sources.stages, length).samples(sources, args.seed), heldout
     return training_samples(sources, length, args.max_steps * args.batch_size, args.seed), heldout
 
 @contextlib.contextmanager
@@ -189,6 +220,7 @@ def built(
         data_collator=BlockCollator(args.micro_batch_tokens))
     trainer.tokenizer = tokenizer
     trainer.args.ignore_data_skip = bool(sources) # they begin where they are asked to
+    if sources and sources.stages: trainer.plan = Plan(sources.stages, length)
     yield trainer
 
 def read_back(run: Run, tokenizer, args: PretrainArgs) -> dict:
@@ -200,7 +232,7 @@ def read_back(run: Run, tokenizer, args: PretrainArgs) -> dict:
         if source["checksum"] == now["checksum"]: continue
         raise TinyTrainerError(f"{run.folder}: {now['folder']} holds other data than when this run began. "
                                "Bring the same back, or begin a new run.")
-    return dict(sources=sources)
+    return dict(sources=replace(sources, stages=recorded_stages(run.info["data"].get("stages", [])) or None))
 
 # %% ../../nbs/recipes/06_pretrain.ipynb #f377d89b
 def _tell_blocks(run: Run, blocks: Blocks, args: PretrainArgs) -> None:
@@ -255,12 +287,20 @@ def _tell_reads(run: Run, sources: Sources, train: Samples, heldout: list, args:
         tell(run, f"{len(heldout)} blocks of held-out text for the evaluation instead of {wanted}: "
                   "no more was held out when the data was prepared")
 
+def _by_plan(args: PretrainArgs, plan: Plan) -> PretrainArgs:
+    "The settings of a plan: its steps, and the batch of its first stage. Raises `TinyTrainerError` for odd batches."
+    for batch in plan.batches: replace(args, batch_size=batch) # refused if the processes cannot share it
+    return replace(args, max_steps=plan.steps, batch_size=plan.batches[0])
+
 def _on_sources(model, tokenizer, sources: Sources, args: PretrainArgs, live: bool) -> Run:
     "Train on prepared folders."
     _need_tokenizer(tokenizer, sources)
-    train, heldout = _from_sources(sources, _block_length(model, args), args)
+    length = _block_length(model, args)
+    if sources.stages: args = _by_plan(args, Plan(sources.stages, length))
+    train, heldout = _from_sources(sources, length, args)
     need_heldout(args, len(heldout))
-    told = dict(load=describe(model, tokenizer), data=sources.origin(), may_change=may_change(args))
+    data = sources.origin() | (dict(stages=stages_record(sources.stages)) if sources.stages else {})
+    told = dict(load=describe(model, tokenizer), data=data, may_change=may_change(args))
     with Run.prepare(args.out, "pretrain", args, **told) as run:
         with whole_folder(run.folder / "start") as folder: tokenizer.save_pretrained(folder)
         _tell_reads(run, sources, train, heldout, args)
@@ -269,7 +309,7 @@ def _on_sources(model, tokenizer, sources: Sources, args: PretrainArgs, live: bo
 
 # %% ../../nbs/recipes/06_pretrain.ipynb #de600ddb
 def read_texts(
-    data: str,                          # prepared folders, tinyworld, or what `load_examples` takes
+    data: str,                          # prepared folders, stages (.yaml), tinyworld, or what `load_examples` takes
     columns: dict | str | None = None,  # new name: name in the data
     split: str = "train",               # of a Hub data set
 ) -> Sourced | Sources:                 # documents
@@ -278,6 +318,7 @@ def read_texts(
         texts = progress(corpus(200_000, seed=0), total=200_000, desc="writing tinyworld")
         return Sourced(texts, dict(name=data, asked=dict(data="", columns="", split="train")))
     if are_sources(data): return open_sources(data)
+    if Path(data).suffix.lower() in (".yaml", ".yml"): return open_stages(read_stages(data))
     table = load_examples(data, columns, split)
     if "messages" in table.column_names:
         raise TinyTrainerError(

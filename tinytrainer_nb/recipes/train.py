@@ -23,11 +23,12 @@ from .table import Recipe, find_recipe
 def read_data(
     recipe: Recipe, # a row of the table
     data: DataArgs, # empty: the project's own data
+    stages: str = "", # a file of them, instead of data
 ):
     "The data that a recipe trains on. Raises `TinyTrainerError` if it must be named and is not, or cannot be read."
-    name = data.data or recipe.data
+    name = stages or data.data or recipe.data
     if not name: raise TinyTrainerError(recipe.needs or f"{recipe.name} has no data of its own: name some with --data.")
-    own = not data.data and name != "tinyworld" # which is generated, not read
+    own = not data.data and not stages and name != "tinyworld" # which is generated, not read
     return recipe.part("reads")(str(data_file(name)) if own else name, data.columns or None, data.split)
 
 # %% ../../nbs/recipes/16_train.ipynb #6af6be9e
@@ -40,7 +41,7 @@ def train(
     reward=None,     # what `find_reward` takes, for a recipe with rounds
 ) -> Run:
     "Read, load and train. Raises `TinyTrainerError` for settings, data or bases that cannot work."
-    material = read_data(recipe, data)
+    material = read_data(recipe, data, getattr(args, "stages", ""))
     model, tokenizer = recipe.part("loads")(load, lora, args, material)
     function = getattr(recipe.imported(), recipe.name)
     return function(model, tokenizer, material, *([reward] if recipe.rounds else []), args)
