@@ -245,7 +245,8 @@ class Sources:
         asked = ",".join(f"{s.folder}={w}" for s, w in zip(self.shards, self.weights))
         if len(self.shards) == 1: asked = str(self.shards[0].folder)
         total = {name: sum(s.info[name] for s in self.shards) for name in ("documents", "tokens")}
-        return dict(name=asked, asked=dict(data=asked, columns="", split="train"), sources=self.record()) | total
+        again = dict(data="" if self.stages else asked, columns="", split="train") # stages are named by a setting
+        return dict(name=asked, asked=again, sources=self.record()) | total
 
 def open_sources(
     data: str | dict,             # DIR, DIR=3,DIR2=1, or weights by folder

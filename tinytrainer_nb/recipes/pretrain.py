@@ -32,7 +32,7 @@ from ..compute.generate import generate, prompt_room
 from ..model.cache import base_hash
 from ..model.export import write_generation_config
 from .arguments import PretrainArgs
-from .trainer import RunTrainer
+from .trainer import RunTrainer, _schedule
 from .start import describe, need_heldout, start, tell
 from ..runs.run import Run
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -176,12 +176,15 @@ def _get_dataloader(self, *args, is_training: bool = False, **kwargs):
 
 @patch_to(PretrainTrainer)
 def create_scheduler(self, *args, **kwargs):
-    "The schedule; with a plan, by tokens instead of steps."
-    scheduler = super(PretrainTrainer, self).create_scheduler(*args, **kwargs)
-    if not self.plan: return scheduler
-    by_steps, plan = scheduler.lr_lambdas, self.plan
-    moved = lambda step: plan.steps * plan.tokens_before(min(step, plan.steps)) / plan.tokens_before(plan.steps)
-    scheduler.lr_lambdas = [lambda step, f=f: f(moved(step)) for f in by_steps]
+    "The schedule; with a plan, that of steps as large as its first ones, whatever size the later ones have."
+    plan, create = self.plan, super(PretrainTrainer, self).create_scheduler
+    if not plan: return create(*args, **kwargs)
+    tokens = plan.batches[0] * plan.length
+    how = _schedule(replace(self.settings, max_steps=round(plan.tokens_before(plan.steps) / tokens)))
+    self.args.warmup_steps, self.args.lr_scheduler_kwargs = how["warmup_steps"], how["lr_scheduler_kwargs"]
+    scheduler = create(round(plan.tokens_before(plan.steps) / tokens))
+    moved = lambda step: plan.tokens_before(min(step, plan.steps)) / tokens
+    scheduler.lr_lambdas = [lambda step, f=f: f(moved(step)) for f in scheduler.lr_lambdas]
     return scheduler
 
 # %% ../../nbs/recipes/06_pretrain.ipynb #27dd7f53
@@ -251,7 +254,9 @@ def pretrain(
 ) -> Run:
     "Train all weights of `model` in place on text. Raises `TinyTrainerError` if there is less text than a block."
     args = args or PretrainArgs()
-    if not isinstance(examples, Sources) and are_sources(examples): examples = open_sources(examples)
+    if not isinstance(examples, Sources):
+        if args.stages: examples = open_stages(read_stages(args.stages))
+        elif are_sources(examples): examples = open_sources(examples)
     if isinstance(examples, Sources): return _on_sources(model, tokenizer, examples, args, live)
     texts = examples["text"] if isinstance(examples, Dataset) else examples
     stream = token_stream(tokenizer, texts)
@@ -303,6 +308,7 @@ def _on_sources(model, tokenizer, sources: Sources, args: PretrainArgs, live: bo
     told = dict(load=describe(model, tokenizer), data=data, may_change=may_change(args))
     with Run.prepare(args.out, "pretrain", args, **told) as run:
         with whole_folder(run.folder / "start") as folder: tokenizer.save_pretrained(folder)
+        if sources.stages: tell(run, f"the plan has {len(sources.stages)} stages and {args.max_steps:,} steps")
         _tell_reads(run, sources, train, heldout, args)
     model = model.float().requires_grad_(True)
     return start(run, model, tokenizer, args, built, live, sources=sources)

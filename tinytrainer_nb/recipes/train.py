@@ -26,6 +26,8 @@ def read_data(
     stages: str = "", # a file of them, instead of data
 ):
     "The data that a recipe trains on. Raises `TinyTrainerError` if it must be named and is not, or cannot be read."
+    if stages and data.data:
+        raise TinyTrainerError(f"stages={stages}: its stages name their data. Leave out data={data.data}.")
     name = stages or data.data or recipe.data
     if not name: raise TinyTrainerError(recipe.needs or f"{recipe.name} has no data of its own: name some with --data.")
     own = not data.data and not stages and name != "tinyworld" # which is generated, not read
