@@ -53,7 +53,8 @@ def _stage(stage, where: str, base: Path) -> Stage:
         raise TinyTrainerError(f"{where}: sources must name folders and weights, such as {{books: 3, code: [1, 2]}}.")
     sources = {_folder(str(name), base): _weights(w, f"{where}: the weight of {name}") for name, w in given.items()}
     for k, place in enumerate(("beginning", "end")):
-        if not any(w[k] for w in sources.values()): raise TinyTrainerError(f"{where}: all weights are 0 at its {place}.")
+        if any(w[k] for w in sources.values()): continue
+        raise TinyTrainerError(f"{where}: all weights are 0 at its {place}.")
     tokens = _number(stage, "tokens", where)
     ramp = _number(stage, "ramp_tokens", where, tokens)
     if ramp > tokens: raise TinyTrainerError(f"{where}: ramp_tokens={ramp} is more than tokens={tokens}.")
