@@ -924,6 +924,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'tinytrainer_nb/data/shards.py'),
                                             'tinytrainer_nb.data.shards.Shard._need': ( 'data/shards.html#shard._need',
                                                                                         'tinytrainer_nb/data/shards.py'),
+                                            'tinytrainer_nb.data.shards.Shard._need_same': ( 'data/shards.html#shard._need_same',
+                                                                                             'tinytrainer_nb/data/shards.py'),
                                             'tinytrainer_nb.data.shards.Shard._part': ( 'data/shards.html#shard._part',
                                                                                         'tinytrainer_nb/data/shards.py'),
                                             'tinytrainer_nb.data.shards.Shard.body': ( 'data/shards.html#shard.body',

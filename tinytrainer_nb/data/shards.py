@@ -183,11 +183,16 @@ def _need(self, start: int, stop: int) -> None: # bytes of the body
     "Check the blocks that these bytes lie in. Raises `TinyTrainerError` for one that is not as it was written."
     for i in range(start // BLOCK, -(-stop // BLOCK)):
         if i in self._seen: continue
-        if _sum(self.body[i * BLOCK:(i + 1) * BLOCK]) != self.table[i * _SUM:(i + 1) * _SUM]:
-            first = _HEADER.size + i * BLOCK
-            raise TinyTrainerError(f"{self.path}: bytes {first:,} to {min(first + BLOCK, self.header.table_at):,} "
-                                   f"are not as they were written. {_AGAIN}")
+        self._need_same(i, _sum(self.body[i * BLOCK:(i + 1) * BLOCK]))
         self._seen.add(i)
+
+@patch_to(Shard)
+def _need_same(self, i: int, found: bytes) -> None: # i: of a block; found: its checksum
+    "Raise `TinyTrainerError` if a block is not as it was written."
+    if found == self.table[i * _SUM:(i + 1) * _SUM]: return
+    first = _HEADER.size + i * BLOCK
+    raise TinyTrainerError(f"{self.path}: bytes {first:,} to {min(first + BLOCK, self.header.table_at):,} "
+                           f"are not as they were written. {_AGAIN}")
 
 @patch_to(Shard)
 def _part(self, start: int, stop: int, dtype) -> np.ndarray: # bytes of the body
@@ -204,8 +209,9 @@ def read(self, start: int, stop: int) -> np.ndarray: # (stop - start,), not to b
 
 @patch_to(Shard)
 def check(self) -> None:
-    "Read all. Raises `TinyTrainerError` for damage."
-    self._need(0, len(self.body))
+    "Read all, a block at a time: mapped, all of it would count as memory. Raises `TinyTrainerError` for damage."
+    with open(self.path, "rb") as f:
+        for i, found in enumerate(_sums(f, self.header)): self._need_same(i, found)
     self.checked = True
 
 @patch_to(Shard)
