@@ -300,7 +300,8 @@ def in_shell(command: str, cwd: Path, **env) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_pipe_that_closes_ends_no_run(tmp_path, unbuffered):
     few = "--max_steps 1 --eval_steps 0 --save_steps 0 --sample_steps 0"
-    command = f"tinytrainer sft --base {small_base()} --data own.jsonl --out run {few} 2>&1 | sleep 0; echo ${{PIPESTATUS[0]}}"
+    train = f"tinytrainer sft --base {small_base()} --data own.jsonl --out run {few}"
+    command = f"{train} 2>&1 | sleep 0; echo ${{PIPESTATUS[0]}}"
     (tmp_path / "own.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
     done = in_shell(command, tmp_path, PYTHONUNBUFFERED=unbuffered)
     assert done.stdout.strip() == "0" and "Traceback" not in done.stderr, done

@@ -1392,6 +1392,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'tinytrainer_nb/notebooks.py'),
                                           'tinytrainer_nb.notebooks._PlainLoader.whole': ( 'notebooks.html#_plainloader.whole',
                                                                                            'tinytrainer_nb/notebooks.py'),
+                                          'tinytrainer_nb.notebooks._annotated': ( 'notebooks.html#_annotated',
+                                                                                   'tinytrainer_nb/notebooks.py'),
                                           'tinytrainer_nb.notebooks._execute': ('notebooks.html#_execute', 'tinytrainer_nb/notebooks.py'),
                                           'tinytrainer_nb.notebooks._from_text': ( 'notebooks.html#_from_text',
                                                                                    'tinytrainer_nb/notebooks.py'),

@@ -117,7 +117,8 @@ def recipe_flags(recipe: Recipe, parser: Parser) -> None:
 
 # %% ../nbs/91_cli.ipynb #4de41d0e
 def read_data_settings(values: dict) -> DataArgs:
-    "Which data the flags name. Columns may come from a configuration as an object."
+    """Which data the flags name. Columns may come from a configuration as an object.
+    Raises `TinyTrainerError` for a value that is not allowed."""
     columns = values.get("columns", "")
     if values.get("data") == "": # an empty variable of the shell
         raise TinyTrainerError(

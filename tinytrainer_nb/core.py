@@ -144,7 +144,9 @@ def read_json(
 ):
     "Read a JSON file. Raises `TinyTrainerError` if it is not valid JSON, and `MissingFile` if it is not there."
     hook = each_once if once else None
-    try: return need_flat(json.loads(patiently(need_file(path).read_text, encoding="utf-8-sig"), object_pairs_hook=hook))
+    try:
+        text = patiently(need_file(path).read_text, encoding="utf-8-sig")
+        return need_flat(json.loads(text, object_pairs_hook=hook))
     except RecursionError: why = "its brackets are nested too deeply"
     except ValueError as e: why = str(e)
     except FileNotFoundError: raise
@@ -367,7 +369,8 @@ def local_path(
     if "\0" in str(found): raise TinyTrainerError(f"{str(path)!r:.80} is no path: it holds a NUL character.")
     try: parts = [len(part.encode()) for part in found.parts]
     except UnicodeEncodeError:
-        raise TinyTrainerError(f"{one_line(str(path)):.80}: this path is not UTF-8, and run.json could not name it.") from None
+        raise TinyTrainerError(
+            f"{one_line(str(path)):.80}: this path is not UTF-8, so no file of a run could name it.") from None
     if max(parts, default=0) > 255:
         raise TinyTrainerError(f"{str(path)[:80]}...: a file's name has at most 255 bytes, and this one has more.")
     if sum(parts) + len(parts) > 4000: # Linux ends at 4,096, the folder in which we are included

@@ -14,7 +14,8 @@ import nbformat
 import papermill
 import tinytrainer_nb
 import yaml
-from .core import TinyTrainerError, is_there, local_path, need_flat, one_line, shipped_notebooks, short_name
+from .core import TinyTrainerError, is_there, local_path, need_flat, one_line
+from .core import shipped_notebooks, short_name
 from .runs.run import free_sibling
 from .views.terminal import Watch
 from nbclient.exceptions import DeadKernelError
@@ -42,6 +43,12 @@ class Parameter:
     help: str       # the comment behind it
     kind: type      # of its values; as annotated, or that of the default
 
+def _annotated(node: ast.AST) -> type | None:
+    "The plain type that an annotation such as `int | None` names; None if it names none, or several."
+    words = re.findall(r"\w+", ast.unparse(node.annotation)) if isinstance(node, ast.AnnAssign) else []
+    named = [kind for kind in (bool, int, float, str) if kind.__name__ in words]
+    return named[0] if len(named) == 1 and not {"list", "dict"} & set(words) else None
+
 def notebook_parameters(path: Path | str) -> dict[str, Parameter]:
     "A notebook's parameters by name; none without a cell tagged `parameters`. Raises `TinyTrainerError` if unreadable."
     try:
@@ -61,9 +68,7 @@ def notebook_parameters(path: Path | str) -> dict[str, Parameter]:
         try: default = ast.literal_eval(node.value)
         except (ValueError, TypeError, MemoryError, RecursionError): continue # computed: not given from outside
         comment = source.splitlines()[node.end_lineno - 1].partition("#")[2].strip()
-        words = {part.strip() for part in ast.unparse(node.annotation).split("|")} if hasattr(node, "annotation") else set()
-        named = [kind for kind in (bool, int, float, str) if kind.__name__ in words] # such as `int | None`
-        found[target.id] = Parameter(target.id, default, comment, named[0] if len(named) == 1 else type(default))
+        found[target.id] = Parameter(target.id, default, comment, _annotated(node) or type(default))
     return found
 
 # %% ../nbs/90_notebooks.ipynb #ebfda4b0
@@ -111,7 +116,8 @@ class _PlainLoader(yaml.SafeLoader):
 
     def whole(self, node) -> int | str:
         text = self.construct_scalar(node)
-        return text if ":" in text else int(text, 10) if re.fullmatch(r"[-+]?0\d+", text) else self.construct_yaml_int(node)
+        if ":" in text: return text
+        return int(text) if re.fullmatch(r"[-+]?0\d+", text) else self.construct_yaml_int(node)
 
     def number(self, node) -> float | str:
         return self.construct_scalar(node) if ":" in node.value else self.construct_yaml_float(node)
