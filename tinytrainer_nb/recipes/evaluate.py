@@ -92,8 +92,8 @@ def _askable(model, tokenizer, found: list[dict], prompt_format: str | None, new
     room = prompt_room(model, new)
     if room <= 0:
         raise TinyTrainerError(
-            f"max_new_tokens={new} is not allowed: the model's context of {room + new:,} tokens would have no room for a "
-            "prompt. Choose a smaller number.")
+            f"max_new_tokens={new} is not allowed: the model's context of {room + new:,} tokens would have no room "
+            "for a prompt. Choose a smaller number.")
     kept = [i for i, short in enumerate(fitting(model, tokenizer, asked, room)) if short]
     if not kept:
         raise TinyTrainerError(f"no prompt is left to answer: all {len(found)} are longer than {room} tokens, "
