@@ -231,23 +231,23 @@ def packed_logits(model, lengths):
         return model(**row, document_lengths=list(lengths), use_cache=False).logits[0], texts
 
 
+SOME = dict(num_local_experts=4, num_experts_per_tok=2, head_dim=16)
+CHOSEN = dict(index_n_heads=2, index_head_dim=16, index_block_size=8, index_topk_blocks=2)
+SPARSE = MiniMaxM3VLTextConfig(**LLAMA, **ENDS, **SOME, **CHOSEN, layer_types=["full_attention", "minimax_m3_sparse"])
+SINKS = GptOssConfig(**LLAMA, **ENDS, **SOME)
+
+
 @pytest.mark.parametrize(
     "config, words",
     [
         (DogeConfig(**LLAMA, **ENDS), "DogeAttention hides tokens by a mask of its own"),
         (DogeConfig(**LLAMA, **ENDS, keep_window_size=8), "DogeAttention hides tokens by a mask of its own"),
-        (
-            MiniMaxM3VLTextConfig(
-                **LLAMA, **ENDS, layer_types=["full_attention", "minimax_m3_sparse"], num_local_experts=4, head_dim=16,
-                num_experts_per_tok=2, index_n_heads=2, index_head_dim=16, index_block_size=8, index_topk_blocks=2,
-            ),
-            "chooses the tokens that it sees",
-        ),
-        (GptOssConfig(**LLAMA, **ENDS, num_local_experts=4, num_experts_per_tok=2, head_dim=16), "adds to its attention"),
-        (DeepseekV32Config(**FOUR, **ENDS, **LATENT, **EXPERTS, v_head_dim=16, index_topk=8), "the type deepseek_v32 can"),
+        (SPARSE, "chooses the tokens that it sees"),
+        (SINKS, "GptOssAttention adds to its attention scores"),
+        (DeepseekV32Config(**FOUR, **ENDS, **LATENT, **EXPERTS, v_head_dim=16), "of the type deepseek_v32 cannot be"),
     ],
     ids=["doge", "doge with a short window", "minimax-m3", "gpt-oss", "deepseek-v32"],
-)  # fmt: skip
+)
 def test_attention_that_is_more_than_causal(tmp_path, config, words):
     strong(tmp_path, config)
     refused(tmp_path, words)
@@ -256,22 +256,24 @@ def test_attention_that_is_more_than_causal(tmp_path, config, words):
 def test_attention_that_differs_from_the_models_own(tmp_path, monkeypatch):
     "An argument that nobody knows of, which the packed attention leaves out"
     monkeypatch.setattr(attention, "_MORE", {})
-    strong(tmp_path, GptOssConfig(**LLAMA, **ENDS, num_local_experts=4, num_experts_per_tok=2, head_dim=16))
+    strong(tmp_path, SINKS)
     refused(tmp_path, "the type gpt_oss has an attention that is more than causal")
+
+
+WINDOW = dict(sliding_window=16, use_sliding_window=True, layer_types=["full_attention", "sliding_attention"])
+FEWER = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+CHUNKS = dict(attention_chunk_size=16, no_rope_layers=[1, 0], num_local_experts=4, head_dim=16)
 
 
 @pytest.mark.parametrize(
     "config",
     [
-        Llama4TextConfig(**LLAMA, **ENDS, head_dim=16, num_local_experts=4, attention_chunk_size=16, no_rope_layers=[1, 0]),
-        Qwen2MoeConfig(
-            **LLAMA, **ENDS, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, use_sliding_window=True,
-            sliding_window=16, layer_types=["full_attention", "sliding_attention"],
-        ),
+        Llama4TextConfig(**LLAMA, **ENDS, **CHUNKS),
+        Qwen2MoeConfig(**LLAMA, **ENDS, **FEWER, **WINDOW),
         PhimoeConfig(**LLAMA, **ENDS, num_local_experts=4, sliding_window=16),
     ],
     ids=lambda config: config.model_type,
-)  # fmt: skip
+)
 def test_a_window_that_stands_in_the_mask_alone(tmp_path, config):
     own = strong(tmp_path, config)
     model, tokenizer = load_model(tmp_path, "none", "fp32", verbose=False)
