@@ -17,6 +17,7 @@ from live import adapter
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BloomConfig,
     GPT2Config,
     LlamaConfig,
     OPTConfig,
@@ -613,9 +614,14 @@ def notes(run) -> str:
     return " ".join(e.get("message", "") for e in run.events if e["kind"] == "note")
 
 
-def test_the_context_is_a_limit_where_positions_are_learned(bases):
+def test_the_context_is_what_the_config_states(bases):
     found = {name: context_length(loaded(base)[0]) for name, base in bases.items()}
-    assert found == dict(gpt2=CONTEXT, opt=CONTEXT, llama=None)
+    assert found == dict(gpt2=CONTEXT, opt=CONTEXT, llama=CONTEXT)
+    bloom = BloomConfig(hidden_size=32, n_layer=1, n_head=2, **FEW)  # a bias by distance, for any length
+    assert context_length(AutoModelForCausalLM.from_config(bloom)) is None
+
+
+def test_a_text_beyond_the_table_of_positions_cannot_be_computed(bases):
     for name in ("gpt2", "opt"):
         model = AutoModelForCausalLM.from_pretrained(bases[name])
         assert (
@@ -625,7 +631,7 @@ def test_the_context_is_a_limit_where_positions_are_learned(bases):
             model(torch.ones(1, CONTEXT + 1, dtype=torch.long))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama"])
 def test_rows_beyond_the_context_are_left_out_in_sft(bases, name, tmp_path, capsys):
     model, own = loaded(bases[name])
     often = dict(batch_size=4, eval_steps=1, save_steps=1, sample_steps=1, sample_tokens=8)
@@ -662,15 +668,16 @@ def test_a_resumed_run_leaves_out_the_same_rows(bases, recipe, Args, tmp_path, m
     assert again.status == "finished" and adapter(again) == adapter(whole)
 
 
-def test_texts_are_cut_to_the_context(bases, tmp_path):
-    model, own = loaded(bases["gpt2"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_texts_are_cut_to_the_context(bases, name, tmp_path):
+    model, own = loaded(bases[name])
     table = load_examples([dict(text=TALE)] * 3)
     rows, reading = encode_rows(own, table, 512, context=context_length(model))
     assert {len(r["input_ids"]) for r in rows[:-1]} >= {CONTEXT} and max(len(r["input_ids"]) for r in rows) == CONTEXT
     assert reading.windows and reading.left_out == {} and reading.learned == sum(n - 1 for n in reading.lengths)
     none = dict(eval_steps=0, save_steps=0, sample_steps=0)
     assert sft(model, own, table, SFTArgs(max_steps=1, out=str(tmp_path / "s"), **none)).status == "finished"
-    model, own = loaded(bases["gpt2"], lora=False)
+    model, own = loaded(bases[name], lora=False)
     args = PretrainArgs(max_steps=2, eval_steps=1, save_steps=0, sample_steps=1, out=str(tmp_path / "p"), batch_size=4)
     run = pretrain(model, own, [TALE] * 3, args)
     assert (
@@ -679,8 +686,9 @@ def test_texts_are_cut_to_the_context(bases, tmp_path):
     )
 
 
-def test_the_loss_is_evaluated_on_rows_that_fit(bases, capsys):
-    model, own = loaded(bases["opt"], lora=False)
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_the_loss_is_evaluated_on_rows_that_fit(bases, name, capsys):
+    model, own = loaded(bases[name], lora=False)
     found = evaluate(model, own, LONG + SHORT, "loss")
     assert found.n == 14 and found.score == pytest.approx(evaluate(model, own, SHORT, "loss").score, abs=1e-5)
     assert "left out: 6 longer than the model's context of 32 tokens" in capsys.readouterr().err
@@ -688,14 +696,15 @@ def test_the_loss_is_evaluated_on_rows_that_fit(bases, capsys):
     assert "6 longer than the model's context" in why and "Shorten the rows" in why and "max_length" not in why
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
 @pytest.mark.parametrize("recipe, Args", [(dpo, DPOArgs), (reward_model, RewardModelArgs)])
-def test_pairs_beyond_the_context_are_left_out(bases, recipe, Args, tmp_path):
+def test_pairs_beyond_the_context_are_left_out(bases, recipe, Args, name, tmp_path):
     pairs = [dict(prompt=r["prompt"], chosen=r["completion"], rejected="no") for r in LONG + SHORT]
     args = Args(max_steps=1, batch_size=4, eval_steps=1, save_steps=0, sample_steps=0, out=str(tmp_path / "run"))
-    model, own = loaded(bases["gpt2"])
+    model, own = loaded(bases[name])
     run = recipe(model, own, pairs, args)
     assert run.status == "finished" and "6 longer than the model's context of 32 tokens" in notes(run)
-    why = refused(recipe, *loaded(bases["gpt2"]), pairs[:6], args)
+    why = refused(recipe, *loaded(bases[name]), pairs[:6], args)
     assert "6 longer than the model's context" in why and "Shorten the pairs" in why and "max_length" not in why
     if recipe is reward_model:
         reward = model_reward(run.folder)

@@ -13,7 +13,7 @@ import torch
 from ..core import TinyTrainerError, builds, quiet, read_typed, write_json
 from .arguments import LoraArgs, layer_numbers
 from .layers import adapter_layers, has_adapter, linear_names, quantization_of, rows_of
-from .layers import trainable
+from .layers import odd_layers, trainable
 from peft import LoraConfig, get_peft_model
 from peft.utils import AuxiliaryTrainingWrapper
 
@@ -28,6 +28,7 @@ def _lora_config(model, args: LoraArgs) -> LoraConfig:
     elif layers: targets = linear_names(model) # PEFT wants names where layers are chosen
     return LoraConfig(
         r=args.r, lora_alpha=args.alpha, lora_dropout=args.dropout, target_modules=targets,
+        exclude_modules=odd_layers(model) or None, # routers of mixtures, which give more than a product
         layers_to_transform=layers, use_rslora=args.rslora, use_dora=args.dora, task_type="CAUSAL_LM")
 
 @contextlib.contextmanager

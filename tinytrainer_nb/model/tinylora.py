@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core import TinyTrainerError, builds, patch_to, progress, quiet, read_typed
 from .arguments import TinyLoraArgs
-from .layers import has_adapter, linear_layers, linear_names, written_out
+from .layers import LINEAR, has_adapter, linear_layers, linear_names, written_out
 from peft import PeftConfig, TinyLoraConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners._buffer_dict import BufferDict
@@ -276,12 +276,12 @@ def add_tinylora(
             "this model has an adapter already. Train that one, or merge it first: save_merged(run, folder), "
             "then load_model(folder).")
     report, (base, quantization) = getattr(model, "load_report", None), base_marks(model)
-    layers = len(linear_layers(model, (nn.Linear,))) # Conv1D stores its weight the other way round
+    layers = len(linear_layers(model, LINEAR)) # Conv1D stores its weight the other way round
     if not layers:
         raise TinyTrainerError("TinyLoRA moves nn.Linear layers, and this model has none in its blocks. Use LoRA.")
     config = TinyConfig(
         r=args.r, u=args.u, n_tie=args.n_tie, weight_tying=1 - math.ceil(layers / args.n_tie) / layers,
-        projection_seed=seed, parametrization=args.parametrization, target_modules=linear_names(model, (nn.Linear,)),
+        projection_seed=seed, parametrization=args.parametrization, target_modules=linear_names(model, LINEAR),
         base=base, quantization=quantization, task_type="CAUSAL_LM")
     with quiet(): model = get_peft_model(model, config)
     model.load_report, config.base_model_name_or_path = report, report.base
