@@ -238,7 +238,7 @@ def _twin(tokenizer, sign: str) -> Tokenizer: # sign: a character in front of th
                            "itself. Take such rows out, or write it otherwise.")
 
 # %% ../../nbs/data/03_tokens.ipynb #8025be12
-def _swallowing(tokenizer) -> dict[int, tuple[bool, bool]]: # id: whether the token takes blanks on its left, on its right
+def _swallowing(tokenizer) -> dict[int, tuple[bool, bool]]: # id: whether on its left, whether on its right
     "Added tokens that swallow the blanks beside them, as those of Phi-3 do."
     added = tokenizer.added_tokens_decoder.items()
     return {i: (t.lstrip, t.rstrip) for i, t in added if t.lstrip or t.rstrip}
