@@ -657,8 +657,12 @@ def _guess(found: dict[str, str]) -> dict[str, str]: # small letters: the name i
 def _can_be_flag(columns: dict | str | None) -> bool:
     "Whether the text of a flag says these columns; names with commas, or blanks at their ends, go in Python alone."
     if not isinstance(columns, dict): return True
-    try: return _pairs(_as_flag(columns)) == columns
-    except TinyTrainerError: return False
+    names = [name for pair in columns.items() for name in pair]
+    return all(name and name == name.strip() and not set(name) & set(",=") for name in names)
+
+def _as_flag(columns: dict | str | None) -> str:
+    "Columns as a terminal has them: `prompt=question,completion=answer`."
+    return ",".join(f"{new}={old}" for new, old in columns.items()) if isinstance(columns, dict) else columns or ""
 
 def how_to_name(
     columns: dict[str, str], # our name: name in the data
@@ -858,6 +862,12 @@ def _unread_columns(row: dict, new: dict, kind: tuple) -> list[str]:
             *(f"column {c} looks like turns, but they cannot be read, and it is taken as a text" for c in odd)]
 
 # %% ../../nbs/data/02_formats.ipynb #5f2a4f0b
+def _say(source: Source, numbers: list[int], total: int, what: str, more: str = "") -> None:
+    "One line on stderr, so that JSON on stdout stays JSON; the first five rows are named."
+    if not numbers: return
+    places = source.at(numbers[:5]) + (", ..." if len(numbers) > 5 else "")
+    say(f"{source.name}: {len(numbers)} of {total} {what} ({places}){more}", error=True)
+
 def _odd(rows: list[dict]) -> tuple:
     "Names of columns that hold something else than texts."
     return tuple(c for c in ANSWERS if any(not isinstance(row.get(c), str | None) for row in rows))
@@ -1039,12 +1049,6 @@ def _misfit(name: str, values: list, numbers: list[int], source: Source) -> Tiny
     why = _unfit(name, values[:first + 1])
     return TinyTrainerError(f"{place}: found {values[first]!r:.60}, which does not go {where} ({why:.160}). {cure}.")
 
-def _say(source: Source, numbers: list[int], total: int, what: str, more: str = "") -> None:
-    "One line on stderr, so that JSON on stdout stays JSON; the first five rows are named."
-    if not numbers: return
-    places = source.at(numbers[:5]) + (", ..." if len(numbers) > 5 else "")
-    say(f"{source.name}: {len(numbers)} of {total} {what} ({places}){more}", error=True)
-
 # %% ../../nbs/data/02_formats.ipynb #36540cb3
 def _hub_id(data: str) -> tuple[str, str | None, str | None] | None: # (id, config, mapping), None if it is no Hub id
     "A Hub data set by its id or by the name of a mapping."
@@ -1129,10 +1133,6 @@ def load_examples(
 def _first_empty(source: Source, empty: dict[int, str]) -> str:
     "The first empty text, in words."
     return f"in {source.at([min(empty)])} {empty[min(empty)]}" if empty else ""
-
-def _as_flag(columns: dict | str | None) -> str:
-    "Columns as a terminal has them: `prompt=question,completion=answer`."
-    return ",".join(f"{new}={old}" for new, old in columns.items()) if isinstance(columns, dict) else columns or ""
 
 # %% ../../nbs/data/02_formats.ipynb #1fc0e618
 def _note(table: Dataset) -> dict:
