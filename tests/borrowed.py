@@ -24,6 +24,7 @@ BORROWED = [
     ("trl.DPOTrainer.__init__", "_metrics", "TRL's figures of a step"),
     ("trl:DPOTrainer", "_send_telemetry", "nothing leaves the machine"),
     ("transformers.modeling_utils", "_attn_implementation", "attention of packed rows"),
+    ("transformers.utils.chat_template_utils", "_compile_jinja_template", "a template reads a run's clock"),
     ("transformers.configuration_utils", "_name_or_path", "what a model from the cache is called"),
     (
         "transformers.core_model_loading",

@@ -23,7 +23,7 @@ from ..compute.arguments import GenerateArgs
 from ..compute.logprobs import need_plain_logits, token_logprobs
 from ..compute.generate import fitting, generate, prompt_room
 from ..data.formats import as_examples, data_origin, empty_rows, load_prompts
-from ..data.tokens import encode_chat, ensure_template, micro_batches, pack_row
+from ..data.tokens import encode_chat, ensure_template, micro_batches, moment, one_moment, pack_row
 from ..data.rows import Reading, beyond_context, held_note, held_numbers, hold_out
 from ..model.layers import context_length, plain_model, trainable
 from ..model.base import LoadRecord, compute_context
@@ -227,6 +227,7 @@ def _no_pair(total: int, left_out: dict, args: PairArgs) -> TinyTrainerError:
     cure = ", or ".join(found)
     return TinyTrainerError(f"no pair is left of {total}: {reasons}{limit}. {cure[:1].upper()}{cure[1:]}.")
 
+@one_moment()
 def _begin(recipe: str, model, tokenizer, data, args: PairArgs, live: bool) -> Run:
     "Prepare the run and start it. Raises `TinyTrainerError` for data or settings that cannot work."
     examples = _pairs_of(data)
@@ -242,7 +243,7 @@ def _begin(recipe: str, model, tokenizer, data, args: PairArgs, live: bool) -> R
     if not pairs: raise _no_pair(len(train), left_out, args)
     tokens = sum(2 * len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in pairs)
     about = dict(load=describe(model, tokenizer), data=data_origin(examples), may_change=may_change(args))
-    with Run.prepare(args.out, recipe, args, **about) as run:
+    with Run.prepare(args.out, recipe, args, created=moment(), **about) as run:
         _keep(run, train=train, heldout=held)
         begin(run, model, tokenizer)
         kept = held_note(len(examples), wanted, len(held), "pairs", held_numbers(examples, wanted, args.seed))

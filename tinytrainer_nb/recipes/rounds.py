@@ -23,7 +23,7 @@ from ..compute.decode import Decoder, choose_forms
 from ..compute.generate import fitting, generate, prompt_room
 from ..data.formats import data_origin, load_prompts
 from ..data.rows import held_note
-from ..data.tokens import ensure_template, micro_trees, pack_trees
+from ..data.tokens import ensure_template, micro_trees, moment, one_moment, pack_trees
 from ..model.base import LoadRecord, compute_context
 from ..model.lora import freeze_reference, save_adapter, using_adapters
 from .arguments import RolloutArgs
@@ -173,7 +173,7 @@ def prepare(
     digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
     data = data_origin(found) | dict(rows=len(prompts), sha256=digest)
     about = dict(load=load, data=data, may_change=may_change(args), reward=judge.record)
-    with Run.prepare(args.out, recipe, args, **about) as run:
+    with Run.prepare(args.out, recipe, args, created=moment(), **about) as run:
         write_json(run.folder / "data" / "prompts.json", prompts)
         begin(run, model, tokenizer)
         wanted, held = args.eval_rows if args.eval_steps else 0, held_out(prompts, args)
@@ -486,6 +486,7 @@ def save_result(self) -> None:
     with whole_folder(self.run.folder / "adapter") as folder: save_adapter(self.model.policy, folder)
 
 # %% ../../nbs/recipes/11_rounds.ipynb #788e8ce1
+@one_moment()
 def learn(
     recipe: str,         # its name
     built,               # the recipe's: a context that gives its trainer

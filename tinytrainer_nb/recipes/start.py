@@ -12,6 +12,7 @@ from ..hardware import random_kept, seed_everything
 from ..runs.lock import released
 from ..runs.run import Run
 from ..runs.worker import launch
+from ..data.tokens import one_moment
 from ..model.arguments import LoadArgs, LoraArgs
 from ..model.layers import adapter_layers, has_adapter, trainable
 from ..model.lora import adapter_settings, add_lora, save_adapter
@@ -108,13 +109,15 @@ def start(
 ) -> Run:
     "Build a run's trainer and train. Raises `TinyTrainerError` if another run is being trained in this process."
     run.model, run.tokenizer = model, tokenizer
-    with run.failing(), random_kept(), ExitStack() as stack:
+    begun = run.info.get("created") # chat templates that write the date write that of the run, also tomorrow
+    with run.failing(), random_kept(), one_moment(begun), ExitStack() as stack:
         seed_everything(args.seed)
         trainer = stack.enter_context(built(run, model, tokenizer, args, **material))
         model.adapter_from = None # from now on it is neither a fresh one nor that of an earlier run
         built_here = stack.pop_all()
     def work():
-        with released(run.lock), built_here, run.failing(), nullcontext() if live else random_kept():
+        kept = nullcontext() if live else random_kept()
+        with released(run.lock), built_here, run.failing(), one_moment(begun), kept:
             if not live: seed_everything(args.seed) # a reward may draw; other cells draw beside a live run
             trainer.fit()
         model.adapter_from = dict(run=str(run.folder))

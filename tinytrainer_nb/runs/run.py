@@ -264,7 +264,7 @@ def _describe(self, recipe: str, settings, info: dict) -> None:
     "Write run.json."
     from tinytrainer_nb.hardware import hardware, versions # they import PyTorch, which a reader of runs does not need
     about = dict(recipe=recipe, status="running", settings=settings.to_dict(), seed=settings.seed, **info)
-    about |= dict(versions=versions(), hardware=hardware(), created=round(time.time(), 3))
+    about |= dict(versions=versions(), hardware=hardware(), created=info.get("created") or round(time.time(), 3))
     about |= dict(process=self.lock.me() | dict(locked=False)) # not until the training begins
     write_json(self.folder / "run.json", about)
 
