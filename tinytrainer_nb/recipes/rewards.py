@@ -330,6 +330,7 @@ def _files_beside(path: Path) -> dict[str, list[Path]]: # by the module's name
             if files := _module_files(path.parent, name): found[name], left = files, left + files
     return found
 
+# %% ../../nbs/recipes/08_rewards.ipynb #ce2bd4e6
 @contextlib.contextmanager
 def _imports_of(names: dict) -> Iterator[None]: # globals of a function
     "Let a function of a reward file import the modules beside it; nobody else sees these, and it sees no others."
@@ -439,6 +440,7 @@ def _held(owner, values: dict, home: str, seen: dict) -> list:
             found.append((name, first[name][1]))
     return found
 
+# %% ../../nbs/recipes/08_rewards.ipynb #6b08d564
 def _value(value, home: str, seen: dict): # seen: what was looked at before, by id
     "What a value means for a reward of the module `home`, as text in lists; of other modules' objects their kind."
     if isinstance(value, tuple): return [_value(v, home, seen) for v in value]
@@ -460,12 +462,13 @@ def _meaning(f, home: str, seen: dict): # home: the reward's module
     if id(f) in seen: return "again"
     seen[id(f)] = f
     if isinstance(text := getattr(f, "fingerprint", None), str): return text
-    if isinstance(f, partial): return [_value(part, home, seen) for part in (f.func, f.args, *sorted(f.keywords.items()))]
+    if isinstance(f, partial): return _value((f.func, f.args, *sorted(f.keywords.items())), home, seen)
     if inspect.ismethod(f): return [_meaning(f.__func__, home, seen), _value(f.__self__, home, seen)]
     if not hasattr(f, "__code__") and hasattr(f, "__wrapped__"): return _value(f.__wrapped__, home, seen) # a cache's
     ours = home in (getattr(f, "__module__", ""), type(f).__module__)
     return _insides(f, home, seen) if ours else getattr(f, "__qualname__", type(f).__qualname__)
 
+# %% ../../nbs/recipes/08_rewards.ipynb #9d237dc8
 def _insides(f, home: str, seen: dict) -> list:
     "What a function, a class or an object is made of."
     if isinstance(f, type): return [f.__qualname__, _methods(f, home, seen)]
@@ -487,6 +490,7 @@ def _attributes(f) -> dict:
     slots = [name for c in type(f).__mro__ for name in getattr(c, "__slots__", ()) if hasattr(f, name)]
     return getattr(f, "__dict__", {}) | {name: getattr(f, name) for name in slots if not name.startswith("__")}
 
+# %% ../../nbs/recipes/08_rewards.ipynb #850b5f84
 def code_hash(f: Callable) -> str: # 16 hexadecimal digits
     "A hash of what a reward function does, or of its own text `fingerprint`."
     inner = _innermost(f)
