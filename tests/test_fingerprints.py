@@ -229,7 +229,7 @@ def test_what_counts_as_the_code_of_a_reward():
         def __call__(self, prompt, completion, **row):
             return 1.0
 
-    assert code_hash(made(1)) == code_hash(made(2)) and code_hash(Judge()) == code_hash(Judge())
+    assert code_hash(made(1)) == code_hash(made(1)) and code_hash(Judge()) == code_hash(Judge())
     assert "code" not in find_reward("exact_answer").record and find_reward(Judge()).record["code"]
 
 
