@@ -29,10 +29,16 @@ from transformers import AutoConfig, AutoTokenizer
 
 # %% ../../nbs/model/08_load.ipynb #6f28da82
 def need_whole_vocabulary(name: str, tokenizer, config) -> None:
-    "Raise `TinyTrainerError` for a tokenizer with tokens that the model has no embedding for."
-    if len(tokenizer) > config.vocab_size:
+    "Raise `TinyTrainerError` for a tokenizer with tokens that the model has no embedding for, and for a slow one."
+    if not getattr(tokenizer, "is_fast", False):
         raise TinyTrainerError(
-            f"{name}: its tokenizer has {len(tokenizer):,} tokens and the model knows {config.vocab_size:,}, "
+            f"{name}: its tokenizer ({type(tokenizer).__name__}) cannot say which characters a token stands for, which "
+            "is needed to know what is learned. Only fast tokenizers (tokenizer.json) are supported.")
+    known = config.get_text_config().vocab_size
+    last = max(tokenizer.get_vocab().values(), default=-1) # ids may leave numbers out
+    if max(len(tokenizer), last + 1) > known:
+        raise TinyTrainerError(
+            f"{name}: its tokenizer has tokens up to number {max(len(tokenizer) - 1, last):,} and the model knows {known:,}, "
             "so they do not belong together. Put the model's own tokenizer beside it.")
 
 def vocabulary_hash(tokenizer) -> str:
@@ -48,6 +54,7 @@ def _load_base(asked: LoadArgs, device: str, step_tokens: int) -> tuple:
     start, path = time.perf_counter(), find_base(asked.base)
     dtype, why = probe_dtype(device) if asked.dtype == "auto" else (DTYPES[asked.dtype], "as asked")
     config = _pretrained(AutoConfig, path)
+    config._attn_implementation = "eager" # whatever its files ask for
     _need_causal(asked.base, config)
     quantization = form_to_load(asked.base, asked.quantization, config)
     if quantization == "auto":
