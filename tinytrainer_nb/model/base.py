@@ -8,7 +8,7 @@ __all__ = ['WORTH_KEEPING', 'count_parameters', 'Preset', 'model_preset', 'step_
 
 # %% ../../nbs/model/05_base.ipynb #dfd88545
 import contextlib, copy, functools, hashlib, json, os, re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 import torch
 from torch import nn
@@ -561,12 +561,18 @@ class LoadRecord:
     adapter_from: dict | None = None  # how it came about: the settings and seed of a fresh one, or a run's folder
     chat_template: str | None = None  # in which form the model is asked
     decoding: dict | None = None      # the form of each weight while decoding
+    beside: str = field(default="", repr=False) # where the base is if it was moved together with the run
 
     @classmethod
-    def of(cls, info: dict) -> "LoadRecord": # info: a run.json
+    def of(
+        cls,
+        info: dict,                  # a run.json
+        folder: Path | None = None,  # where the run is
+    ) -> "LoadRecord":
         "The record in a run.json; empty where there is none."
         said = info.get("load", {})
-        return cls(**{f.name: said[f.name] for f in fields(cls) if f.name in said})
+        found = cls(**{f.name: said[f.name] for f in fields(cls) if f.name in said})
+        return replace(found, beside=_beside(found.base, info["settings"].get("out", ""), folder) if folder and said else "")
 
     @property
     def torch_dtype(self) -> torch.dtype: return DTYPES[self.dtype]
@@ -574,6 +580,14 @@ class LoadRecord:
     @property
     def source(self) -> str:
         "A name that finds these weights: that of the embedded or a new base, the folder where they are, or the Hub id."
-        has_a_name = self.base == "tiny" or self.base.startswith("new:")
-        moved_back = not Path(self.path).is_dir() and Path(self.base).is_dir()
-        return self.base if has_a_name or moved_back else self.path
+        if self.base == "tiny" or self.base.startswith("new:"): return self.base
+        here = [place for place in dict.fromkeys((self.path, self.beside, self.base)) if place and Path(place).is_dir()]
+        same = [place for place in here if len(here) > 1 and base_hash(place) == self.sha256] # else they are compared later
+        return next(iter(same or here), self.path)
+
+def _beside(base: str, out: str, folder: Path) -> str: # base, out: as they were asked for; folder: where the run is now
+    "The path of a base seen from a run's folder, if both were named from the same place; else empty."
+    asked, named = Path(base), Path(out)
+    if asked.is_absolute() or named.is_absolute() or ".." in named.parts: return ""
+    above = [folder.resolve(), *folder.resolve().parents][len(named.parts):]
+    return str(above[0] / asked) if above else ""

@@ -14,7 +14,7 @@ from ..core import TinyTrainerError, builds, need_file, quiet, say
 from ..hardware import DTYPES, default_device, dtype_name, num_threads, probe_dtype, unused_gpu
 from ..data.tokens import ensure_template
 from ..runs.run import Run
-from .arguments import DEFAULT_BASE, LoadArgs, base_of_adapter, find_base, is_adapter, is_run
+from .arguments import DEFAULT_BASE, LoadArgs, adapter_folder, base_of_adapter, find_base, is_run
 from .cache import base_hash, file_hashes, files_of, known_hash
 from .base import LoadRecord, LoadReport, choose_quantization
 from .base import count_parameters, form_to_load, tensor_bytes
@@ -104,7 +104,7 @@ def load_model(
     "A model, ready for an adapter, and its tokenizer. Raises `TinyTrainerError` for an unknown name or setting."
     asked, device = LoadArgs(str(name), quantization, dtype), _existing(device)
     if is_run(asked.base): return load_result(Path(asked.base), asked, device, verbose)
-    if is_adapter(asked.base): return _load_from_elsewhere(Path(asked.base), asked, device, step_tokens, verbose)
+    if folder := adapter_folder(asked.base): return _load_from_elsewhere(folder, asked, device, step_tokens, verbose)
     model, tokenizer = _load_base(asked, device, step_tokens)
     if verbose: _say(model.load_report)
     return model, tokenizer
@@ -249,7 +249,7 @@ def load_result(    folder: Path,        # of a run
             f"{folder}: this run has not saved what it trained yet. {run.how_to_resume()} goes on with it.")
     quantization, dtype = (None if value == "auto" else value for value in (asked.quantization, asked.dtype))
     changed = folder / "start" / "tokenizer"
-    model, tokenizer = load_recorded(LoadRecord.of(run.info), quantization, dtype, device, changed)
+    model, tokenizer = load_recorded(LoadRecord.of(run.info, folder), quantization, dtype, device, changed)
     if verbose: say(model.load_report)
     model = with_adapter(model, folder / "adapter") # which says more of a damaged file
     _need_as_saved(run)
