@@ -14,7 +14,7 @@ from ..core import TinyTrainerError, builds, need_file, quiet, say
 from ..hardware import DTYPES, default_device, dtype_name, num_threads, probe_dtype, unused_gpu
 from ..data.tokens import ensure_template
 from ..runs.run import Run
-from .arguments import DEFAULT_BASE, LoadArgs, base_of_adapter, find_base, is_adapter, is_run
+from .arguments import DEFAULT_BASE, LoadArgs, adapter_folder, base_of_adapter, find_base, is_run
 from .cache import base_hash, file_hashes, files_of, known_hash
 from .base import LoadRecord, LoadReport, choose_quantization
 from .base import count_parameters, form_to_load, tensor_bytes
@@ -29,10 +29,16 @@ from transformers import AutoConfig, AutoTokenizer
 
 # %% ../../nbs/model/08_load.ipynb #6f28da82
 def need_whole_vocabulary(name: str, tokenizer, config) -> None:
-    "Raise `TinyTrainerError` for a tokenizer with tokens that the model has no embedding for."
-    if len(tokenizer) > config.vocab_size:
+    "Raise `TinyTrainerError` for a tokenizer with tokens that the model has no embedding for, and for a slow one."
+    if not getattr(tokenizer, "is_fast", False):
         raise TinyTrainerError(
-            f"{name}: its tokenizer has {len(tokenizer):,} tokens and the model knows {config.vocab_size:,}, "
+            f"{name}: its tokenizer ({type(tokenizer).__name__}) cannot say which characters a token stands for, which "
+            "is needed to know what is learned. Only fast tokenizers (tokenizer.json) are supported.")
+    known = config.get_text_config().vocab_size
+    last = max(tokenizer.get_vocab().values(), default=-1) # ids may leave numbers out
+    if max(len(tokenizer), last + 1) > known:
+        raise TinyTrainerError(
+            f"{name}: its tokenizer has tokens up to number {max(len(tokenizer) - 1, last):,} and the model knows {known:,}, "
             "so they do not belong together. Put the model's own tokenizer beside it.")
 
 def vocabulary_hash(tokenizer) -> str:
@@ -48,6 +54,7 @@ def _load_base(asked: LoadArgs, device: str, step_tokens: int) -> tuple:
     start, path = time.perf_counter(), find_base(asked.base)
     dtype, why = probe_dtype(device) if asked.dtype == "auto" else (DTYPES[asked.dtype], "as asked")
     config = _pretrained(AutoConfig, path)
+    config._attn_implementation = "eager" # whatever its files ask for
     _need_causal(asked.base, config)
     quantization = form_to_load(asked.base, asked.quantization, config)
     if quantization == "auto":
@@ -97,7 +104,7 @@ def load_model(
     "A model, ready for an adapter, and its tokenizer. Raises `TinyTrainerError` for an unknown name or setting."
     asked, device = LoadArgs(str(name), quantization, dtype), _existing(device)
     if is_run(asked.base): return load_result(Path(asked.base), asked, device, verbose)
-    if is_adapter(asked.base): return _load_from_elsewhere(Path(asked.base), asked, device, step_tokens, verbose)
+    if folder := adapter_folder(asked.base): return _load_from_elsewhere(folder, asked, device, step_tokens, verbose)
     model, tokenizer = _load_base(asked, device, step_tokens)
     if verbose: _say(model.load_report)
     return model, tokenizer
@@ -242,7 +249,7 @@ def load_result(    folder: Path,        # of a run
             f"{folder}: this run has not saved what it trained yet. {run.how_to_resume()} goes on with it.")
     quantization, dtype = (None if value == "auto" else value for value in (asked.quantization, asked.dtype))
     changed = folder / "start" / "tokenizer"
-    model, tokenizer = load_recorded(LoadRecord.of(run.info), quantization, dtype, device, changed)
+    model, tokenizer = load_recorded(LoadRecord.of(run.info, folder), quantization, dtype, device, changed)
     if verbose: say(model.load_report)
     model = with_adapter(model, folder / "adapter") # which says more of a damaged file
     _need_as_saved(run)

@@ -145,7 +145,8 @@ def freeze_reference(
         trained = adapter == active[-1]
         for layer in [*adapter_layers(model), *_trained_whole(model)]:
             _name_again(layer, adapter, second, copied=trained)
-    if _kind(model, active[-1]) not in ("LORA", "TINYTRAINER_TINYLORA"): _need_same(model, list(kept.values()))
+    if _kind(model, active[-1]) not in ("LORA", "TINYTRAINER_TINYLORA"):
+        with _possible(model, active[-1]): _need_same(model, list(kept.values()))
     return list(kept.values())
 
 def _name_again(layer, adapter: str, second: str, copied: bool) -> None:
@@ -244,7 +245,8 @@ _NAMES = dict( # ours, and PEFT's
 
 def _settings_of(config) -> dict:
     found = {ours: getattr(config, theirs) for ours, theirs in _NAMES.items() if hasattr(config, theirs)}
-    return found | dict(target_modules=sorted(found["target_modules"]))
+    targets = found["target_modules"] # names, or a pattern
+    return found | dict(target_modules=targets if isinstance(targets, str) else sorted(targets or ()))
 
 def adapter_settings(model) -> dict | None: # None without an adapter
     "The settings of the adapter, for run.json; of a stack, by name."

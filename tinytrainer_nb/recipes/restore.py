@@ -24,7 +24,7 @@ from peft import set_peft_model_state_dict
 # %% ../../nbs/recipes/02_restore.ipynb #043eb794
 def at_start(run: Run) -> tuple: # (model, tokenizer)
     "A run's model as it was when the run began, and its tokenizer. Raises `TinyTrainerError` if the base has changed."
-    record, start = LoadRecord.of(run.info), run.folder / "start"
+    record, start = LoadRecord.of(run.info, run.folder), run.folder / "start"
     if not (start / "adapter_config.json").exists(): return _whole_at_start(record, start)
     model, tokenizer = load_recorded(record, changed=start / "tokenizer")
     return with_adapter(model, start), tokenizer
