@@ -43,11 +43,22 @@ def _listed(names) -> str:
     return line.encode("utf-8", "backslashreplace").decode("utf-8") or "(none)"
 
 # %% ../../nbs/data/02_formats.ipynb #ee818fe5
-def _unpack_zst(data: bytes) -> bytes:
-    "The bytes of a Zstandard file."
-    return pyarrow.CompressedInputStream(pyarrow.BufferReader(data), "zstd").read()
+def _open_zst(packed: io.BytesIO):
+    "A Zstandard file, to be read."
+    return pyarrow.CompressedInputStream(packed, "zstd")
 
-PACKED = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress, ".zst": _unpack_zst}
+PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zst}
+
+def _unpacked(packed: str, data: bytes) -> bytes: # packed: a name of `PACKED`
+    "The bytes of a compressed file; raises ValueError for one that holds far more than texts of its size do."
+    parts, total = [], 0
+    with PACKED[packed](io.BytesIO(data)) as file:
+        while part := file.read(2**24):
+            parts.append(part)
+            total += len(part)
+            if total > 2**30 and total > 200 * len(data):
+                raise ValueError(f"it holds over {total / 2**30:.0f} GiB in {len(data) / 2**20:.1f} MiB")
+    return b"".join(parts)
 
 def _format(path: Path) -> str: # such as ".jsonl", for `a.jsonl` and for `a.jsonl.gz`
     "How a file's name ends, without the ending of a compressed file."
@@ -62,7 +73,7 @@ def _read_bytes(path: Path) -> bytes:
     if data.startswith(b"version https://git-lfs."):
         raise TinyTrainerError(f"{path}: this is a pointer of Git LFS, not the data. "
                                "`git lfs pull` in its folder brings them.")
-    try: return PACKED[packed](data) if packed in PACKED else data
+    try: return _unpacked(packed, data) if packed in PACKED else data
     except Exception as e: # each module has errors of its own
         raise TinyTrainerError(f"{path}: cannot be unpacked as {packed} ({_listed([str(e)])}). "
                                "Get the file again, or unpack it yourself.") from None
@@ -734,7 +745,9 @@ def _pairs(columns) -> dict | str | None:
     "`columns`, with `prompt=question,completion=answer` turned into a dict; a mapping's name stays as it is."
     if not isinstance(columns, str) or "=" not in columns: return columns or None
     pairs = [[name.strip() for name in pair.split("=")] for pair in columns.split(",")]
-    if all(len(p) == 2 and all(p) for p in pairs): return dict(pairs)
+    once = len({new for new, *_ in pairs}) == len(pairs)
+    if once and all(len(p) == 2 and all(p) for p in pairs): return dict(pairs)
+    if not once: raise TinyTrainerError(f"columns {columns}: a name stands twice in front of =. Name each column once.")
     raise TinyTrainerError(f"columns {columns}: expected NEW=OLD,..., such as prompt=question,completion=answer, "
                            "or a mapping's name, such as arc.")
 
@@ -1178,8 +1191,10 @@ def load_prompts(
     if isinstance(data, Sourced) and not columns: return data # read already
     table = as_examples(data) if not columns and split == "train" else load_examples(data, columns, split)
     if "messages" not in table.column_names:
-        raise TinyTrainerError("plain text holds no prompts. "
-                               "Reinforcement learning needs prompts, questions or conversations.")
+        named = f"{data}: " if isinstance(data, (str, Path)) else ""
+        raise TinyTrainerError(
+            f"{named}plain text holds no prompts. Reinforcement learning, and an evaluation by a reward, need prompts, "
+            "questions or conversations. The loss of text is evaluated by the task loss.")
     rows = [_prompt(row) for row in table.to_list()]
     silent = [i for i, row in enumerate(rows, 1) if not row["messages"]]
     if len(silent) == len(rows):

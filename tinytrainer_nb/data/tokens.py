@@ -13,6 +13,8 @@ import torch
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from ..core import TinyTrainerError, say, share
+from jinja2 import TemplateError
+from jinja2.nodes import Pow
 from tokenizers import Tokenizer
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -101,12 +103,39 @@ def _set_clock(tokenizer) -> None:
     if "strftime_now" in template: _compile_jinja_template(template).globals["strftime_now"] = _strftime_now
 
 # %% ../../nbs/data/03_tokens.ipynb #761cd40a
+_TOO_MUCH = ("the chat template makes far more text than the conversation has, so it is not used. "
+             "Take another template (tokenizer.chat_template).")
+
+def _of_its_size(text: str, messages: list[dict]) -> str: # text: of the messages
+    "`text`. Raises `TinyTrainerError` if it is far longer than what was said."
+    said = sum(len(m["content"]) for m in messages if isinstance(m.get("content"), str))
+    if len(text) > 10**6 + 20 * said: raise TinyTrainerError(_TOO_MUCH)
+    return text
+
+def _powers(template: str) -> bool:
+    "Whether a template computes powers; one of large numbers is a single step, which no clock can interrupt."
+    try: tree = _compile_jinja_template(template).environment.parse(template)
+    except TemplateError: return False # whoever renders it says what is wrong
+    return next(tree.find_all(Pow), None) is not None
+
+def _need_no_power(tokenizer) -> None:
+    "Raise `TinyTrainerError` for a template that may not end and cannot be interrupted."
+    written = tokenizer.chat_template or ""
+    texts = written.values() if isinstance(written, dict) else [written]
+    if not _once(tokenizer, ("powers",), lambda: any(map(_powers, texts))): return
+    raise TinyTrainerError("the chat template computes powers (**), which may not end, so it is not used. "
+                           "Take another template (tokenizer.chat_template).")
+
 def _apply(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
     "The text of `messages` by the chat template; raises `TinyTrainerError` if it refuses them, or does not end."
     try:
+        _need_no_power(tokenizer)
         with _soon():
             _set_clock(tokenizer)
-            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        return _of_its_size(text, messages)
+    except TinyTrainerError: raise
+    except MemoryError: raise TinyTrainerError(_TOO_MUCH) from None
     except _TooLong:
         raise TinyTrainerError(f"the chat template takes more than {LONGEST} s for a conversation, so it is not used. "
                                "Take another template (tokenizer.chat_template).") from None
