@@ -171,7 +171,8 @@ def gather(self, prompts: list[dict], step: int) -> tuple[Round, dict]:
     counted = batch.mask.bool()
     residual, total = (batch.returns - batch.values)[counted], batch.returns[counted] # (K,)
     explained = 1 - residual.var() / total.var() if total.var() > 1e-8 else torch.zeros(()) # nothing to explain
-    return batch, figures | dict(explained_variance=explained.item())
+    alike = hardly_differ(batch.scores.tolist()) # compared with the whole round, not with others of its prompt
+    return batch, figures | dict(explained_variance=explained.item(), no_signal=float(alike))
 
 @patch_to(PPOTrainer)
 def training_step(self, *args, **kwargs):
