@@ -162,8 +162,7 @@ def test_fp16_that_overflows_in_every_step_ends_as_failed(tmp_path, monkeypatch)
     assert Run.open(tmp_path / "r").status == "failed" and finite(tmp_path / "r")
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe, value", zip(RECIPES, [math.nan, math.inf, -math.inf] * 2))
 def test_an_adapter_that_is_none_is_refused_before_a_run_is_made(recipe, value, tmp_path):
     model, tokenizer = policy()
     with torch.no_grad():
@@ -242,15 +241,22 @@ def spoil_optimizer(checkpoint: Path, value: float, only: str = "exp_avg_sq") ->
     rehashed(checkpoint, "optimizer.pt")
 
 
-@pytest.mark.parametrize("last", [2, 3, 4])
-@pytest.mark.parametrize("what", ["nan weights", "inf weights", "inf state", "inf moments"])
+@pytest.mark.parametrize(
+    "what, last",
+    [
+        ("nan weights", 2),
+        ("nan weights", 3),
+        ("inf weights", 4),
+        ("inf state", 2),
+        ("inf state", 3),
+        ("inf moments", 3),
+    ],
+)
 def test_a_checkpoint_with_numbers_that_are_none(what, last, tmp_path):
     "It is named, nothing is written from it, and without it the run goes on"
     checkpoint = interrupted(tmp_path / "run", last)
     if "weights" in what:
         spoil_weights(checkpoint, math.nan if "nan" in what else math.inf)
-    elif last == 4:
-        return  # the optimiser of a run that is over is not read
     else:
         spoil_optimizer(checkpoint, math.inf, "exp_avg" if "moments" in what else "exp_avg_sq")
     run = Run.open(tmp_path / "run")
@@ -308,7 +314,7 @@ def nan_losses(monkeypatch, *values):
 
 @pytest.mark.parametrize("settings, steps", [(dict(patience=2), 2), (dict(keep_best=True), 6), ({}, 6)])
 def test_evaluations_that_are_all_none(settings, steps, tmp_path, monkeypatch):
-    "Each is said; patience counts them as worse; the result's weights are the last, which is said where others were asked"
+    "Each is said; patience counts them as worse; the result has the last weights, which is said with keep_best"
     nan_losses(monkeypatch)
     args = SFTArgs(max_steps=6, eval_rows=4, out=str(tmp_path / "run"), **FEW | dict(eval_steps=1) | settings)
     run = sft(*policy(), examples(), args)

@@ -473,7 +473,7 @@ def request(self, action: str, **values) -> None:
 def _next_number(self) -> int:
     "The time in nanoseconds, but behind the requests that are waiting: the clock may have been set back."
     known = (re.fullmatch(r"([0-9]{20})-[a-z]+\.json", path.name) for path in (self.folder / "requests").glob("*.json"))
-    return max(time.time_ns(), *(int(match[1]) + 1 for match in known if match))
+    return max([time.time_ns(), *(int(match[1]) + 1 for match in known if match)])
 
 @patch_to(Run)
 def pause(self) -> None:
