@@ -86,7 +86,7 @@ def write_whole(
     content: str | bytes, # text is written as UTF-8 with newline "\n"
 ) -> Path:                # the file
     "Write a file whole or not at all: beside the target, synced, then renamed over it."
-    path = Path(path)
+    named, path = Path(path), Path(path).absolute() # the current folder may change meanwhile
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = hidden_beside(path, f"{os.getpid()}.partial")
     beside.unlink(missing_ok=True) # whatever stands there, a link too, is not written through
@@ -96,7 +96,7 @@ def write_whole(
         sync_file(f)
     patiently(os.replace, beside, path)
     sync_folder(path.parent)
-    return path
+    return named
 
 # %% ../nbs/00_core.ipynb #baa9de4b
 def plain(value):
@@ -254,6 +254,7 @@ def remove_whole(folder: Path) -> None:
 @contextlib.contextmanager
 def whole_folder(target: Path):
     "A context with a folder to fill, which takes the name `target` whole or not at all and replaces an older one."
+    target = target.absolute() # the current folder may change meanwhile
     staging = hidden_beside(target, f"{os.getpid()}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)

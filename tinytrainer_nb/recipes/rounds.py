@@ -225,13 +225,18 @@ def judge(self, prompts: list[dict], rollouts) -> tuple[list[float], dict]: # of
     """Rewards of the completions, and their parts. A completion that did not end is charged `missing_end_penalty`.
     A reward that fails ends the run with `TinyTrainerError`, and a checkpoint of what was trained."""
     rows = [reward_columns(p) for p in prompts for _ in range(self.settings.num_generations)]
+    scores, parts = self._rewarded(rollouts, rows)
+    penalty = self.settings.missing_end_penalty
+    return [score - penalty * (not ended) for score, ended in zip(scores, rollouts.finished)], parts
+
+@patch_to(RolloutTrainer)
+def _rewarded(self, rollouts, rows: list[dict]) -> tuple[list[float], dict]:
+    "What the reward says, in a round or in an evaluation; if it fails, what was trained before is saved."
     questions = [p[-1]["content"] for p in rollouts.prompts]
-    try: scores, parts = self.reward(questions, rollouts.completions, rows)
+    try: return self.reward(questions, rollouts.completions, rows)
     except TinyTrainerError:
         if self.state.global_step and processes()[1] == 1: self._save_checkpoint(self.model, None)
         raise
-    penalty = self.settings.missing_end_penalty
-    return [score - penalty * (not ended) for score, ended in zip(scores, rollouts.finished)], parts
 
 # %% ../../nbs/recipes/11_rounds.ipynb #aaac26e8
 @patch_to(RolloutTrainer)
@@ -475,15 +480,14 @@ def heldout(self) -> tuple[dict, float]: # figures by name, and the one that sho
     args = GenerateArgs(max_new_tokens=self.settings.max_new_tokens, temperature=0.0)
     conversations = [p["messages"] for p in self.heldout_prompts]
     rollouts = generate(self.model.policy, self.tokenizer, conversations, args, quiet=True, decoder=self.decoder)
-    questions = [p[-1]["content"] for p in rollouts.prompts]
-    scores, parts = self.reward(questions, rollouts.completions, [reward_columns(p) for p in self.heldout_prompts])
+    scores, parts = self._rewarded(rollouts, [reward_columns(p) for p in self.heldout_prompts])
     means = {f"reward/{name}": _mean(values) for name, values in parts.items()}
     return dict(reward=_mean(scores)) | means, _mean(scores)
 
 @patch_to(RolloutTrainer)
 def save_result(self) -> None:
     "The policy's adapter, in PEFT's format."
-    with whole_folder(self.run.folder / "adapter") as folder: save_adapter(self.model.policy, folder)
+    with whole_folder(self.run.place / "adapter") as folder: save_adapter(self.model.policy, folder)
 
 # %% ../../nbs/recipes/11_rounds.ipynb #788e8ce1
 @one_moment()

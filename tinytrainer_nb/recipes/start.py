@@ -16,13 +16,13 @@ from ..data.tokens import one_moment
 from ..model.arguments import LoadArgs, LoraArgs
 from ..model.layers import adapter_layers, has_adapter, trainable
 from ..model.lora import adapter_settings, add_lora, save_adapter
-from ..model.load import load_model, need_whole_vocabulary, vocabulary_hash
+from ..model.load import load_model, need_finite, need_whole_vocabulary, vocabulary_hash
 from .arguments import TrainArgs
 from peft import PeftModel
 
 # %% ../../nbs/recipes/03_start.ipynb #cb07ceef
 def need_trainable(model) -> None:
-    "Raises `TinyTrainerError` if nothing is trained."
+    "Raises `TinyTrainerError` if nothing is trained, or if a trained number is none."
     if adapter_layers(model) and not isinstance(model, PeftModel):
         raise TinyTrainerError(
             "the adapter is on the model's layers, but this is still the bare model. "
@@ -30,6 +30,7 @@ def need_trainable(model) -> None:
     if not trainable(model):
         raise TinyTrainerError(
             "nothing of this model is trained. Put an adapter on it first: model = add_lora(model, LoraArgs(r=16)).")
+    need_finite(trainable(model), "this model", "Load it again, or put a fresh adapter on it.")
 
 # %% ../../nbs/recipes/03_start.ipynb #63851b48
 def need_heldout(
