@@ -85,7 +85,8 @@ def need_as_loaded(model) -> None:
     report, (sha256, before) = model.load_report, getattr(plain_model(model), "as_loaded", ("", {}))
     if not before or sha256 != report.sha256: return # drawn from a seed, or trained and saved since
     configs = getattr(model, "peft_config", {}).values()
-    recut = any(getattr(c, "init_lora_weights", None) in _RECUT or getattr(c, "kasa_config", None) for c in configs)
+    begins = [getattr(c, "kasa_config", None) or str(getattr(c, "init_lora_weights", "")).lower() for c in configs]
+    recut = any(begin in _RECUT or not isinstance(begin, str) for begin in begins)
     biases = all(getattr(c, "bias", "none") == "none" for c in configs) # else they belong to the adapter
     now, again = _marks(model, before, recut, biases), any(getattr(c, "layer_replication", None) for c in configs)
     if again: before = _replicated(before, now)
