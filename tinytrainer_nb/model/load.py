@@ -11,7 +11,7 @@ import contextlib, hashlib, json, re, time
 from pathlib import Path
 import torch
 from torch import nn
-from ..core import TinyTrainerError, builds, need_file, quiet, say
+from ..core import TinyTrainerError, builds, need_file, need_fit, quiet, say
 from ..hardware import DTYPES, default_device, dtype_name, num_threads, probe_dtype, unused_gpu
 from ..data.tokens import ensure_template
 from ..runs.run import Run
@@ -340,7 +340,8 @@ def need_start(
     part: str = "start/", # the files whose names begin so
 ) -> None:
     "Raise `TinyTrainerError` if a file that the run began with is not as it was."
-    began, here = run.info.get("start", {}), start_hashes(run.folder) # an older version's run tells of none
+    began = need_fit(run.folder / "run.json", run.info.get("start", {}), {...: "text"}) # an older run's tells of none
+    here = start_hashes(run.folder)
     if others := [name for name in began if name.startswith(part) and here.get(name) != began[name]]:
         raise TinyTrainerError(
             f"{run.folder}: {others[0]} is not as it was when the run was started. Restore it, or start a new run.")
