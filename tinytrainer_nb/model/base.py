@@ -582,6 +582,7 @@ class LoadRecord:
     sha256: str = ""           # of the weight files
     files: dict = field(default_factory=dict) # hashes of the `DECISIVE` files beside them
     commit: str = ""           # of a Hub id
+    vocabulary: str = ""       # hash of the tokenizer as it was loaded
     quantization: str = "none" # none, nf4 or int8
     dtype: str = "fp32"        # bf16, fp16 or fp32: what products are computed in
     device: str = "cpu"        # cpu or cuda

@@ -303,6 +303,17 @@ def few_numbers(model) -> list[float]:
     return [float(f"{x:.6g}") for x in v.flatten().tolist()]
 
 # %% ../../nbs/model/07_tinylora.ipynb #b43d2e99
+def _need_readable(folder, said: dict) -> None: # said: by adapter_config.json
+    "Raise `TinyTrainerError` for a kind of adapter that PEFT does not know, and for numbers that are none."
+    if (kind := said.get("peft_type")) not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise TinyTrainerError(
+            f"{folder}: its adapter_config.json names the kind {kind!r:.60}, which the installed PEFT does not know. "
+            "Update peft, or take a LoRA adapter.")
+    inner = [found.items() for found in said.values() if isinstance(found, dict)] # such as alpha_pattern
+    for name, value in [*said.items(), *(pair for pairs in inner for pair in pairs)]:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise TinyTrainerError(f"{folder}: its adapter_config.json says {name}={value}, which is no number.")
+
 def adapter_config(
     folder,          # of a saved adapter
 ) -> PeftConfig:     # for a folder of PEFT's own TinyLoRA, ours in PEFT's parametrization
@@ -310,7 +321,11 @@ def adapter_config(
     said = read_typed(Path(folder) / "adapter_config.json", dict(peft_type="text", base_model_name_or_path="text?"))
     if said.get("megatron_config"): # PEFT would import a module that the file names
         raise TinyTrainerError(f"{folder}: this adapter is for Megatron's layers, which are not supported here.")
-    config = PeftConfig.from_pretrained(folder)
+    _need_readable(folder, said)
+    try: config = PeftConfig.from_pretrained(folder)
+    except (ValueError, TypeError, KeyError, AttributeError) as e: # a setting that PEFT does not take
+        why = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        raise TinyTrainerError(f"{folder}: its adapter_config.json does not fit PEFT ({why:.200}).") from None
     if config.peft_type != "TINYLORA": return config
     plain = dict(tinylora_dropout=0.0, bias="none", modules_to_save=None, fan_in_fan_out=False)
     odd = {name: found for name, value in plain.items() if (found := getattr(config, name)) != value}
