@@ -17,7 +17,7 @@ from torch import nn
 from ..data.tokens import ensure_template
 from ..runs.run import ACTIVE, Run
 from .arguments import DEFAULT_BASE, LoadArgs, adapter_folder, base_of_adapter, find_base
-from .arguments import is_adapter, is_run
+from .arguments import is_run
 from .cache import base_hash, file_hashes, files_of, known_hash
 from .base import LoadRecord, LoadReport, choose_quantization
 from .base import count_parameters, form_to_load, tensor_bytes
