@@ -828,3 +828,21 @@ def test_a_packed_bomb_is_refused_before_it_fills_the_memory(ending, tmp_path):
     (tmp_path / f"a.jsonl{ending}").write_bytes(data)
     with pytest.raises(TinyTrainerError, match="holds over 1 GiB in .* MiB"):
         load_examples(tmp_path / f"a.jsonl{ending}")
+
+
+@pytest.mark.parametrize("where", ["target_modules", "exclude_modules", "rank_pattern"])
+def test_an_adapters_pattern_of_names_ends(runs, where, tmp_path):
+    shutil.copytree(Path(runs["sft"]) / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    said, pattern = json.loads(file.read_text()), "(([a-z0-9_.])+)+!"
+    file.write_text(json.dumps(said | {where: {pattern: 4} if where == "rank_pattern" else pattern}))
+    start = time.monotonic()
+    with pytest.raises(TinyTrainerError, match="by a pattern that takes too long"):
+        load_model(tmp_path / "adapter", verbose=False)
+    assert time.monotonic() - start < 30
+    file.write_text(json.dumps(said | dict(target_modules="(")))
+    with pytest.raises(TinyTrainerError, match="by a pattern that cannot be read"):
+        load_model(tmp_path / "adapter", verbose=False)
+    names = "|".join(sorted(said["target_modules"]))
+    file.write_text(json.dumps(said | dict(target_modules=f"({names})")))  # unsloth writes such ones
+    load_model(tmp_path / "adapter", verbose=False)

@@ -25,7 +25,7 @@ from .base import _load_weights, _need_causal, _no_pickle
 from .base import _pretrained, _say_once, _stored_bytes
 from .layers import has_adapter, plain_model
 from .lora import need_lasting, saved_adapters, train_last
-from .tinylora import adapter_config
+from .tinylora import adapter_config, need_ending
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
@@ -249,11 +249,13 @@ def with_adapter(
     """`model` with a saved adapter or stack on it.
 
     Raises `TinyTrainerError` for one that changes no layers or is for another task, for a TinyLoRA adapter of another
-    base, for one that does not fit the model's layers, is not complete or holds numbers that are none."""
+    base, for one that does not fit the model's layers, is not complete or holds numbers that are none, and for patterns
+    of layers' names that do not end."""
     report, names = model.load_report, saved_adapters(folder)
     places = {name: folder / name if name in names[1:] else folder for name in names}
     for place in places.values():
         need_lasting(str(place), adapter_config(place))
+        need_ending(place, [layer for layer, _ in model.named_modules()])
         _no_pickle(place)
         need_file(place / "adapter_model.safetensors") # or PEFT would look for it on the Hub
     with random_kept(), quiet(), _fitting(folder): # PEFT draws numbers and then writes the saved ones over them

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['KIND', 'VAGUE', 'FEW', 'truncated_svd', 'TinyConfig', 'subspace', 'TinyLoraLayer', 'TinyLoraModel', 'base_marks',
-           'check_base', 'add_tinylora', 'trained_vector', 'few_numbers', 'adapter_config', 'adapter_line', 'from_line']
+           'check_base', 'add_tinylora', 'trained_vector', 'few_numbers', 'adapter_config', 'need_ending',
+           'adapter_line', 'from_line']
 
 # %% ../../nbs/model/07_tinylora.ipynb #0aa978ab
-import base64, dataclasses, hashlib, math, re
+import base64, dataclasses, hashlib, json, math, re, subprocess, sys
 from dataclasses import dataclass
 from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core import TinyTrainerError, builds, patch_to, progress, quiet, read_typed
+from ..core import TinyTrainerError, builds, patch_to, progress, quiet, read_json, read_typed
 from .arguments import TinyLoraArgs
 from .layers import LINEAR, has_adapter, linear_layers, linear_names, written_out
 from peft import PeftConfig, TinyLoraConfig, get_peft_model
@@ -334,6 +335,38 @@ def adapter_config(
             f"{folder}: this TinyLoRA adapter was made with {odd}, which is not supported here. "
             "Load it with PEFT alone.")
     return TinyConfig(**dataclasses.asdict(config) | dict(parametrization="peft", save_projection=True))
+
+# %% ../../nbs/model/07_tinylora.ipynb #6fd9d88d
+_TRY = """
+import json, re, sys
+patterns, layers = json.load(sys.stdin)
+for pattern in patterns:
+    for layer in layers: re.fullmatch(pattern, layer), re.match(rf"(.*\\.)?({pattern})$", layer)
+"""
+
+def _patterns(said: dict) -> list[str]: # said: by adapter_config.json
+    "The patterns by which an adapter names layers; plain names are none."
+    found = [said.get(name) for name in ("target_modules", "exclude_modules", "layers_pattern")]
+    listed = [part for value in found for part in (value if isinstance(value, list) else [value])]
+    listed += [key for name in ("rank_pattern", "alpha_pattern") for key in said.get(name) or {}]
+    return [p for p in listed if isinstance(p, str) and not re.fullmatch(r"[\w.-]*", p)]
+
+def need_ending(
+    folder,            # of a saved adapter
+    layers: list[str], # names of all layers of its base
+    longest: float = 5, # seconds
+) -> None:
+    "Raise `TinyTrainerError` for an adapter that names layers by a pattern that takes too long, or is none."
+    patterns = _patterns(read_json(Path(folder) / "adapter_config.json"))
+    if not patterns: return
+    try: tried = subprocess.run([sys.executable, "-I", "-c", _TRY], input=json.dumps([patterns, layers]),
+                                text=True, capture_output=True, timeout=longest)
+    except subprocess.TimeoutExpired: why = "takes too long"
+    else:
+        if not tried.returncode: return
+        why = "cannot be read"
+    raise TinyTrainerError(f"{folder}: its adapter_config.json names layers by a pattern that {why} "
+                           f"({patterns[0]:.80}). Write the names of the layers instead.")
 
 # %% ../../nbs/model/07_tinylora.ipynb #87b7c156
 def _check(line: str) -> str: # eight hexadecimal digits

@@ -277,6 +277,7 @@ def prepare(
     TURN.need()
     folder = local_path(out)
     if folder.name in ("", ".."): folder = folder.resolve()
+    if not folder.name: raise TinyTrainerError(f"{out}: no run can be made here. Choose another folder (out, --out).")
     _refuse_unfinished(folder, dict(recipe=recipe, settings=settings.to_dict(), **info))
     free = lambda: free_sibling(folder, allowed=("notebook.ipynb",)) # the notebook that made this run
     try: run = cls(_beside(free()))
