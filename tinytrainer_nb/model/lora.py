@@ -208,7 +208,8 @@ def _need_stackable(model, name: str) -> None: # name: of the new adapter
     if model.peft_type != "LORA":
         raise TinyTrainerError(
             f"only LoRA adapters are stacked, and this model has one of the kind "
-            f"{_kind(model, model.active_adapters[0])}. Merge it first: save_merged(run, folder), then load_model(folder) and add_lora(model).")
+            f"{_kind(model, model.active_adapters[0])}. "
+            "Merge it first: save_merged(run, folder), then load_model(folder) and add_lora(model).")
     need_names(model)
     if any(_blocks_stacks(m) for m in _trained_whole(model)):
         raise TinyTrainerError(
