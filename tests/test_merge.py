@@ -533,7 +533,8 @@ def test_a_head_that_the_config_calls_tied_is_written(base, tmp_path):
     shutil.copytree(base("llama"), tmp_path / "base")
     file = tmp_path / "base/model.safetensors"
     tensors = load_file(file)
-    other = tensors["model.embed_tokens.weight"] * torch.linspace(0.5, 1.5, 1024)[:, None]
+    rows = tensors["model.embed_tokens.weight"]
+    other = rows * torch.linspace(0.5, 1.5, len(rows))[:, None]
     save_file(tensors | {"lm_head.weight": other}, file, metadata={"format": "pt"})
     run = pretrained(tmp_path / "base", tmp_path / "run")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model", dtype=torch.float32)
