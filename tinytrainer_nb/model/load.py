@@ -137,8 +137,8 @@ def need_whole_vocabulary(name: str, tokenizer, config) -> None:
     last = max(tokenizer.get_vocab().values(), default=-1) # ids may leave numbers out
     if max(len(tokenizer), last + 1) > known:
         raise TinyTrainerError(
-            f"{name}: its tokenizer has tokens up to number {max(len(tokenizer) - 1, last):,} and the model knows "
-            f"{known:,}, so they do not belong together. Put the model's own tokenizer beside it.")
+            f"{name}: its tokenizer has {max(len(tokenizer), last + 1):,} tokens and the model knows {known:,}, "
+            "so they do not belong together. Put the model's own tokenizer beside it.")
 
 def vocabulary_hash(tokenizer) -> str:
     "SHA-256 of all that decides which tokens a text becomes, and which of them are special."
