@@ -225,7 +225,7 @@ def _not_finite(self, step: int, when: str) -> TinyTrainerError:
 # %% ../../nbs/recipes/04_trainer.ipynb #aad8dce6
 @patch_to(RunTrainer)
 def need_sound(self) -> None:
-    "Raise `TinyTrainerError` if what is to be saved holds numbers that are none, or if no step of a whole run was taken."
+    "Raise `TinyTrainerError` if what is to be saved holds numbers that are none, or if a whole run took no step."
     step = self.state.global_step
     cure = f"Nothing was saved of it. {self.run.how_to_resume()} goes on from the checkpoint before, if there is one."
     need_finite(trainable(self.model), f"step {step}", cure)
