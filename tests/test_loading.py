@@ -18,24 +18,34 @@ from transformers import (
     BertConfig,
     BitsAndBytesConfig,
     ByT5Tokenizer,
+    DeepseekV3Config,
+    DeepseekV32Config,
+    DiffLlamaConfig,
+    DogeConfig,
     Emu3Config,
     FuyuConfig,
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     Lfm2Config,
+    Llama4TextConfig,
     LlamaConfig,
     LlavaConfig,
+    MiniMaxM3VLTextConfig,
     MixtralConfig,
     MllamaConfig,
     ModernBertConfig,
     OPTConfig,
     PhiConfig,
+    PhimoeConfig,
+    Qwen2MoeConfig,
     Qwen2VLConfig,
     T5Config,
 )
 
 from tinytrainer_nb.all import (
+    GenerateArgs,
     LoraArgs,
     Run,
     SFTArgs,
@@ -44,12 +54,15 @@ from tinytrainer_nb.all import (
     add_tinylora,
     as_command,
     data_file,
+    generate,
     load_model,
     sft,
     stack_adapter,
 )
 from tinytrainer_nb.cli import main
+from tinytrainer_nb.model import attention
 from tinytrainer_nb.model.export import merged
+from tinytrainer_nb.model.layers import linear_layers
 from tinytrainer_nb.model.lora import adapter_settings
 
 WIDE = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -200,6 +213,138 @@ def test_auto_knows_other_architectures(tmp_path, config):
 )
 def test_documents_that_see_each_other(tmp_path, config):
     refused(saved(tmp_path, config), "documents that share a row see each other")
+
+
+LATENT = dict(q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=8, qk_nope_head_dim=8)  # of DeepSeek's attention
+EXPERTS = dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, n_group=1, topk_group=1)
+FOUR = LLAMA | dict(num_key_value_heads=4)
+
+
+def strong(folder, config):
+    "A saved model whose layers change much of what they are given, and the same as `transformers` computes it"
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).float()
+    for p in model.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.12)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(data_file("tiny")).save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def packed_logits(model, lengths):
+    "Of documents side by side, and the documents"
+    texts = [[(7 * i + n) % 1000 + 3 for i in range(n)] for n in lengths]
+    row = dict(input_ids=sum(texts, []), position_ids=[i for n in lengths for i in range(n)])
+    with torch.no_grad():
+        row = {name: torch.tensor([values]) for name, values in row.items()}
+        return model(**row, document_lengths=list(lengths), use_cache=False).logits[0], texts
+
+
+SOME = dict(num_local_experts=4, num_experts_per_tok=2, head_dim=16)
+CHOSEN = dict(index_n_heads=2, index_head_dim=16, index_block_size=8, index_topk_blocks=2)
+SPARSE = MiniMaxM3VLTextConfig(**LLAMA, **ENDS, **SOME, **CHOSEN, layer_types=["full_attention", "minimax_m3_sparse"])
+SINKS = GptOssConfig(**LLAMA, **ENDS, **SOME)
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        (DogeConfig(**LLAMA, **ENDS), "DogeAttention hides tokens by a mask of its own"),
+        (DogeConfig(**LLAMA, **ENDS, keep_window_size=8), "DogeAttention hides tokens by a mask of its own"),
+        (SPARSE, "chooses the tokens that it sees"),
+        (SINKS, "GptOssAttention adds to its attention scores"),
+        (DeepseekV32Config(**FOUR, **ENDS, **LATENT, **EXPERTS, v_head_dim=16), "of the type deepseek_v32 cannot be"),
+    ],
+    ids=["doge", "doge with a short window", "minimax-m3", "gpt-oss", "deepseek-v32"],
+)
+def test_attention_that_is_more_than_causal(tmp_path, config, words):
+    strong(tmp_path, config)
+    refused(tmp_path, words)
+
+
+def test_attention_that_differs_from_the_models_own(tmp_path, monkeypatch):
+    "An argument that nobody knows of, which the packed attention leaves out"
+    monkeypatch.setattr(attention, "_MORE", {})
+    strong(tmp_path, SINKS)
+    refused(tmp_path, "the type gpt_oss has an attention that is more than causal")
+
+
+WINDOW = dict(sliding_window=16, use_sliding_window=True, layer_types=["full_attention", "sliding_attention"])
+FEWER = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+CHUNKS = dict(attention_chunk_size=16, no_rope_layers=[1, 0], num_local_experts=4, head_dim=16)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Llama4TextConfig(**LLAMA, **ENDS, **CHUNKS),
+        Qwen2MoeConfig(**LLAMA, **ENDS, **FEWER, **WINDOW),
+        PhimoeConfig(**LLAMA, **ENDS, num_local_experts=4, sliding_window=16),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_window_that_stands_in_the_mask_alone(tmp_path, config):
+    own = strong(tmp_path, config)
+    model, tokenizer = load_model(tmp_path, "none", "fp32", verbose=False)
+    found, texts = packed_logits(model, (9, 16, 3))
+    with torch.no_grad():
+        alone = torch.cat([own(torch.tensor([text])).logits[0] for text in texts])
+    torch.testing.assert_close(found, alone, rtol=0, atol=1e-3 * alone.abs().max().item())
+    with pytest.raises(TinyTrainerError, match="sees the last 16 tokens alone, and a text here has 17"):
+        packed_logits(model, (9, 17))
+    with pytest.raises(TinyTrainerError, match="sees the last 16 tokens alone"):
+        generate(model, tokenizer, "hen " * 9, GenerateArgs(max_new_tokens=16), quiet=True)
+
+
+def test_a_layer_that_attends_twice_does_not_decode(tmp_path):
+    strong(tmp_path, DiffLlamaConfig(**LLAMA, **ENDS))
+    model, tokenizer = load_model(tmp_path, "none", "fp32", verbose=False)
+    with pytest.raises(TinyTrainerError, match="layer 0 of this model attends twice") as e:
+        generate(model, tokenizer, ["hen", "egg"], GenerateArgs(max_new_tokens=4), quiet=True)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("few", [0, 2**21], ids=["prompts once", "a copy a slot"])
+@pytest.mark.parametrize("width", [8, 24])
+def test_values_of_another_width_than_keys(tmp_path, monkeypatch, width, few):
+    own = strong(tmp_path, DeepseekV3Config(**FOUR, **ENDS, **LATENT, **EXPERTS, v_head_dim=width))
+    model, tokenizer = load_model(tmp_path, "none", "fp32", verbose=False)
+    init = attention.SharedCache.__init__
+    monkeypatch.setattr(attention.SharedCache, "__init__", lambda self, *args: init(self, *args, few=few))
+    args = GenerateArgs(max_new_tokens=20, temperature=0, num_generations=2)
+    found = generate(model, tokenizer, ["How many hens are there", "hen"], args, quiet=True)
+    for prompt, said in zip(found.prompt_ids, found.completion_ids):
+        ids = torch.tensor([prompt])
+        whole = own.generate(ids, max_new_tokens=20, do_sample=False, attention_mask=torch.ones_like(ids))[0]
+        assert said == whole[len(prompt) :].tolist()[: len(said)] and len(said) > 3
+
+
+ROUTED = [
+    PhimoeConfig(**LLAMA, **ENDS, num_local_experts=4),
+    Llama4TextConfig(**LLAMA, **ENDS, head_dim=16, num_local_experts=4),
+]
+
+
+@pytest.mark.parametrize("config", ROUTED, ids=lambda config: config.model_type)
+def test_a_router_takes_no_adapter(tmp_path, config):
+    strong(tmp_path, config)
+    load = lambda: load_model(tmp_path, "none", "fp32", verbose=False)
+    few = dict(max_steps=1, batch_size=2, save_steps=0, eval_steps=0, sample_steps=0, out=str(tmp_path / "run"))
+    rows = [dict(prompt="hen", completion="egg"), dict(prompt="egg", completion="hen")]
+    for add in (
+        lambda model: add_lora(model, LoraArgs(r=2, target_modules="all-linear")),
+        lambda model: add_lora(model, LoraArgs(r=2, target_modules="all-linear", layers="1")),
+        lambda model: stack_adapter(add_lora(model, LoraArgs(r=2)), LoraArgs(r=2, target_modules="all-linear")),
+        add_tinylora,
+    ):
+        model, tokenizer = load()
+        assert "router" not in " ".join(linear_layers(model)) and "q_proj" in " ".join(linear_layers(model))
+        model = add(model)
+        assert not [name for name, p in model.named_parameters() if p.requires_grad and "router" in name]
+        assert sft(model, tokenizer, rows, SFTArgs(**few)).status == "finished"
+    with pytest.raises(TinyTrainerError, match="do not fit this model. Its linear layers: q_proj, "):
+        add_lora(load()[0], LoraArgs(target_modules="router"))
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from tinytrainer_nb.all import (
     PPOArgs,
     PretrainArgs,
+    Run,
     SFTArgs,
     TinyTrainerError,
     data_file,
@@ -377,6 +378,26 @@ def test_a_run_is_merged(base, tmp_path, name, quantization, targets, dtype):
     save_merged(run, tmp_path / "merged", "fp32")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert (exact_logits(plain) - exact_logits(run.model)).abs().max() < 1e-4
+
+
+def test_biases_of_the_base_belong_to_the_adapter_that_trains_them(base, tmp_path):
+    "A run on them is stopped, resumed, loaded, trained on and merged."
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "fc1"], bias="lora_only", **PLAIN)
+    model, tokenizer = loaded(base("opt"), adapter=config), transformers.AutoTokenizer.from_pretrained(base("opt"))
+    rows = [dict(prompt=f"How many legs have {n} hens?", completion=f"{2 * n} legs") for n in range(8)]
+    settings = dict(batch_size=4, learning_rate=2e-2, warmup_steps=0, eval_steps=0, sample_steps=0, max_length=200)
+    args = SFTArgs(max_steps=3, out=str(tmp_path / "run"), **settings)
+    run = sft(model, tokenizer, rows, args, live=True)
+    run.stop()
+    run.wait()
+    assert run.status == "stopped"
+    run = Run.open(run.folder).resume()
+    again, tokenizer = load_model(run.folder, verbose=False)
+    assert run.status == "finished" and torch.equal(logits(again.eval()), logits(run.model.eval()))
+    second = sft(again, tokenizer, rows, SFTArgs(max_steps=1, out=str(tmp_path / "second"), **settings))
+    save_merged(second, tmp_path / "merged", "fp32")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert (logits(plain) - logits(second.model.eval())).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("fault", ["weight", "tied", "file", "nan"])

@@ -58,6 +58,7 @@ def find_base(base: str | Path) -> str:
         raise TinyTrainerError(f"{base}: {_why_no_model(path)}")
     if may_be_on_hub(str(base)): return str(base)
     found = "is a file, and a model is a folder" if path.is_file() else "no such model"
+    if str(base).startswith("new:"): found = "an untrained model can only be pretrained"
     raise TinyTrainerError(f"{base}: {found}. {_KNOWN} such as {DEFAULT_BASE}.")
 
 def _why_no_model(folder: Path) -> str:

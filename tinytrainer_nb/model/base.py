@@ -8,7 +8,7 @@ __all__ = ['WORTH_KEEPING', 'count_parameters', 'Preset', 'model_preset', 'step_
 
 # %% ../../nbs/model/05_base.ipynb #dfd88545
 import contextlib, copy, functools, hashlib, json, os, re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 import torch
 from torch import nn
@@ -451,22 +451,51 @@ def _behind(model, first: list[int], start: int, second: list[int]) -> torch.Ten
     logits = model(**row, document_lengths=[len(first), len(second)], use_cache=False).logits
     return logits[0, len(first):].float()
 
-@torch.no_grad()
+def _by_itself(model, ids: list[int]) -> torch.Tensor: # (len(ids), V)
+    "Logits of a document alone, with the attention that `transformers` has for the model."
+    row, packed = torch.tensor([ids], device=next(model.parameters()).device), model.config._attn_implementation
+    model.config._attn_implementation = "eager"
+    try: return model(input_ids=row, use_cache=False).logits[0].float()
+    finally: model.config._attn_implementation = packed
+
+# %% ../../nbs/model/05_base.ipynb #3b18ce98
+@contextlib.contextmanager
+def _tried(name: str, model, dtype: torch.dtype): # name: of the base, for the error
+    "For passes that try a model: a failure inside becomes a `TinyTrainerError` of one line."
+    try:
+        with torch.no_grad(), compute_context(model, dtype), quiet(): yield
+    except TinyTrainerError: raise
+    except Exception as e:
+        why = (str(e).strip().splitlines() or [""])[0]
+        raise TinyTrainerError(
+            f"{name}: a model of the type {model.config.model_type} cannot be computed without padding "
+            f"({type(e).__name__}: {why:.150}), so it cannot be trained here. {_OTHER_MODEL}") from None
+
+def _need_own(name: str, kind: str, packed: torch.Tensor, own: torch.Tensor, most: float) -> None: # (n, V) each
+    "Raise `TinyTrainerError` if logits differ by more than this share of the largest one."
+    apart = ((packed - own).abs().max() / own.abs().max()).item()
+    if apart > most:
+        raise TinyTrainerError(
+            f"{name}: a model of the type {kind} has an attention that is more than causal (without it, logits are off "
+            f"by {apart:.0%} of the largest one), so it cannot be trained here. {_OTHER_MODEL}")
+
 def _need_apart(name: str, model, dtype: torch.dtype) -> None: # name: of the base, for the error
-    "Raise `TinyTrainerError` if documents in one row see each other."
+    "Raise `TinyTrainerError` if documents in one row see each other, or are computed otherwise than by themselves."
     config = model.config.get_text_config()
     if config.model_type in _KEEP_APART and not _moving_positions(config): return
     first, other, second = ([(7 * i + shift) % config.vocab_size for i in range(12)] for shift in (3, 5, 9))
     longest = getattr(config, "max_position_embeddings", None) or 0
     far = 2 * longest if _moving_positions(config) else max(0, longest - len(first))
-    with compute_context(model, dtype), quiet():
+    with _tried(name, model, dtype):
         alone, moved = _behind(model, first, 0, second), _behind(model, other, far, second)
+        own = _by_itself(model, second)
     # The same numbers go through the same products. Only experts share all tokens of a row anew, in other roundings.
     experts = any(getattr(config, kind, None) for kind in ("num_experts", "num_local_experts", "n_routed_experts"))
     if (alone - moved).abs().max() > (0.01 if experts else 1e-5) * alone.abs().max():
         raise TinyTrainerError(
             f"{name}: in a model of the type {config.model_type} documents that share a row see each other, so it "
             f"cannot be trained here. {_OTHER_MODEL}")
+    _need_own(name, config.model_type, alone, own, 1e-3 if dtype == torch.float32 else 0.3 if experts else 0.1)
 
 # %% ../../nbs/model/05_base.ipynb #470bec50
 def _load_weights(
@@ -553,6 +582,7 @@ class LoadRecord:
     sha256: str = ""           # of the weight files
     files: dict = field(default_factory=dict) # hashes of the `DECISIVE` files beside them
     commit: str = ""           # of a Hub id
+    vocabulary: str = ""       # hash of the tokenizer as it was loaded
     quantization: str = "none" # none, nf4 or int8
     dtype: str = "fp32"        # bf16, fp16 or fp32: what products are computed in
     device: str = "cpu"        # cpu or cuda
@@ -572,8 +602,8 @@ class LoadRecord:
         "The record in a run.json; empty where there is none."
         said = info.get("load", {})
         found = cls(**{f.name: said[f.name] for f in fields(cls) if f.name in said})
-        if folder and said: found.beside = _beside(found.base, info["settings"].get("out", ""), folder)
-        return found
+        if not folder or not said: return found
+        return replace(found, beside=_beside(found.base, info["settings"].get("out", ""), folder))
 
     @property
     def torch_dtype(self) -> torch.dtype: return DTYPES[self.dtype]
@@ -583,7 +613,7 @@ class LoadRecord:
         "A name that finds these weights: that of the embedded or a new base, the folder where they are, or the Hub id."
         if self.base == "tiny" or self.base.startswith("new:"): return self.base
         here = [place for place in dict.fromkeys((self.path, self.beside, self.base)) if place and Path(place).is_dir()]
-        same = [place for place in here if len(here) > 1 and base_hash(place) == self.sha256]
+        same = [p for p in here if len(here) > 1 and base_hash(p) == self.sha256] # else they are compared later
         return next(iter(same or here), self.path)
 
 def _beside(base: str, out: str, folder: Path) -> str: # base, out: as they were asked for; folder: where the run is now

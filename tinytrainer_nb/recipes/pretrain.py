@@ -115,7 +115,7 @@ class PretrainTrainer(RunTrainer, Trainer):
 
     def save_result(self) -> None:
         "The model in the compute format, with its tokenizer, as `transformers` reads it."
-        target = self.run.folder / "model"
+        target = self.run.place / "model"
         with whole_folder(target) as folder: save_base(self.model, self.tokenizer, folder, self.dtype)
         path = str(target.resolve()) # a later adapter belongs to these weights, not to those training started from
         self.model.load_report = replace(

@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from ..core import PLAIN, TinyTrainerError, builds, file_hash, patch_to, processes, progress
-from ..core import quiet, read_typed, remove_whole, same_file, share, visible
+from ..core import PLAIN, MissingFile, TinyTrainerError, builds, file_hash, patch_to
+from ..core import processes, progress, quiet, read_typed, remove_whole, same_file, share, visible
 from ..core import whole_folder, write_json
 from ..settings import may_change
 from ..hardware import peak_memory
@@ -22,7 +22,7 @@ from ..compute.onednn import has_blocks
 from ..compute.path import choose_path, on_path
 from ..model.layers import count_trainable, keep_gradients, trainable
 from ..model.base import compute_context
-from ..model.load import result_hashes
+from ..model.load import need_finite, result_hashes
 from ..model.lora import save_adapter
 from ..model.tinylora import few_numbers
 from ..views import plots # noqa: F401, adds `save_figure` to a run
@@ -99,8 +99,8 @@ class RunTrainer:
         if self.shares_rows and processes()[1] > 1:
             kwargs["data_collator"] = Shared(kwargs["data_collator"])
         evaluates = kwargs.get("eval_dataset") is not None
-        with quiet():
-            arguments = training_arguments(settings, run.folder, device, evaluates, self.drop_last, config)
+        with quiet(), cache_setting_kept(model.config):
+            arguments = training_arguments(settings, run.place, device, evaluates, self.drop_last, config)
             arguments._n_gpu = min(1, arguments.n_gpu) # one process trains on one GPU; Trainer would use all of them
             names, arguments.report_to = arguments.report_to, [] # the trackers are added below, where they may fail
             super().__init__(model=model, args=arguments, **kwargs)
@@ -113,6 +113,7 @@ class RunTrainer:
         self.dropout = OwnDropout(device) if drops(model) else None
         self.figures, self.best = {}, {}      # of this step; of the best evaluation
         self.broken = 0                       # steps in a row whose gradient was not finite
+        self.norm_is_finite = True            # of this step's gradient, before it was clipped
         self.tokens, self.seconds = 0, 0.0    # of the whole run, and of its earlier sessions
         self.interrupts, self.stopped = Interrupts(), False
         self.saving, self.ending = {}, {}     # when the present checkpoint and the present end were asked for
@@ -176,8 +177,9 @@ def _clip_grad_norm(self, model):
     scaler = self.accelerator.scaler
     if scaler is not None: scaler.unscale_(self.optimizer.optimizer)
     norm = super(RunTrainer, self)._clip_grad_norm(model)
+    self.norm_is_finite = bool(norm.isfinite())
     if scaler is None: return norm
-    if norm.isfinite(): self.broken = 0
+    if self.norm_is_finite: self.broken = 0
     else: self.note_broken(_OVERFLOWS) # the scaler will not take this step, either
     return norm
 
@@ -197,7 +199,8 @@ def refuse_broken(self) -> None:
     "Drop a gradient that is not finite. Raises `TinyTrainerError` if that happens again and again."
     if self.accelerator.scaler is not None: return # fp16 has its own way, above
     gradients = [p.grad for p in trainable(self.model).values() if p.grad is not None]
-    if not gradients or torch.stack([g.isfinite().all() for g in gradients]).all():
+    finite, self.norm_is_finite = self.norm_is_finite, True
+    if finite and (not gradients or torch.stack([g.isfinite().all() for g in gradients]).all()):
         self.broken = 0
         return
     self.model.zero_grad()
@@ -209,11 +212,40 @@ def note_broken(self, most: int) -> None: # most: such steps in a row
     step = self.state.global_step + 1
     self.broken += 1
     self.run.log("note", step, message=f"step {step} was left out: its gradient is not finite (NaN or infinite)")
-    if self.broken < most: return
-    raise TinyTrainerError(
-        f"step {step}: the gradient is not finite (NaN or infinite), in {self.broken} steps in a row. What is trained "
-        "was left as it was before. Look for numbers that are none in the base, try a smaller learning rate than "
+    if self.broken >= most: raise self._not_finite(step, f"in {self.broken} steps in a row")
+
+@patch_to(RunTrainer)
+def _not_finite(self, step: int, when: str) -> TinyTrainerError:
+    "What to do about gradients that are not finite."
+    return TinyTrainerError(
+        f"step {step}: the gradient is not finite (NaN or infinite), {when}. What is trained was left as it was "
+        "before. Look for numbers that are none in the base, try a smaller learning rate than "
         f"{self.settings.learning_rate:g}, or dtype='fp32'.")
+
+# %% ../../nbs/recipes/04_trainer.ipynb #aad8dce6
+@patch_to(RunTrainer)
+def need_sound(self) -> None:
+    "Raise `TinyTrainerError` if what is to be saved holds numbers that are none, or if no step of a whole run was taken."
+    step = self.state.global_step
+    cure = f"Nothing was saved of it. {self.run.how_to_resume()} goes on from the checkpoint before, if there is one."
+    need_finite(trainable(self.model), f"step {step}", cure)
+    if self.optimizer is not None: need_finite(_state_of(self.optimizer), f"step {step}", cure)
+    over = step >= self.settings.max_steps
+    if over and self.broken and not _taken(self.optimizer): raise self._not_finite(step, "in every step of this run")
+
+def _taken(optimizer) -> bool:
+    "Whether AdamW has ever taken a step; one that overflows in fp16 is begun and taken back."
+    return any(state["step"] > 0 for state in optimizer.state.values())
+
+def _state_of(optimizer) -> dict[str, torch.Tensor]: # by what an error calls them
+    "What the optimiser remembers of each trained tensor."
+    states = enumerate(optimizer.state.values())
+    return {f"the optimiser's {name} {i}": x for i, state in states for name, x in state.items() if torch.is_tensor(x)}
+
+@patch_to(RunTrainer)
+def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+    super(RunTrainer, self)._load_optimizer_and_scheduler(checkpoint)
+    if checkpoint: need_finite(_state_of(self.optimizer), str(checkpoint), _without(Path(checkpoint)))
 
 # %% ../../nbs/recipes/04_trainer.ipynb #4c576e4c
 class Shared:
@@ -299,8 +331,9 @@ BEST = "best.safetensors" # in a checkpoint: the weights of the best evaluation 
 @patch_to(RunTrainer)
 def _save_checkpoint(self, model, trial) -> None:
     "Write one checkpoint, whole or not at all; the oldest go."
+    self.need_sound()
     step, leads = self.state.global_step, self.run.leads
-    checkpoints = self.run.folder / "checkpoints"
+    checkpoints = self.run.place / "checkpoints"
     target = checkpoints / f"step-{step:06d}"
     self.run.log("checkpoint", step, path=f"checkpoints/{target.name}", **self.saving)
     self.saving = {}
@@ -312,7 +345,7 @@ def _save_checkpoint(self, model, trial) -> None:
         if leads: self._complete(staging)
     if leads:
         for old, _ in self.run.checkpoints()[:-self.settings.keep_checkpoints]:
-            with self.run.surviving("removing an old checkpoint"): remove_whole(old)
+            with self.run.surviving("removing an old checkpoint"): remove_whole(checkpoints / old.name)
 
 @patch_to(RunTrainer)
 def _get_output_dir(self, trial=None) -> str:
@@ -349,7 +382,8 @@ def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
     done = _progress(checkpoint)
     _need_intact(checkpoint, done["sha256"])
     load_trained(self.model, checkpoint / "trained.safetensors")
-    self.tokens, self.seconds, self.best = done["tokens"], done["seconds"], done["best"]
+    need_finite(trainable(self.model), str(checkpoint), _without(checkpoint))
+    self.tokens, self.seconds, self.best = done["tokens"], done["seconds"], done["best"] or {}
     if self.run.leads and (checkpoint / BEST).exists():
         with whole_folder(self.best_weights.parent) as folder:
             same_file(checkpoint / BEST, folder / self.best_weights.name)
@@ -357,16 +391,23 @@ def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         if name in done["settings"]: setattr(self.settings, name, done["settings"][name])
 
 def _progress(checkpoint: Path) -> dict:
-    "What a checkpoint notes beside its tensors. Raises `TinyTrainerError` if the file is damaged."
-    return read_typed(checkpoint / "progress.json", PROGRESS, need=tuple(PROGRESS))
+    "What a checkpoint notes beside its tensors. Raises `TinyTrainerError` if the file is damaged, or not there."
+    path = checkpoint / "progress.json"
+    try: return read_typed(path, PROGRESS, need=tuple(PROGRESS))
+    except MissingFile: why = f"{path}: is not there"
+    except TinyTrainerError as e: why = str(e).rstrip(".")
+    raise TinyTrainerError(f"{why}. So this checkpoint is damaged. {_without(checkpoint)}")
+
+def _without(checkpoint: Path) -> str:
+    "What to do about a checkpoint that cannot be used."
+    return f"Remove the folder {checkpoint}: a resume then starts from the checkpoint before it."
 
 def _need_intact(checkpoint: Path, hashes: dict[str, str]) -> None: # by file name
     "Raises `TinyTrainerError` if a file is not as it was written."
     for name, known in hashes.items():
         if not (checkpoint / name).exists() or file_hash(checkpoint / name) != known:
-            raise TinyTrainerError(
-                f"{checkpoint}: {name} is not as it was written, so this checkpoint is damaged. "
-                f"Remove the folder {checkpoint}: a resume then starts from the checkpoint before it.")
+            raise TinyTrainerError(f"{checkpoint}: {name} is not as it was written, so this checkpoint is damaged. "
+                                   f"{_without(checkpoint)}")
 
 # %% ../../nbs/recipes/04_trainer.ipynb #3ff17675
 @patch_to(RunTrainer)
@@ -409,19 +450,24 @@ def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"
 def compare(self, score: float) -> None: # higher is better
     "Remember the best evaluation, with its weights if they are wanted; end the run when patience is over."
     step = self.state.global_step
-    if math.isfinite(score) and (not self.best or score > self.best["score"]):
+    finite = math.isfinite(score)
+    if not finite: self.run.note(step, "the evaluation is not finite (NaN or infinite): it does not count")
+    if finite and ("score" not in self.best or score > self.best["score"]):
         self.best = dict(score=score, step=step, worse=0)
         if self.settings.keep_best and self.run.leads:
             with whole_folder(self.best_weights.parent) as folder: self._save(folder)
-    elif self.best: self.best["worse"] += 1
+    else: self.best["worse"] = self.best.get("worse", 0) + 1
     if self.out_of_patience(self.best):
-        message = (f"ended early: the evaluation of step {self.best['step']} was the best, "
-                   f"and {self.best['worse']} since were not better")
-        self.run.note(step, message)
+        self.run.note(step, f"ended early: {_why_over(self.best)}")
         self.control.should_training_stop = True
 
+def _why_over(best: dict) -> str:
+    "Why patience is over."
+    if "score" not in best: return f"none of the {best['worse']} evaluations was finite"
+    return f"the evaluation of step {best['step']} was the best, and {best['worse']} since were not better"
+
 @patch_to(RunTrainer)
-def out_of_patience(self, best: dict) -> bool: # best: empty before the first evaluation
+def out_of_patience(self, best: dict) -> bool: # best: without `score` before the first finite evaluation
     "Whether so many evaluations were not better that the run ends."
     return bool(best and self.settings.patience) and best["worse"] >= self.settings.patience
 
@@ -429,13 +475,16 @@ def out_of_patience(self, best: dict) -> bool: # best: empty before the first ev
 @property
 def best_weights(self) -> Path:
     "The file with the weights of the best evaluation; each checkpoint has them too."
-    return self.run.folder / "checkpoints" / "best" / "trained.safetensors"
+    return self.run.place / "checkpoints" / "best" / "trained.safetensors"
 
 @patch_to(RunTrainer)
 def take_best(self) -> None:
     "Put back the weights of the best evaluation, if they are to be the result."
     step = self.state.global_step
-    if not self.settings.keep_best or not self.best or self.best["step"] == step: return
+    if not self.settings.keep_best or self.best.get("step") == step: return
+    if "score" not in self.best:
+        self.run.note(step, "there was no finite evaluation: the result has the last weights")
+        return
     if not self.best_weights.exists():
         self.run.note(step, f"the weights of step {self.best['step']}, whose evaluation was the best, are gone: "
                             "the result has the last ones")
@@ -558,6 +607,7 @@ def fit(self) -> None:
         if share(self.interrupts.asked) and unfinished: raise KeyboardInterrupt
         status = "stopped" if self.stopped and unfinished else "finished"
         if status == "finished": self.take_best()
+        self.need_sound()
         if self.run.leads:
             self.save_result()
             self.finish(step, status)
@@ -586,8 +636,8 @@ def _is_over(self, checkpoint: Path | None, step: int) -> bool:
 
 @contextlib.contextmanager
 def cache_setting_kept(config):
-    "`transformers.Trainer` switches the model's `use_cache` off for good; here it is given back."
-    before = config.use_cache
+    "Inside, the model's `use_cache` is off. `transformers.Trainer` switches it off for good; here it is given back."
+    before, config.use_cache = config.use_cache, False
     try: yield
     finally: config.use_cache = before
 
@@ -616,15 +666,15 @@ def _leaner(path: dict, known: dict) -> bool:
 @patch_to(RunTrainer)
 def save_result(self) -> None:
     "The trained adapter, in PEFT's format."
-    with whole_folder(self.run.folder / "adapter") as folder: save_adapter(self.model, folder)
+    with whole_folder(self.run.place / "adapter") as folder: save_adapter(self.model, folder)
 
 @patch_to(RunTrainer)
 def finish(self, step: int, status: str) -> None:
     "Write summary and figure, then the status."
     seconds = self.seconds + self.clock()
     summary = summarize(self.run, status, step, count_trainable(self.model), seconds, self.args.device)
-    write_json(self.run.folder / "summary.json", summary)
-    self.run.update_info(result=result_hashes(self.run.folder))
+    write_json(self.run.place / "summary.json", summary)
+    self.run.update_info(result=result_hashes(self.run.place))
     with self.run.surviving("the figure"): self.run.save_figure()
     self.run.set_status(status, step, **self.ending)
 

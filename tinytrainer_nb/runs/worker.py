@@ -54,7 +54,7 @@ def launch(
 
 def _end_with(run) -> None:
     "A process that ends while its thread trains stops the run and waits for its step."
-    done, thread, folder = run.worker.done, run.worker.thread, run.folder # not the run, which holds on to its model
+    done, thread, folder = run.worker.done, run.worker.thread, run.place # not the run, which holds on to its model
     def end():
         if not done.is_set():
             say(f"{folder}: this process ends, so the run is stopped after its step. "
