@@ -8,7 +8,7 @@ __all__ = ['WORTH_KEEPING', 'count_parameters', 'Preset', 'model_preset', 'step_
 
 # %% ../../nbs/model/05_base.ipynb #dfd88545
 import contextlib, copy, functools, hashlib, json, os, re
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 import torch
 from torch import nn
