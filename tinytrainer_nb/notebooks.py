@@ -41,7 +41,7 @@ class Parameter:
     name: str
     default: object # a plain Python value
     help: str       # the comment behind it
-    kind: type      # of its values; as annotated, or that of the default
+    kind: type | None = None # of its values, if it is annotated; None: that of the default
 
 def _annotated(node: ast.AST) -> type | None:
     "The plain type that an annotation such as `int | None` names; None if it names none, or several."
@@ -68,7 +68,7 @@ def notebook_parameters(path: Path | str) -> dict[str, Parameter]:
         try: default = ast.literal_eval(node.value)
         except (ValueError, TypeError, MemoryError, RecursionError): continue # computed: not given from outside
         comment = source.splitlines()[node.end_lineno - 1].partition("#")[2].strip()
-        found[target.id] = Parameter(target.id, default, comment, _annotated(node) or type(default))
+        found[target.id] = Parameter(target.id, default, comment, _annotated(node))
     return found
 
 # %% ../nbs/90_notebooks.ipynb #ebfda4b0
@@ -85,8 +85,8 @@ def _from_text(text: str, kind: type):
 
 def parameter_value(parameter: Parameter, value):
     "`value` in the type of the parameter's default. Raises `TinyTrainerError` that says what is allowed."
-    kind, new = parameter.kind, value
-    if parameter.default is None and (value is None or str(value).lower() in NOTHING): return None
+    kind, new = parameter.kind or type(parameter.default), value
+    if parameter.default is None and (value is None or str(value).lower() in (*NOTHING, "null")): return None
     if isinstance(value, str):
         try: new = _from_text(value, kind)
         except ValueError: new = None

@@ -102,7 +102,16 @@ def _set_clock(tokenizer) -> None:
     template = tokenizer.get_chat_template()
     if "strftime_now" in template: _compile_jinja_template(template).globals["strftime_now"] = _strftime_now
 
-# %% ../../nbs/data/03_tokens.ipynb #761cd40a
+# %% ../../nbs/data/03_tokens.ipynb #e402e772
+_FOUND = weakref.WeakKeyDictionary() # by tokenizer: what was found out about it
+
+def _once(tokenizer, question: tuple, find):
+    "What `find()` says, asked once for a tokenizer as it is, with its template."
+    known = _FOUND.setdefault(tokenizer, {})
+    asked = (*question, str(tokenizer.chat_template), tokenizer.bos_token, tokenizer.eos_token, len(tokenizer))
+    if asked not in known: known[asked] = find()
+    return known[asked]
+
 _TOO_MUCH = ("the chat template makes far more text than the conversation has, so it is not used. "
              "Take another template (tokenizer.chat_template).")
 
@@ -126,6 +135,7 @@ def _need_no_power(tokenizer) -> None:
     raise TinyTrainerError("the chat template computes powers (**), which may not end, so it is not used. "
                            "Take another template (tokenizer.chat_template).")
 
+# %% ../../nbs/data/03_tokens.ipynb #761cd40a
 def _apply(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
     "The text of `messages` by the chat template; raises `TinyTrainerError` if it refuses them, or does not end."
     try:
@@ -160,15 +170,6 @@ def _missing(text: str, messages: list[dict]) -> int | None:
 
 # %% ../../nbs/data/03_tokens.ipynb #c8d5abae
 SHOWN_AS = dict(function_call="assistant", observation="tool") # roles of data in the words of chat templates
-
-_FOUND = weakref.WeakKeyDictionary() # by tokenizer: what was found out about it
-
-def _once(tokenizer, question: tuple, find):
-    "What `find()` says, asked once for a tokenizer as it is, with its template."
-    known = _FOUND.setdefault(tokenizer, {})
-    asked = (*question, str(tokenizer.chat_template), tokenizer.bos_token, tokenizer.eos_token, len(tokenizer))
-    if asked not in known: known[asked] = find()
-    return known[asked]
 
 def _probe(roles: tuple[str, ...]) -> list[dict]:
     "A conversation of these roles, with contents that no heading holds."
