@@ -74,7 +74,7 @@ def test_a_run_leaves_the_random_numbers_of_others_alone(tmp_path):
 
 
 def test_whatever_loads_a_run_leaves_the_random_numbers_of_others_alone(tmp_path):
-    "The run, its adapter, a stack of adapters, a merged model, a resume here or in a thread"
+    "The run's model, a merged one, a resume here or in a thread"
     from tinytrainer_nb.all import save_merged
     from tinytrainer_nb.core import write_json
 
@@ -86,7 +86,6 @@ def test_whatever_loads_a_run_leaves_the_random_numbers_of_others_alone(tmp_path
 
     doors = dict(
         run=lambda: load_model(run.folder, verbose=False),
-        adapter=lambda: load_model(run.folder / "adapter", verbose=False),
         merged=lambda: save_merged(run, tmp_path / "merged"),
         resume=lambda: resumed(False),
         live=lambda: resumed(True),

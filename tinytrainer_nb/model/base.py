@@ -602,8 +602,8 @@ class LoadRecord:
         "The record in a run.json; empty where there is none."
         said = info.get("load", {})
         found = cls(**{f.name: said[f.name] for f in fields(cls) if f.name in said})
-        if not folder or not said: return found
-        return replace(found, beside=_beside(found.base, info["settings"].get("out", ""), folder))
+        if folder and said: found.beside = _beside(found.base, info["settings"].get("out", ""), folder)
+        return found
 
     @property
     def torch_dtype(self) -> torch.dtype: return DTYPES[self.dtype]
@@ -613,7 +613,7 @@ class LoadRecord:
         "A name that finds these weights: that of the embedded or a new base, the folder where they are, or the Hub id."
         if self.base == "tiny" or self.base.startswith("new:"): return self.base
         here = [place for place in dict.fromkeys((self.path, self.beside, self.base)) if place and Path(place).is_dir()]
-        same = [p for p in here if len(here) > 1 and base_hash(p) == self.sha256] # else they are compared later
+        same = [place for place in here if len(here) > 1 and base_hash(place) == self.sha256]
         return next(iter(same or here), self.path)
 
 def _beside(base: str, out: str, folder: Path) -> str: # base, out: as they were asked for; folder: where the run is now

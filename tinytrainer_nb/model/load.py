@@ -34,12 +34,12 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
 # %% ../../nbs/model/08_load.ipynb #d5ede8c8
-def is_finite(tensor: torch.Tensor) -> bool:
+def is_finite(tensor: torch.Tensor) -> bool: # tensor: of any shape
     "Whether each of its numbers is finite. The sum says so ten times as fast, unless it overflows itself."
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 def need_finite(
-    tensors: dict[str, torch.Tensor], # by name; whole numbers, such as quantized ones, are passed over
+    tensors: dict[str, torch.Tensor], # of any shape, by name; whole numbers, such as quantized ones, are passed over
     whose: str,                       # a name or a folder
     cure: str,                        # a sentence
 ) -> None:
@@ -165,8 +165,8 @@ def _load_base(asked: LoadArgs, device: str, step_tokens: int) -> tuple:
     _no_pickle(path)
     parameters, files = count_parameters(config), files_of(path)
     model, cache = _load_weights(path, config, quantization, dtype, device)
-    need_finite(dict(model.named_parameters()), asked.base, "Its files are damaged, or the training that wrote them had "
-                "failed. Take another copy.")
+    need_finite(dict(model.named_parameters()), asked.base,
+                "Its files are damaged, or the training that wrote them had failed. Take another copy.")
     _need_no_adapter(asked.base, has_adapter(model)) # `transformers` finds one in the Hub's repository
     model.load_report = LoadReport(
         base=asked.base, path=path, sha256=base_hash(str(files)), parameters=parameters, files=file_hashes(files),
