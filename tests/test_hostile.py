@@ -799,7 +799,7 @@ def test_every_way_out_has_its_gate():
 
 BLOWN_UP = {
     "{% set n = messages|length + 8 %}{{ n**n**n }}": "powers",
-    "{% for m in messages %}{% generation %}{{ (m.content|length + 9)**(10**9) }}{% endgeneration %}{% endfor %}": "powers",
+    "{% for m in messages %}{% generation %}{{ (loop.index + 9)**(10**9) }}{% endgeneration %}{% endfor %}": "powers",
     "{{ 'x'.center(30000000) }}{% for m in messages %}{{ m.content }}{% endfor %}": "far more text",
     "{{ 'x' * 30000000 }}": "far more text",
     "{{ '%030000000d' % 1 }}": "far more text",
