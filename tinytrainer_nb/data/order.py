@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 import numpy as np
-from ..core import TinyTrainerError, is_there
+from ..core import TinyTrainerError, is_there, local_path
 from .shards import Shards, TokenStream, are_shards, open_shards
 
 # %% ../../nbs/data/10_order.ipynb #5f04eeb6
@@ -248,12 +248,21 @@ class Sources:
         again = dict(data="" if self.stages else asked, columns="", split="train") # stages are named by a setting
         return dict(name=asked, asked=again, sources=self.record()) | total
 
+# %% ../../nbs/data/10_order.ipynb #6b2e94d0
+def _need_once(folders) -> None: # names
+    "Raise `TinyTrainerError` if a folder is named twice, in whichever way: its samples would be drawn twice."
+    known = {}
+    for folder in folders:
+        other = known.setdefault(local_path(folder).resolve(), folder)
+        if other != folder: raise TinyTrainerError(f"{folder}: is the folder {other}. Give each folder one weight.")
+
 def open_sources(
     data: str | dict,             # DIR, DIR=3,DIR2=1, or weights by folder
     tokenizer: str | None = None, # hash that all must have been prepared with
 ) -> Sources:
     "Open prepared folders. Raises `TinyTrainerError` for one that is damaged, or was prepared with another tokenizer."
     weights = data if isinstance(data, dict) else source_weights(str(data))
+    _need_once(weights)
     shards = [open_shards(folder, tokenizer) for folder in weights]
     first = shards[0]
     for s in shards:

@@ -72,6 +72,7 @@ class ShardWriter:
 
     def add(self, ids: np.ndarray, lengths) -> None: # ids of documents, end to end; tokens of each
         "Append documents."
+        assert not len(ids) or ids.max() <= np.iinfo(self.dtype).max, "an id that is too large for its shard"
         self.file.write(np.ascontiguousarray(ids, self.dtype).data)
         self.ends.append(self.tokens + np.cumsum(lengths, dtype="<u8"))
         self.tokens += len(ids)
@@ -263,7 +264,8 @@ def _read_info(folder: Path) -> dict:
         raise TinyTrainerError(f"{path}: is of another program; one of prepared data says \"format\": \"{FORMAT}\".")
     if info.get("version") != VERSION: raise TinyTrainerError(
         f"{path}: of version {info.get('version')}, and this program reads version {VERSION}. Prepare the data again.")
-    return need_fit(path, info, INFO, tuple(INFO))
+    for entry in need_fit(path, info, INFO, tuple(INFO))["files"]: need_fit(path, entry, _FILE, tuple(_FILE))
+    return info
 
 # %% ../../nbs/data/06_shards.ipynb #fc4d439c
 def _opened(folder: Path, entry: dict, info: dict) -> Shard:
@@ -282,6 +284,18 @@ def _opened(folder: Path, entry: dict, info: dict) -> Shard:
     if h.checksum != entry["checksum"]: raise TinyTrainerError(
         f"{path}: is another shard than the one that {NAME} names; was it swapped or replaced? {_AGAIN}")
     return shard
+
+# %% ../../nbs/data/06_shards.ipynb #5c1d90e2
+def _need_sums(folder: Path, info: dict, parts: dict[str, list[Shard]]) -> None: # parts: train, heldout
+    "Raise `TinyTrainerError` if the files are not all that were written, or stand on the other side."
+    names = [entry["name"] for entry in info["files"]]
+    if len(set(names)) < len(names): raise TinyTrainerError(f"{folder / NAME}: names a file twice. Restore the file.")
+    total = lambda name, *parts: sum(getattr(s.header, name) for part in parts for s in part)
+    for name in ("documents", "tokens"):
+        held, every = total(name, parts["heldout"]), total(name, *parts.values())
+        if (every, held) != (info[name], info[f"heldout_{name}"]): raise TinyTrainerError(
+            f"{folder / NAME}: says {info[name]:,} {name}, {info[f'heldout_{name}']:,} of them held out, and its files "
+            f"hold {every:,} and {held:,}. {_AGAIN}")
 
 # %% ../../nbs/data/06_shards.ipynb #de533f4f
 WHOLE, SOON = 2 * 10**9, 64 * 10**6 # bytes that are checked at once; and that are checked anew each time
@@ -335,5 +349,6 @@ def open_shards(
         f"({tokenizer[:12]}). Prepare the data again with `--base` of this model.")
     parts = {"train": [], "heldout": []}
     for entry in info["files"]: parts[entry["part"]].append(_opened(folder, entry, info))
+    _need_sums(folder, info, parts)
     _check(folder, parts["train"] + parts["heldout"])
     return Shards(folder, info, parts)

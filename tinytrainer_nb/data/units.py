@@ -7,16 +7,16 @@ __all__ = ['SMALLEST', 'LARGEST_UNIT', 'UNITS', 'LONGEST', 'PIECE', 'LARGEST_JSO
            'halved', 'text_column', 'memory_rows', 'Data', 'open_data']
 
 # %% ../../nbs/data/08_units.ipynb #230c188f
-import bz2, csv, gzip, io, itertools, json, lzma
+import bz2, csv, gzip, io, itertools, json, lzma, re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 import pyarrow, pyarrow.parquet
 from datasets import Dataset, IterableDataset, load_dataset
-from ..core import TinyTrainerError, is_there, local_path
+from ..core import TinyTrainerError, is_there, local_path, patch_to
 from .formats import PACKED, READERS, TEXT_SUFFIXES, folder_files, need_data
 from .formats import _check_header, _format, _from_hub_failed, _hub_id, _listed, _once
-from .formats import _pairs, _parse, _read_bytes, _read_json, _read_text
+from .formats import _pairs, _parse, _read_bytes, _read_json, _read_text, _saved
 from .tinyworld import corpus
 
 # %% ../../nbs/data/08_units.ipynb #db036e38
@@ -165,10 +165,12 @@ def halved(unit: Unit, share: float) -> Unit: # share: of the second part
     data = _read_text(Path(unit.files[0])).encode()
     end = max(1, int(len(data) * (1 - share)))
     at = _cut(data[:end], max(0, end - max(2000, end // 50)))
+    while at < len(data) and data[at] & 0xC0 == 0x80: at += 1 # not within a letter
     return Unit("halves", unit.files, 0, at)
 
 # %% ../../nbs/data/08_units.ipynb #ed3f8321
 _BLANK = b"\xef\xbb\xbf \t\r\n" # of a line, with the mark that Windows puts in front of a file
+_HALF = re.compile(r"[\ud800-\udfff]") # a surrogate, of which two are a character
 
 def _lines(unit: Unit, column: str) -> Iterator[tuple[str | None, int]]:
     "The lines of a JSONL file, from byte `start` to `stop`; of a packed one all."
@@ -192,9 +194,11 @@ def _row(path: Path, line: bytes, at: int) -> dict:
 def _field_of(row: dict, column: str, path, at: int) -> str | None:
     "The text of a row; None if it has none."
     text = row.get(column)
-    if text is None or isinstance(text, str): return text
+    if text is None or isinstance(text, str) and (text.isascii() or not _HALF.search(text)): return text
     where = f"{path}, line {_line_at(path, at)[0]}" if isinstance(path, Path) else f"{path}, row {at + 1}"
-    raise TinyTrainerError(f"{where}, field {column!r}: expected text, found {text!r:.60}. Correct it there.")
+    found = f"expected text, found {text!r:.60}"
+    if isinstance(text, str): found = f"half a character ({_HALF.search(text)[0]!r}), as a text cut in two leaves it"
+    raise TinyTrainerError(f"{where}, field {column!r}: {found}. Correct it there.")
 
 # %% ../../nbs/data/08_units.ipynb #2d2ffc17
 def _line_units(path: Path, size: int) -> list[Unit]:
@@ -329,6 +333,7 @@ class Data:
     units: list | None      # None: a stream, whose units are cut as it comes
     rows: object = None     # a list, a `datasets.Dataset`, or a stream
     identity: object = None # what differs if the data is not the same; None: nobody knows
+    files: list = field(default_factory=list) # that are read
 
     def documents(self, unit: Unit) -> Iterator[tuple[str | None, int]]:
         "A unit's documents with their places; None for a row without text."
@@ -345,29 +350,59 @@ class Data:
 KINDS_OF_UNITS = {"texts": _texts, "pieces": _pieces, "packed text": _packed_text, "halves": _halves,
                   "lines": _lines, "groups": _groups, "cells": _cells, "objects": _objects}
 
+# %% ../../nbs/data/08_units.ipynb #c1d07be9
+def _identity(files: list[Path]) -> list[list]:
+    "What differs if a file is not the same any more."
+    return [[str(f), s.st_size, s.st_mtime_ns] for f in files for s in [f.stat()]]
+
+@patch_to(Data)
+def need_same(self) -> None:
+    "Raise `TinyTrainerError` if a file has changed since the data was opened."
+    if not self.files: return
+    now = _identity([f for f in self.files if f.is_file()])
+    if now == self.identity: return
+    changed = next((entry[0] for entry in self.identity if entry not in now), self.name)
+    raise TinyTrainerError(f"{changed}: was changed or removed while it was being read. Leave it alone, "
+                           "and give the same command again.")
+
 # %% ../../nbs/data/08_units.ipynb #83003ff8
 def _open_files(path: Path, split: str, column: str) -> Data:
     "A file or a folder."
+    if path.is_dir() and (saved := _saved(path, split)): return _open_saved(saved, column)
     files = folder_files(path, split) if path.is_dir() else [path]
     kind = _format(files[0])
     if kind not in (*READERS, *TEXT_SUFFIXES): raise TinyTrainerError(
         f"{path}: files ending in {kind or 'nothing'} are not read. Known: {', '.join([*READERS, *TEXT_SUFFIXES])}.")
-    stats = [f.stat() for f in files]
-    identity = [[str(f), s.st_size, s.st_mtime_ns] for f, s in zip(files, stats)]
-    if kind in TEXT_SUFFIXES: return Data(str(path), column, _text_units(files), identity=identity)
+    about = dict(identity=_identity(files), files=files)
+    if kind in TEXT_SUFFIXES: return Data(str(path), column, _text_units(files), **about)
     _need_column(str(files[0]), column, _first_names(files[0]))
-    size = unit_size(sum(s.st_size for s in stats))
+    size = unit_size(sum(f.stat().st_size for f in files))
     cut = {".jsonl": _line_units, ".parquet": _group_units}
     whole = {".csv": "cells", ".json": "objects"}
     units = [u for f in files for u in (cut[kind](f, size) if kind in cut else [Unit(whole[kind], (str(f),))])]
-    return Data(str(path), column, units, identity=identity)
+    return Data(str(path), column, units, **about)
+
+# %% ../../nbs/data/08_units.ipynb #2f3ce018
+def _open_saved(path: Path, column: str) -> Data:
+    "A table that `Dataset.save_to_disk` wrote. Raises `TinyTrainerError` if it cannot be read."
+    try: rows = Dataset.load_from_disk(str(path)).with_format(None)
+    except Exception as e: # whatever is in the files
+        raise TinyTrainerError(f"{path}: not readable as what save_to_disk wrote ({_listed([str(e)])}). "
+                               "Write it again from its source.") from None
+    files = [f for f in sorted(path.iterdir()) if f.is_file()]
+    return replace(_in_memory(rows, column, str(path)), identity=_identity(files), files=files)
 
 def _open_hub(data: str, split: str, column: str) -> Data:
     "A data set of the Hub, streamed. Raises `TinyTrainerError` if it is not to be had."
     name, config, _ = _hub_id(data)
     try: rows = load_dataset(name, config, split=split, streaming=True)
     except Exception as e: raise _from_hub_failed(f"{name}:{config}" if config else name, e) from None
-    return Data(data, column, None, rows, [name, config, split])
+    return _streamed(rows, column, data, [name, config, split])
+
+def _streamed(rows, column: str, name: str, identity=None) -> Data: # rows: a `datasets.IterableDataset`
+    "A stream. Raises `TinyTrainerError` if it says that it lacks the column."
+    if rows.column_names: _need_column(name, column, rows.column_names)
+    return Data(name, column, None, rows, identity)
 
 # %% ../../nbs/data/08_units.ipynb #83d1cf55
 def open_data(
@@ -382,7 +417,7 @@ def open_data(
     if isinstance(data, str | Path):
         need_data(data)
         return _open_files(local_path(data), split, column) if is_there(data) else _open_hub(str(data), split, column)
-    if isinstance(data, IterableDataset): return Data("the data", column, None, data)
+    if isinstance(data, IterableDataset): return _streamed(data, column, "the data")
     if isinstance(data, list | tuple | Dataset): return _in_memory(data, column, "the data")
     raise TinyTrainerError(f"data {data!r:.60}: expected a file, a folder, a Hub id, a list of texts, or a data set.")
 

@@ -18,8 +18,8 @@ class TrainArgs(Settings):
     "Settings of every recipe. Raises `TinyTrainerError` for a value that is not allowed."
     groups = {
         "The run": "out max_steps batch_size learning_rate num_generations max_new_tokens seed",
-        "Schedule and optimiser": "warmup_steps schedule weight_decay max_grad_norm",
-        "Data and memory": "max_length micro_batch_tokens fast train_on_all keep_hidden",
+        "Schedule and optimiser": "warmup_steps schedule min_lr weight_decay max_grad_norm",
+        "Data and memory": "stages max_length micro_batch_tokens fast train_on_all keep_hidden",
         "Checkpoints and evaluations":
             "save_steps keep_checkpoints eval_steps eval_rows eval_blocks keep_best patience "
             "sample_steps sample_tokens report_to",
@@ -143,7 +143,7 @@ class PretrainArgs(TrainArgs):
     "Settings of pretraining. Raises `TinyTrainerError` for a value that is not allowed."
     presets = TrainArgs.presets | {
         "as TinyLlama": dict(
-            batch_size=1024, max_length=2048, learning_rate=4e-4, warmup_steps=2000, schedule="cosine"),
+            batch_size=1024, max_length=2048, learning_rate=4e-4, min_lr=4e-5, warmup_steps=2000, schedule="cosine"),
     }
 
     out: str = setting("runs/pretrain", "folder of the run", path=True)
@@ -161,7 +161,18 @@ class PretrainArgs(TrainArgs):
     sample_steps: int = setting(200, "steps between samples; 0: never", "steps", ge=0)
     sample_tokens: int = setting(64, "length of a sample", "tokens", ge=1)
     eval_blocks: int = setting(64, "blocks held back for the evaluation, at most a tenth", "blocks", ge=0)
-    stages: str = setting("", "YAML file of stages of prepared data, which says data, steps and batches", path=True)
+    min_lr: float = setting(
+        0.0, "learning rate at the end of the schedule; a change of learning_rate in flight changes it alike", ge=0, le=1)
+    stages: str = setting("", "YAML file of stages of prepared data, or a plan that ships, such as tinyllama-v1.1; "
+                              "it says data, steps and batches", path=True)
+
+    def check(self) -> None:
+        "Rules between fields. Raises `TinyTrainerError` for settings that contradict each other."
+        super().check()
+        if self.min_lr and self.schedule == "constant": raise TinyTrainerError(
+            f"min_lr={self.min_lr:g} is where a schedule ends, and schedule='constant' has no end. Leave out one.")
+        if self.min_lr >= self.learning_rate: raise TinyTrainerError(
+            f"min_lr={self.min_lr:g} must be below learning_rate={self.learning_rate:g}, or it would never fall.")
 
 # %% ../../nbs/recipes/01_arguments.ipynb #d9e5618c
 @dataclass

@@ -13,14 +13,15 @@ from pathlib import Path
 import torch
 import numpy as np
 from datasets import Dataset
-from ..core import TinyTrainerError, patch_to, progress, say, whole_folder
+from ..core import TinyTrainerError, need_fit, patch_to, progress, say, whole_folder
 from ..settings import may_change
 from ..data.formats import Sourced, data_origin, load_examples
 from ..data.tinyworld import corpus
 from ..data.rows import Reading, held_note
 from ..data.tokens import control_words, text_ids
 from ..data.units import open_data
-from ..data.prepare import tokenizer_hash
+from ..data.shards import token_dtype
+from ..data.prepare import id_count, tokenizer_hash
 from ..data.order import Samples, Sources, are_sources, heldout_windows, open_sources, training_samples
 from ..data.plan import Plan, open_stages, read_stages, reads_of, recorded_stages, stages_record
 from ..model.arguments import LoadArgs, LoraArgs
@@ -34,7 +35,7 @@ from ..model.export import write_generation_config
 from .arguments import PretrainArgs
 from .trainer import RunTrainer, _schedule
 from .start import describe, need_heldout, start, tell
-from ..runs.run import Run
+from ..runs.run import SOURCE, STAGE, Run
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from transformers import Trainer
@@ -66,7 +67,7 @@ def token_stream(
     texts,      # documents
 ) -> np.ndarray: # token ids (N,), uint16 or uint32
     "All documents as one row of token ids, each between BOS and the end token."
-    kind = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    kind = token_dtype(id_count(tokenizer))
     parts, texts = [], list(texts)
     for i in progress(range(0, len(texts), 1000), desc="tokens"):
         for ids in text_ids(tokenizer, texts[i:i + 1000]):
@@ -201,15 +202,19 @@ def _get_dataloader(self, *args, is_training: bool = False, **kwargs):
 
 @patch_to(PretrainTrainer)
 def create_scheduler(self, *args, **kwargs):
-    "The schedule; with a plan, that of steps as large as its first ones, whatever size the later ones have."
+    "The schedule, down to `min_lr`; with a plan, that of steps as large as its first, whatever the later ones are."
     plan, create = self.plan, super(PretrainTrainer, self).create_scheduler
-    if not plan: return create(*args, **kwargs)
-    tokens = plan.batches[0] * plan.length
-    how = _schedule(replace(self.settings, max_steps=round(plan.tokens_before(plan.steps) / tokens)))
-    self.args.warmup_steps, self.args.lr_scheduler_kwargs = how["warmup_steps"], how["lr_scheduler_kwargs"]
-    scheduler = create(round(plan.tokens_before(plan.steps) / tokens))
-    moved = lambda step: plan.tokens_before(min(step, plan.steps)) / tokens
-    scheduler.lr_lambdas = [lambda step, f=f: f(moved(step)) for f in scheduler.lr_lambdas]
+    if plan:
+        tokens = plan.batches[0] * plan.length
+        total = round(plan.tokens_before(plan.steps) / tokens)
+        how = _schedule(replace(self.settings, max_steps=total))
+        self.args.warmup_steps, self.args.lr_scheduler_kwargs = how["warmup_steps"], how["lr_scheduler_kwargs"]
+        scheduler = create(total)
+    else: scheduler = create(*args, **kwargs)
+    moved = (lambda step: plan.tokens_before(min(step, plan.steps)) / tokens) if plan else (lambda step: step)
+    low, warm = self.settings.min_lr / self.settings.learning_rate, self.args.warmup_steps
+    lifted = lambda at, factor: factor if at < warm else low + (1 - low) * factor
+    scheduler.lr_lambdas = [lambda step, f=f: lifted(moved(step), f(moved(step))) for f in scheduler.lr_lambdas]
     return scheduler
 
 # %% ../../nbs/recipes/06_pretrain.ipynb #27dd7f53
@@ -253,20 +258,26 @@ def built(
 
 def read_back(run: Run, tokenizer, args: PretrainArgs) -> dict:
     "The tokens that a run has kept, or the prepared folders that it reads. Raises `TinyTrainerError` if they changed."
-    kept = run.info["data"].get("sources")
+    kept, stages = (run.info["data"].get(name) for name in ("sources", "stages"))
     if not kept: return dict(stream=np.load(run.folder / "data" / "tokens.npy"))
+    for entry, names in [*((e, tuple(SOURCE)) for e in kept), *((e, tuple(STAGE)) for e in stages or ())]:
+        need_fit(run.folder / "run.json", entry, {}, names)
     sources = open_sources({source["folder"]: source["weight"] for source in kept})
     for source, now in zip(kept, sources.record()):
         if source["checksum"] == now["checksum"]: continue
         raise TinyTrainerError(f"{run.folder}: {now['folder']} holds other data than when this run began. "
                                "Bring the same back, or begin a new run.")
-    return dict(sources=replace(sources, stages=recorded_stages(run.info["data"].get("stages", [])) or None))
+    return dict(sources=replace(sources, stages=recorded_stages(stages) if stages else None))
 
 # %% ../../nbs/recipes/06_pretrain.ipynb #f377d89b
+def _tell_length(run: Run, length: int, args: PretrainArgs) -> None:
+    "Say that blocks are shorter than was asked for."
+    if length < args.max_length:
+        tell(run, f"blocks have {length} tokens, the model's context, instead of max_length={args.max_length}")
+
 def _tell_blocks(run: Run, blocks: Blocks, args: PretrainArgs) -> None:
     "Say what may surprise: shorter blocks than were asked for, and fewer that are held out."
-    if blocks.length < args.max_length:
-        tell(run, f"blocks have {blocks.length} tokens, the model's context, instead of max_length={args.max_length}")
+    _tell_length(run, blocks.length, args)
     wanted, held = args.eval_blocks if args.eval_steps else 0, _held_out(blocks, args)
     if held < wanted: tell(run, held_note(len(blocks), wanted, held, "blocks"))
 
@@ -334,13 +345,14 @@ def _on_sources(model, tokenizer, sources: Sources, args: PretrainArgs, live: bo
     with Run.prepare(args.out, "pretrain", args, **told) as run:
         with whole_folder(run.folder / "start") as folder: tokenizer.save_pretrained(folder)
         if sources.stages: tell(run, f"the plan has {len(sources.stages)} stages and {args.max_steps:,} steps")
+        _tell_length(run, length, args)
         _tell_reads(run, sources, train, heldout, args)
     model = model.float().requires_grad_(True)
     return start(run, model, tokenizer, args, built, live, sources=sources)
 
 # %% ../../nbs/recipes/06_pretrain.ipynb #de600ddb
 def read_texts(
-    data: str,                          # prepared folders, stages (.yaml), tinyworld, or what `load_examples` takes
+    data: str,                          # prepared folders, tinyworld, or what `load_examples` takes
     columns: dict | str | None = None,  # new name: name in the data
     split: str = "train",               # of a Hub data set
 ) -> Sourced | Sources:                 # documents
@@ -349,7 +361,6 @@ def read_texts(
         texts = progress(corpus(200_000, seed=0), total=200_000, desc="writing tinyworld")
         return Sourced(texts, dict(name=data, asked=dict(data="", columns="", split="train")))
     if are_sources(data): return open_sources(data)
-    if Path(data).suffix.lower() in (".yaml", ".yml"): return open_stages(read_stages(data))
     table = load_examples(data, columns, split)
     if "messages" in table.column_names:
         raise TinyTrainerError(

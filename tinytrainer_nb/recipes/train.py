@@ -11,6 +11,7 @@ from ..core import TinyTrainerError, data_file, patch_to, say, share, write_json
 from ..settings import Settings
 from ..hardware import random_kept
 from ..data.arguments import DataArgs
+from ..data.plan import open_stages, read_stages
 from ..runs.lock import TURN
 from ..runs.run import Run, disk_error
 from ..model.arguments import LoadArgs, LoraArgs
@@ -29,9 +30,10 @@ def read_data(
     "The data that a recipe trains on. Raises `TinyTrainerError` if it must be named and is not, or cannot be read."
     if stages and data.data:
         raise TinyTrainerError(f"stages={stages}: its stages name their data. Leave out data={data.data}.")
-    name = stages or data.data or recipe.data
+    if stages: return open_stages(read_stages(stages))
+    name = data.data or recipe.data
     if not name: raise TinyTrainerError(recipe.needs or f"{recipe.name} has no data of its own: name some with --data.")
-    own = not data.data and not stages and name != "tinyworld" # which is generated, not read
+    own = not data.data and name != "tinyworld" # which is generated, not read
     return recipe.part("reads")(str(data_file(name)) if own else name, data.columns or None, data.split)
 
 # %% ../../nbs/recipes/16_train.ipynb #6af6be9e
