@@ -1206,6 +1206,8 @@ def test_a_training_reads_samples_by_position_and_goes_on_without_replay(tmp_pat
     assert seen[before:] == expected[step:]
     notes = [e["message"] for e in run.events if e["kind"] == "note"]
     assert sum("will be read" in note and "times" in note for note in notes) == 2
+    shares = [(e["share/a"], e["share/b"]) for e in run.events if e["kind"] == "metrics"]
+    assert all(a + b == 1 for a, b in shares) and sum(a for a, _ in shares) == pytest.approx(0.75 * len(shares), abs=0.25)
     whole = trained(tmp_path / "whole", mix, max_steps=6)
     losses = lambda r: [e["loss"] for e in r.events if e["kind"] == "metrics"][-4:]
     assert losses(whole) == losses(run)
@@ -1510,6 +1512,8 @@ def test_a_training_by_a_plan(tmp_path, monkeypatch):
     rates = [e["learning_rate"] for e in run.events if e["kind"] == "metrics"][-plan.steps + step :]
     left = [1 - plan.tokens_before(s) / plan.tokens_before(plan.steps) for s in range(step, plan.steps)]
     assert np.allclose(rates, [1e-3 * share for share in left], rtol=1e-6)
+    given = [e["share/b"] for e in run.events if e["kind"] == "metrics"]
+    assert given[0] == 0.25 and given[-1] == 1, "the ramp is in the journal"
     summary = read_json(tmp_path / "run" / "summary.json")
     assert summary["steps"] == 8
     assert summary["tokens"] == sum(len(row) - 1 for rows in expected for row in rows)  # one window is short

@@ -192,6 +192,11 @@ class Samples:
         source, _, i = self.place(n)
         return self.windows[source][i]
 
+    def shares(self, numbers: range) -> list[float]: # by source
+        "Which share of these samples comes from each source."
+        before, after = self.mix.counts(numbers.start), self.mix.counts(numbers.stop)
+        return [(b - a) / len(numbers) for a, b in zip(before, after)]
+
     def reads(self, n: int | None = None) -> list[float]: # by source
         "How often each source has been read after `n` samples; None: all."
         given = self.mix.counts(self.mix.total if n is None else n)
@@ -234,6 +239,11 @@ class Sources:
 
     @property
     def tokenizer(self) -> str: return self.shards[0].info["tokenizer"]
+
+    def labels(self) -> list[str]:
+        "The folders' names, or their paths where two names are alike."
+        names = [s.folder.name for s in self.shards]
+        return [str(s.folder) if names.count(n) > 1 else n for s, n in zip(self.shards, names)]
 
     def record(self) -> list[dict]:
         "What a run keeps of them."

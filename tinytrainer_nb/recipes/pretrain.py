@@ -114,6 +114,7 @@ class PretrainTrainer(RunTrainer, Trainer):
     "Full training on blocks; the result is a model of its own in 16 bits."
     tokenizer = None
     plan = None # of stages
+    labels = () # of prepared folders
 
     def _get_train_sampler(self, train_dataset=None):
         ordered = isinstance(self.train_dataset, Samples)
@@ -217,6 +218,17 @@ def create_scheduler(self, *args, **kwargs):
     scheduler.lr_lambdas = [lambda step, f=f: lifted(moved(step), f(moved(step))) for f in scheduler.lr_lambdas]
     return scheduler
 
+# %% ../../nbs/recipes/06_pretrain.ipynb #a7c35e10
+@patch_to(PretrainTrainer)
+def count(self) -> None:
+    "Note what this step cost, and the share of each source in it."
+    super(PretrainTrainer, self).count()
+    if not self.labels: return
+    step, size = self.state.global_step - 1, self.settings.batch_size
+    numbers = self.plan.samples_of(step) if self.plan else range(step * size, (step + 1) * size)
+    shares = zip(self.labels, self.train_dataset.shares(numbers))
+    self.figures |= {f"share/{name}": round(share, 4) for name, share in shares}
+
 # %% ../../nbs/recipes/06_pretrain.ipynb #27dd7f53
 def _block_length(model, args: PretrainArgs) -> int: # tokens
     "Tokens a block: `max_length`, or the model's context if it is shorter."
@@ -253,6 +265,7 @@ def built(
         data_collator=BlockCollator(args.micro_batch_tokens))
     trainer.tokenizer = tokenizer
     trainer.args.ignore_data_skip = bool(sources) # they begin where they are asked to
+    if sources: trainer.labels = sources.labels()
     if sources and sources.stages: trainer.plan = Plan(sources.stages, length)
     yield trainer
 
