@@ -2724,6 +2724,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'tinytrainer_nb/recipes/pretrain.py'),
                                                  'tinytrainer_nb.recipes.pretrain._tell_length': ( 'recipes/pretrain.html#_tell_length',
                                                                                                    'tinytrainer_nb/recipes/pretrain.py'),
+                                                 'tinytrainer_nb.recipes.pretrain._tell_plan': ( 'recipes/pretrain.html#_tell_plan',
+                                                                                                 'tinytrainer_nb/recipes/pretrain.py'),
                                                  'tinytrainer_nb.recipes.pretrain._tell_reads': ( 'recipes/pretrain.html#_tell_reads',
                                                                                                   'tinytrainer_nb/recipes/pretrain.py'),
                                                  'tinytrainer_nb.recipes.pretrain._tell_special': ( 'recipes/pretrain.html#_tell_special',

@@ -341,15 +341,25 @@ def _tell_reads(run: Run, sources: Sources, train: Samples, heldout: list, args:
         tell(run, f"{len(heldout)} blocks of held-out text for the evaluation instead of {wanted}: "
                   "no more was held out when the data was prepared")
 
+# %% ../../nbs/recipes/06_pretrain.ipynb #c29f7b06
 def _by_plan(args: PretrainArgs, plan: Plan) -> PretrainArgs:
     "The settings of a plan: its steps, and the batch of its first stage. Raises `TinyTrainerError` for odd batches."
     for batch in plan.batches: replace(args, batch_size=batch) # refused if the processes cannot share it
     return replace(args, max_steps=plan.steps, batch_size=plan.batches[0])
 
+def _tell_plan(run: Run, sources: Sources, args: PretrainArgs, asked: PretrainArgs) -> None:
+    "Say how long a plan is, and which settings it overrides."
+    tell(run, f"the plan has {len(sources.stages)} stages and {args.max_steps:,} steps")
+    usual = PretrainArgs()
+    for name in ("max_steps", "batch_size"):
+        if getattr(asked, name) in (getattr(usual, name), getattr(args, name)): continue
+        tell(run, f"{name}={getattr(asked, name)} is not used: the plan says it ({getattr(args, name):,} at first)")
+
 def _on_sources(model, tokenizer, sources: Sources, args: PretrainArgs, live: bool) -> Run:
     "Train on prepared folders."
     _need_tokenizer(tokenizer, sources)
     length = _block_length(model, args)
+    asked = args
     if sources.stages: args = _by_plan(args, Plan(sources.stages, length))
     train, heldout = _from_sources(sources, length, args)
     need_heldout(args, len(heldout))
@@ -357,7 +367,7 @@ def _on_sources(model, tokenizer, sources: Sources, args: PretrainArgs, live: bo
     told = dict(load=describe(model, tokenizer), data=data, may_change=may_change(args))
     with Run.prepare(args.out, "pretrain", args, **told) as run:
         with whole_folder(run.folder / "start") as folder: tokenizer.save_pretrained(folder)
-        if sources.stages: tell(run, f"the plan has {len(sources.stages)} stages and {args.max_steps:,} steps")
+        if sources.stages: _tell_plan(run, sources, args, asked)
         _tell_length(run, length, args)
         _tell_reads(run, sources, train, heldout, args)
     model = model.float().requires_grad_(True)
