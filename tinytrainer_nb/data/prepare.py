@@ -119,7 +119,8 @@ def __call__(self, texts: list[str]) -> tuple[np.ndarray, list[int], int]:
 # %% ../../nbs/data/09_prepare.ipynb #9ded5bbc
 _BATCH = 2**20 # letters that are encoded at once
 _SOME = 2**12  # documents that are compared at once
-_DOCUMENT = np.dtype([("hash", "<u8"), ("place", "<i8"), ("bytes", "<i8"), ("limit", "<u4"), ("numbers", "<u4", (KEPT,))])
+_DOCUMENT = np.dtype([
+    ("hash", "<u8"), ("place", "<i8"), ("bytes", "<i8"), ("limit", "<u4"), ("numbers", "<u4", (KEPT,))])
 _COUNTS = dict(documents="count", rows="count", left_out="count", special="count", empty=["count"], sum="text")
 
 @dataclass

@@ -423,7 +423,8 @@ def load_tokenizer(
 
 def _tokenizer_of_run(run: Run):
     "The tokenizer of what a run has trained. Raises `TinyTrainerError` if it is not as it was."
-    whole, changed, record = run.folder / "model", run.folder / "start" / "tokenizer", LoadRecord.of(run.info, run.folder)
+    whole, changed = run.folder / "model", run.folder / "start" / "tokenizer"
+    record = LoadRecord.of(run.info, run.folder)
     if (whole / "config.json").exists(): return ensure_template(_pretrained(AutoTokenizer, str(whole.resolve())))
     need_start(run, "start/tokenizer/")
     if changed.is_dir(): tokenizer = ensure_template(_pretrained(AutoTokenizer, str(changed.resolve())))

@@ -162,7 +162,7 @@ class PretrainArgs(TrainArgs):
     sample_tokens: int = setting(64, "length of a sample", "tokens", ge=1)
     eval_blocks: int = setting(64, "blocks held back for the evaluation, at most a tenth", "blocks", ge=0)
     min_lr: float = setting(
-        0.0, "learning rate at the end of the schedule; a change of learning_rate in flight changes it alike", ge=0, le=1)
+        0.0, "learning rate at the end of the schedule; a change of learning_rate in flight moves both", ge=0, le=1)
     stages: str = setting("", "YAML file of stages of prepared data, or a plan that ships, such as tinyllama-v1.1; "
                               "it says data, steps and batches", path=True)
 
