@@ -51,7 +51,7 @@ def id_count(tokenizer) -> int:
     return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
 
 # %% ../../nbs/data/09_prepare.ipynb #6abb2863
-CHUNK = 8000  # letters of a piece
+CHUNK = 4000  # letters of a piece
 _AROUND = 50  # letters on both sides of a cut, with which it is tried
 _LETTER = r"[A-Za-zÀ-ÿ\u0370-\u2580\u2582-\uffff]" # also as byte-level tokenizers write those of other scripts
 _BETWEEN_WORDS = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
