@@ -18,7 +18,8 @@ class TrainArgs(Settings):
     "Settings of every recipe. Raises `TinyTrainerError` for a value that is not allowed."
     groups = {
         "The run": "out max_steps batch_size learning_rate num_generations max_new_tokens seed",
-        "Schedule and optimiser": "warmup_steps schedule min_lr weight_decay max_grad_norm",
+        "Schedule and optimiser":
+            "optimizer muon_rate warmup_steps schedule decay_share min_lr weight_decay decay_all max_grad_norm",
         "Data and memory": "stages max_length micro_batch_tokens fast train_on_all keep_hidden",
         "Checkpoints and evaluations":
             "save_steps keep_checkpoints eval_steps eval_rows eval_blocks keep_best patience "
@@ -143,7 +144,8 @@ class PretrainArgs(TrainArgs):
     "Settings of pretraining. Raises `TinyTrainerError` for a value that is not allowed."
     presets = TrainArgs.presets | {
         "as TinyLlama": dict(
-            batch_size=1024, max_length=2048, learning_rate=4e-4, min_lr=4e-5, warmup_steps=2000, schedule="cosine"),
+            batch_size=1024, max_length=2048, learning_rate=4e-4, min_lr=4e-5, warmup_steps=2000, schedule="cosine",
+            decay_all=True),
     }
 
     out: str = setting("runs/pretrain", "folder of the run", path=True)
@@ -154,7 +156,15 @@ class PretrainArgs(TrainArgs):
     schedule: str = setting(
         "wsd", "shape of the learning rate after the warm-up; all but constant fall to 0",
         choices=("linear", "cosine", "constant", "wsd"))
+    decay_share: float = setting(
+        0.3, "part of the run in which the wsd schedule falls, linearly", gt=0, le=1)
+    optimizer: str = setting(
+        "adamw", "how weights follow their gradients: muon trains the matrices inside the blocks by Muon "
+        "(kellerjordan.github.io/posts/muon) and the rest by AdamW", choices=("adamw", "muon"))
+    muon_rate: float = setting(
+        3.0, "Muon's rate in multiples of learning_rate, for steps as large as AdamW's (arXiv 2502.16982)", gt=0, le=100)
     weight_decay: float = setting(0.1, "pull of the weights towards 0 (AdamW)", ge=0)
+    decay_all: bool = setting(False, "weight decay for norms and biases too, as TinyLlama's own code has it")
     max_length: int = setting(256, "tokens per block", "tokens", ge=8)
     save_steps: int = setting(200, "steps between checkpoints; 0: never", "steps", ge=0)
     eval_steps: int = setting(200, "steps between evaluations; 0: never", "steps", ge=0)

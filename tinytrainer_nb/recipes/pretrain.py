@@ -25,10 +25,11 @@ from ..data.prepare import id_count, tokenizer_hash
 from ..data.order import Samples, Sources, are_sources, heldout_windows, open_sources, training_samples
 from ..data.plan import Plan, open_stages, read_stages, reads_of, recorded_stages, stages_record
 from ..model.arguments import LoadArgs, LoraArgs
-from ..model.layers import context_length, has_adapter
+from ..model.layers import context_length, has_adapter, trainable
 from ..model.base import LoadRecord, _pretrained, model_preset, new_model
 from ..model.load import load_model, load_tokenizer, vocabulary_hash
 from ..compute.arguments import GenerateArgs
+from ..compute.muon import MuonAdamW, hidden_matrices, muon_cost
 from ..compute.generate import generate, prompt_room
 from ..model.cache import base_hash, file_hashes
 from ..model.export import write_generation_config
@@ -218,6 +219,29 @@ def create_scheduler(self, *args, **kwargs):
     scheduler.lr_lambdas = [lambda step, f=f: lifted(moved(step), f(moved(step))) for f in scheduler.lr_lambdas]
     return scheduler
 
+# %% ../../nbs/recipes/06_pretrain.ipynb #ae268350
+@patch_to(PretrainTrainer)
+def get_decay_parameter_names(self, model) -> list[str]:
+    "Names of the weights that `weight_decay` pulls towards 0."
+    if self.settings.decay_all: return [name for name, _ in model.named_parameters()]
+    return super(PretrainTrainer, self).get_decay_parameter_names(model)
+
+@patch_to(PretrainTrainer)
+def create_optimizer(self, *args, **kwargs):
+    "AdamW, or Muon beside it. Raises `TinyTrainerError` if the model has no matrix for Muon."
+    if self.settings.optimizer == "muon" and self.optimizer is None: self.optimizer = self._muon()
+    return super(PretrainTrainer, self).create_optimizer(*args, **kwargs)
+
+@patch_to(PretrainTrainer)
+def _muon(self) -> MuonAdamW:
+    names, decayed, how = hidden_matrices(self.model), self.get_decay_parameter_names(self.model), self.args
+    others = {name: p for name, p in trainable(self.model).items() if name not in names}
+    groups = [dict(params=[p for name, p in others.items() if name in decayed]),
+              dict(params=[p for name, p in others.items() if name not in decayed], weight_decay=0.0)]
+    matrices = [self.model.get_parameter(name) for name in names]
+    return MuonAdamW(matrices, groups, how.learning_rate, self.settings.muon_rate, how.weight_decay,
+                     betas=(how.adam_beta1, how.adam_beta2), eps=how.adam_epsilon, fused=True)
+
 # %% ../../nbs/recipes/06_pretrain.ipynb #a7c35e10
 @patch_to(PretrainTrainer)
 def count(self) -> None:
@@ -288,6 +312,16 @@ def _tell_length(run: Run, length: int, args: PretrainArgs) -> None:
     if length < args.max_length:
         tell(run, f"blocks have {length} tokens, the model's context, instead of max_length={args.max_length}")
 
+def _tell_optimizer(run: Run, model, length: int, args: PretrainArgs) -> None: # length: tokens a block
+    "Say which weights Muon trains, and what it costs. Raises `TinyTrainerError` if there are none."
+    if args.optimizer != "muon": return
+    names = hidden_matrices(model)
+    if not names: raise TinyTrainerError(
+        "optimizer='muon': this model has no matrices inside numbered blocks. Take optimizer='adamw'.")
+    share = sum(model.get_parameter(name).numel() for name in names) / sum(p.numel() for p in model.parameters())
+    tell(run, f"Muon trains {len(names)} matrices, {share:.0%} of the weights, and AdamW the rest; its products make "
+              f"a step {muon_cost(model, args.batch_size * length):.0%} longer")
+
 def _tell_blocks(run: Run, blocks: Blocks, args: PretrainArgs) -> None:
     "Say what may surprise: shorter blocks than were asked for, and fewer that are held out."
     _tell_length(run, blocks.length, args)
@@ -321,6 +355,7 @@ def pretrain(
         np.save(run.folder / "data" / "tokens.npy", stream)
         with whole_folder(run.folder / "start") as folder: tokenizer.save_pretrained(folder)
         _tell_blocks(run, blocks, args)
+        _tell_optimizer(run, model.requires_grad_(True), blocks.length, args)
     model = model.float().requires_grad_(True) # small steps would be lost in 16 bits
     return start(run, model, tokenizer, args, built, live, stream=stream)
 
@@ -369,6 +404,7 @@ def _on_sources(model, tokenizer, sources: Sources, args: PretrainArgs, live: bo
         with whole_folder(run.folder / "start") as folder: tokenizer.save_pretrained(folder)
         if sources.stages: _tell_plan(run, sources, args, asked)
         _tell_length(run, length, args)
+        _tell_optimizer(run, model.requires_grad_(True), length, args)
         _tell_reads(run, sources, train, heldout, args)
     model = model.float().requires_grad_(True)
     return start(run, model, tokenizer, args, built, live, sources=sources)

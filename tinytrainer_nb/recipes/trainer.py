@@ -38,7 +38,10 @@ from transformers.integrations import get_reporting_integration_callbacks
 def _schedule(args: TrainArgs) -> dict:
     "The shape of the learning rate, as `TrainingArguments` takes it."
     names = {"wsd": "warmup_stable_decay", "constant": "constant_with_warmup"}
-    decay = dict(num_decay_steps=max(1, 3 * args.max_steps // 10)) if args.schedule == "wsd" else {}
+    decay = {}
+    if args.schedule == "wsd":
+        falls = round(getattr(args, "decay_share", 0.3) * args.max_steps)
+        decay = dict(num_decay_steps=max(1, falls), decay_type="linear") # the default of `transformers` is a cosine
     return dict(lr_scheduler_type=names.get(args.schedule, args.schedule), lr_scheduler_kwargs=decay,
                 warmup_steps=min(args.warmup_steps, args.max_steps - 1))
 
@@ -242,7 +245,7 @@ def need_sound(self) -> None:
 
 def _taken(optimizer) -> bool:
     "Whether AdamW has ever taken a step; one that overflows in fp16 is begun and taken back."
-    return any(state["step"] > 0 for state in optimizer.state.values())
+    return any(state.get("step", 0) > 0 for state in optimizer.state.values()) # Muon counts none
 
 def _state_of(optimizer) -> dict[str, torch.Tensor]: # by what an error calls them
     "What the optimiser remembers of each trained tensor."
@@ -596,9 +599,10 @@ def _checked(self, name: str, new) -> tuple: # old and new value
 
 def set_learning_rate(optimizer, scheduler, value: float) -> None:
     "Change the height of the schedule, which keeps its shape: base rates, initial rates and the present ones."
-    scheduler.base_lrs = [value] * len(scheduler.base_lrs)
-    for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas):
-        group["initial_lr"], group["lr"] = value, value * factor(scheduler.last_epoch)
+    ratios = [base / scheduler.base_lrs[0] for base in scheduler.base_lrs] # of the groups; Muon's rate is another
+    scheduler.base_lrs = [value * ratio for ratio in ratios]
+    for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas):
+        group["initial_lr"], group["lr"] = base, base * factor(scheduler.last_epoch)
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 # %% ../../nbs/recipes/04_trainer.ipynb #bc5e4523
