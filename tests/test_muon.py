@@ -1,0 +1,144 @@
+"""Muon beside AdamW: against PyTorch's own optimisers, in a run, and resumed."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tinytrainer_nb.all import PretrainArgs, Run, TinyTrainerError, new_model, pretrain
+from tinytrainer_nb.compute.muon import MuonAdamW, hidden_matrices, muon_cost
+from tinytrainer_nb.data.tinyworld import corpus
+from tinytrainer_nb.recipes.pretrain import train_tokenizer
+from tinytrainer_nb.recipes.trainer import _schedule, set_learning_rate
+
+
+def small(**shape) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    usual = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    return LlamaForCausalLM(LlamaConfig(**usual | shape))
+
+
+def step(model, optimizer) -> None:
+    ids = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(3))
+    optimizer.zero_grad()
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+
+
+def test_muon_gets_the_matrices_of_the_blocks_alone():
+    names = hidden_matrices(small(tie_word_embeddings=False))
+    assert len(names) == 14 and all(".layers." in name and name.endswith("_proj.weight") for name in names)
+    model = small(tie_word_embeddings=True)
+    model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    assert len(hidden_matrices(model)) == 13  # what is frozen is nobody's
+    assert hidden_matrices(torch.nn.Sequential(torch.nn.Linear(2, 2))) == []
+
+
+def test_it_is_what_the_two_optimisers_of_torch_do():
+    ours, theirs = small(), small()
+    names = hidden_matrices(ours)
+
+    def parts(model):
+        rest = [p for name, p in model.named_parameters() if name not in names]
+        return [model.get_parameter(name) for name in names], rest
+
+    matrices, rest = parts(ours)
+    optimizer = MuonAdamW(matrices, [dict(params=rest)], lr=1e-2, muon_rate=2.5, weight_decay=0.1, betas=(0.9, 0.95))
+    matrices, rest = parts(theirs)
+    both = (
+        torch.optim.Muon(matrices, lr=2.5e-2, weight_decay=0.04, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95)),
+    )
+    for _ in range(3):
+        step(ours, optimizer)
+        ids = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(3))
+        theirs.zero_grad()
+        theirs(ids, labels=ids).loss.backward()
+        for part in both:
+            part.step()
+    for a, b in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
+
+
+def test_a_live_rate_keeps_the_ratio():
+    model = small()
+    names = hidden_matrices(model)
+    rest = [p for name, p in model.named_parameters() if name not in names]
+    matrices = [model.get_parameter(name) for name in names]
+    optimizer = MuonAdamW(matrices, [dict(params=rest)], lr=1e-3, muon_rate=3.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    set_learning_rate(optimizer, scheduler, 4e-3)
+    assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([2e-3, 6e-3])
+    step(model, optimizer)
+    scheduler.step()
+    assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([2e-3, 6e-3])
+
+
+def test_its_cost_is_five_widths_a_token():
+    width, tokens = 32, 640
+    model = torch.nn.ModuleList([torch.nn.ModuleList([torch.nn.Linear(width, width, bias=False)])])
+    assert muon_cost(model, tokens) == pytest.approx(5 * width / tokens)
+
+
+def test_wsd_falls_in_a_line():
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    how = _schedule(PretrainArgs(max_steps=20, warmup_steps=2, schedule="wsd", decay_share=0.5))
+    scheduler = get_scheduler(
+        how["lr_scheduler_type"],
+        optimizer,
+        how["warmup_steps"],
+        20,
+        scheduler_specific_kwargs=how["lr_scheduler_kwargs"],
+    )
+    heights = [scheduler.lr_lambdas[0](step) for step in range(21)]
+    assert heights[2:11] == [1.0] * 9
+    assert heights[10:] == pytest.approx([1 - k / 10 for k in range(11)])
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return list(corpus(400, seed=0))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(texts):
+    return train_tokenizer(texts, 1024)
+
+
+def settings(out, **more) -> PretrainArgs:
+    usual = dict(max_steps=4, batch_size=2, max_length=64, warmup_steps=1, eval_steps=0, save_steps=2, sample_steps=0)
+    return PretrainArgs(out=str(out), optimizer="muon", **usual | more)
+
+
+def test_a_run_with_muon_goes_on_as_if_it_had_not_stopped(tmp_path, texts, tokenizer):
+    whole = pretrain(new_model("tiny", seed=0, dtype="fp32"), tokenizer, texts, settings(tmp_path / "whole"))
+    assert any("Muon trains 49 matrices" in e["message"] for e in whole.events if e["kind"] == "note")
+    part = pretrain(new_model("tiny", seed=0, dtype="fp32"), tokenizer, texts, settings(tmp_path / "part"), live=True)
+    part.stop()
+    part.wait()
+    run = Run.open(tmp_path / "part").resume()
+    losses = [[e["loss"] for e in r.events if e["kind"] == "metrics"] for r in (whole, run)]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), run.model.parameters()))
+
+
+def test_decay_reaches_the_norms_if_it_is_asked_to(tmp_path, texts, tokenizer):
+    """Norms begin at 1. With a rate of 0.01 and a decay of 1 they shrink by a hundredth a step, if they are pulled."""
+    norms = {}
+    for decay_all in (False, True):
+        how = dict(
+            max_steps=1, save_steps=0, warmup_steps=0, schedule="constant", learning_rate=1e-2, weight_decay=10.0
+        )
+        args = settings(tmp_path / str(decay_all), decay_all=decay_all, **how)
+        run = pretrain(new_model("tiny", seed=0, dtype="fp32"), tokenizer, texts, args)
+        norms[decay_all] = run.model.model.norm.weight.float().mean().item()
+    assert norms[True] < norms[False] - 0.05
+
+
+def test_what_cannot_be_is_said(monkeypatch):
+    with pytest.raises(TinyTrainerError, match="optimizer='sgd'.*adamw, muon"):
+        PretrainArgs(optimizer="sgd")
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(TinyTrainerError, match="needs torch 2.9"):
+        MuonAdamW([torch.nn.Parameter(torch.zeros(2, 2))], [], lr=1e-3, muon_rate=3.0)
