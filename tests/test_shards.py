@@ -1471,6 +1471,7 @@ def test_what_is_no_prepared_folder_is_read_as_before(tmp_path, pristine):
     assert len(open_sources({str(pristine): 2}).shards) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")
 def test_two_processes_learn_from_the_same_samples_as_one(tmp_path):
     prepared(tmp_path / "a", STORIES[:200], heldout=0.1)
