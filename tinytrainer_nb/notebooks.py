@@ -74,7 +74,7 @@ def notebook_parameters(path: Path | str) -> dict[str, Parameter]:
         except (ValueError, TypeError, MemoryError, RecursionError): continue # computed: not given from outside
         comment = source.splitlines()[node.end_lineno - 1].partition("#")[2].strip()
         words = _annotation(node)
-        optional = default is None or bool({"None", "Optional"} & set(words))
+        optional = bool({"None", "Optional"} & set(words))
         found[target.id] = Parameter(target.id, default, comment, _annotated(words), optional)
     return found
 

@@ -1129,7 +1129,8 @@ def load_examples(
     first = _first_empty(source, empty)
     if not kept:
         raise TinyTrainerError(f"{source.name}: no row left to use ({len(rows)} read, "
-                               f"{len(empty)} with an empty text). {first[:1].upper()}{first[1:]}. Fill them, or name another file.")
+                               f"{len(empty)} with an empty text). {first[:1].upper()}{first[1:]}. "
+                               "Fill them, or name another file.")
     _say(source, list(empty), len(rows), "rows left out: empty text", f"; {first}")
     table = _table(kept, source)
     note = dict(name=source.name, files={str(f): file_hash(f) for f in source.files},
