@@ -133,7 +133,7 @@ def notebook_with(tmp_path: Path, source, tags=("parameters",)) -> Path:
     return file
 
 
-ALIASES = "[&a0 [x], " + ", ".join(f"&a{i + 1} [{', '.join([f'*a{i}'] * 9)}]" for i in range(6)) + "]"  # 9^6 lists
+NESTED = "[&a0 [x], " + ", ".join(f"&a{i + 1} [{', '.join([f'*a{i}'] * 9)}]" for i in range(6)) + "]"  # 9^6 lists
 
 YAML = {
     "5: 3": "5: no such parameter",
@@ -144,8 +144,8 @@ YAML = {
     "steps: " + "9" * 5000: "not readable",
     "rate: 1" + "0" * 400: "rate=1",
     "steps: 1:30": "steps='1:30'",
-    "steps: " + ALIASES: "steps=.* is not allowed: it must be a whole number",
-    "nothing: " + ALIASES: "nothing: no such parameter",
+    "steps: " + NESTED: "steps=.* is not allowed: it must be a whole number",
+    "nothing: " + NESTED: "nothing: no such parameter",
 }
 
 
