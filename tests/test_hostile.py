@@ -48,8 +48,13 @@ from tinytrainer_nb.core import (
     may_be_on_hub,
     one_line,
     progress,
+    read_json,
+    remove_whole,
+    shell_line,
     unfit,
     visible,
+    whole_folder,
+    write_json,
     write_whole,
 )
 from tinytrainer_nb.core import TinyTrainerError as SameError
@@ -59,6 +64,7 @@ from tinytrainer_nb.panels.run_panel import request_lines
 from tinytrainer_nb.recipes.evaluate import Evaluation, answer_table, score_table
 from tinytrainer_nb.recipes.reproduce import as_command
 from tinytrainer_nb.recipes.rewards import flexible_answer, format_reward
+from tinytrainer_nb.runs.journal import Journal
 from tinytrainer_nb.views.chat import chat_loop
 from tinytrainer_nb.views.plots import LivePicture, alarm_lines
 from tinytrainer_nb.views.terminal import Watch, news, run_line, summary_line
@@ -238,6 +244,7 @@ RUN_FIELDS = (
     ).split(),
     *("load.base load.path load.sha256 load.quantization load.dtype load.adapter load.adapter_from load.seed").split(),
     *("data.name data.files data.rows data.asked").split(),
+    *("load.files load.commit load.vocabulary start result").split(),
 )
 FILES = ("run.json", "events.jsonl", "summary.json", "requests/00000000000000000001-set.json")
 READ = [  # file, what is done to it
@@ -361,6 +368,11 @@ LOADED = [  # recipe, file, what is done to it
         ("sft", "run.json", f"load.{f}: {how}")
         for f in ("base", "path", "dtype", "chat_template")
         for how in ("text", "list")
+    ),
+    *(
+        ("ppo", "run.json", f"{f}: {how}")
+        for f in ("load.files", "start", "result", "reward.names", "reward.weights", "reward.code")
+        for how in ("null", "text", "list", "missing")
     ),
     *(("sft", "events.jsonl", f"whole: {how}") for how in ("deep", "NUL", "text")),
     *(("sft", "checkpoints", f"place: {how}") for how in ("link", "nothing")),
@@ -564,6 +576,10 @@ def test_links_in_the_way_of_files_and_folders(runs, tmp_path):
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
     with pytest.raises(TinyTrainerError, match="is a link"):
         save_merged(runs["sft"], tmp_path / "merged")
+    for put in (lambda path: whole_folder(path).__enter__(), remove_whole):
+        with pytest.raises(TinyTrainerError, match="is a link"):
+            put(tmp_path / "nowhere")
+    assert (tmp_path / "nowhere").is_symlink() and not list(tmp_path.glob(".*.partial"))
     assert not list((tmp_path / "there").iterdir())
     with (
         pytest.raises(TinyTrainerError, match="is a link to nothing"),
@@ -669,6 +685,28 @@ def test_a_name_that_looks_local_is_never_asked_for_on_the_hub(name, tmp_path, m
             load()
         is_line(str(e.value))
     assert not may_be_on_hub(name) and may_be_on_hub("owner/name") and may_be_on_hub("Qwen/Qwen2.5-0.5B")
+
+
+def test_a_name_that_is_too_long_for_a_file_is_no_name():
+    long = "a" * 300
+    assert may_be_on_hub(f"{long}/b") and not may_be_on_hub(f"{long}/b.csv")
+    assert line(load_examples, f"{long}.csv") is None and line(lambda: load_examples(long, split="test")) is None
+
+
+@pytest.mark.parametrize("half", ["\ud800", "\udce9", "\udfff"])
+def test_half_a_character_is_written_and_read(half, tmp_path):
+    "As in a data file's name that is not UTF-8, or in a stranger's run.json"
+    held = {f"caf{half}.jsonl": [f"\\{half}", "é\U0001f600"]}
+    assert read_json(write_json(tmp_path / "a.json", held)) == held
+    (tmp_path / "a.json").read_text(encoding="utf-8")
+    journal = Journal(tmp_path / "events.jsonl")
+    journal.append("note", 1, message=half)
+    assert journal.events()[0]["message"] == half and Journal(journal.path).events() == journal.events()
+    word = shell_line(f"caf{half}")
+    assert word.isascii() and word.isprintable()
+    if os.name != "nt":
+        said = subprocess.run(["bash", "-c", f"printf %s {word}"], capture_output=True, check=True).stdout
+        assert said == f"caf{half}".encode("utf-8", "surrogateescape" if half == "\udce9" else "surrogatepass")
 
 
 BLANKS, MANY = " " * 20_000, 20_000

@@ -455,7 +455,7 @@ def test_the_obvious_wrong_things_are_told_plainly(tmp_path):
         (lambda: launch_panel(train, None)): "are no settings",
         (lambda: SFTArgs(out="")): "must be the folder",
         (lambda: find_reward(None)): "must be a function",
-        run.pause: "is finished, there is nobody to pause it.$",
+        run.pause: "is finished: nobody trains it, so the request 'pause' cannot be obeyed.$",
         (lambda: chat_panel(run).answer(" ")): "there is no question",
         (lambda: Run.open(tmp_path / "nowhere")): "no run is here",
     }.items():

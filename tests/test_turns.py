@@ -172,7 +172,7 @@ def test_an_answer_joined_to_the_next_heading_is_told(capsys):
     for _ in range(3):
         row = encode_chat(tokenizer, TALK)
     assert row["labels"].count(1) == 1 and row["labels"][-1] == 1
-    assert capsys.readouterr().err.count("do not learn to stop") == 1
+    assert capsys.readouterr().err.count("may not learn to stop") == 1
 
 
 def test_pairs_end_as_turns_do():

@@ -6,7 +6,7 @@
 __all__ = ['LARGEST', 'PLAIN', 'BUILDING', 'TinyTrainerError', 'MissingFile', 'processes', 'share', 'gathered', 'patiently',
            'where_possible', 'sync_file', 'sync_folder', 'hidden_beside', 'write_whole', 'plain', 'write_json',
            'need_flat', 'need_file', 'each_once', 'read_json', 'is_number', 'unfit', 'read_typed', 'need_fit',
-           'same_file', 'file_hash', 'need_no_link', 'remove_whole', 'whole_folder', 'visible', 'one_line', 'say',
+           'link_or_copy', 'file_hash', 'need_no_link', 'remove_whole', 'whole_folder', 'visible', 'one_line', 'say',
            'Markup', 'escaped', 'inert', 'shell_line', 'may_be_on_hub', 'local_path', 'is_there', 'shipped',
            'data_file', 'short_name', 'shipped_notebooks', 'in_notebook', 'progress', 'quiet', 'builds', 'patch_to',
            'repeated_share']
@@ -83,7 +83,7 @@ def hidden_beside(path: Path, ending: str) -> Path:
 
 def write_whole(
     path: Path | str,     # file to write; its folder is made
-    content: str | bytes, # text is written as UTF-8 with newline "\n"
+    content: str | bytes, # text is written as UTF-8 with newline "\n"; half a character (\ud800) by its number
 ) -> Path:                # the file
     "Write a file whole or not at all: beside the target, synced, then renamed over it."
     named, path = Path(path), Path(path).absolute() # the current folder may change meanwhile
@@ -91,7 +91,7 @@ def write_whole(
     beside = hidden_beside(path, f"{os.getpid()}.partial")
     beside.unlink(missing_ok=True) # whatever stands there, a link too, is not written through
     with open(beside, "xb") as f:
-        f.write(content.encode("utf8") if isinstance(content, str) else content)
+        f.write(content.encode("utf8", "backslashreplace") if isinstance(content, str) else content)
         f.flush()
         sync_file(f)
     patiently(os.replace, beside, path)
@@ -228,7 +228,7 @@ def need_fit(path: Path | str, found, sort, need: tuple = ()):
     return found
 
 # %% ../nbs/00_core.ipynb #53dbfadc
-def same_file(file: Path, target: Path) -> None:
+def link_or_copy(file: Path, target: Path) -> None:
     "Give a file a second name; a copy where the file system knows one name only."
     try: os.link(file, target)
     except OSError: shutil.copy2(file, target)
@@ -245,16 +245,18 @@ def need_no_link(path: Path) -> None:
 def remove_whole(folder: Path) -> None:
     """Remove a folder at once: if the process dies meanwhile, no half of it is left under its name.
     Raises `TinyTrainerError` for a link."""
-    if not folder.exists(): return
     need_no_link(folder)
+    if not folder.exists(): return
     doomed = hidden_beside(folder, f"{os.getpid()}.gone.partial")
     os.replace(folder, doomed)
     shutil.rmtree(doomed)
 
 @contextlib.contextmanager
 def whole_folder(target: Path):
-    "A context with a folder to fill, which takes the name `target` whole or not at all and replaces an older one."
+    """A context with a folder to fill, which takes the name `target` whole or not at all and replaces an older one.
+    Raises `TinyTrainerError` for a link."""
     target = target.absolute() # the current folder may change meanwhile
+    need_no_link(target)
     staging = hidden_beside(target, f"{os.getpid()}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -342,8 +344,12 @@ def _word(value) -> str:
     "One word of a command, quoted if it must be."
     text = f"./{value}" if isinstance(value, Path) and str(value).startswith("-") else str(value)
     if one_line(text) == text and "\t" not in text: return shlex.quote(text)
-    seen = lambda c: c if one_line(c) == c and c not in "\t\\'" else "".join(f"\\x{b:02x}" for b in os.fsencode(c))
+    seen = lambda c: c if one_line(c) == c and c not in "\t\\'" else "".join(f"\\x{b:02x}" for b in _bytes(c))
     return f"$'{''.join(map(seen, text))}'"
+
+def _bytes(c: str) -> bytes:
+    "A character as it stands in a file's name; half a character, too."
+    return c.encode("utf8", "surrogateescape" if "\udc80" <= c <= "\udcff" else "surrogatepass")
 
 def shell_line(*words) -> str: # a `Path` is one that stands alone, not behind a flag
     "Words as a line that can be copied into a shell."
@@ -358,7 +364,7 @@ def may_be_on_hub(name: str) -> bool:
     "Whether a name that is nothing here can be a Hub id, and does not look like a path."
     owner, _, rest = name.partition("/")
     looks_so = bool(_HUB_ID.fullmatch(name)) and ".." not in name
-    return looks_so and Path(rest).suffix.lower() not in _ENDINGS and not Path(owner).exists()
+    return looks_so and Path(rest).suffix.lower() not in _ENDINGS and not os.path.exists(owner)
 
 # %% ../nbs/00_core.ipynb #ea737f58
 def local_path(

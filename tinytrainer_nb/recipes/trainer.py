@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from ..core import PLAIN, MissingFile, TinyTrainerError, builds, file_hash, patch_to
-from ..core import processes, progress, quiet, read_typed, remove_whole, same_file, share, visible
+from ..core import link_or_copy, processes, progress, quiet, read_typed, remove_whole, share, visible
 from ..core import whole_folder, write_json
 from ..settings import may_change
 from ..hardware import peak_memory
@@ -29,7 +29,7 @@ from ..views import plots # noqa: F401, adds `save_figure` to a run
 from .arguments import TrainArgs, trackers
 from .restore import load_trained
 from .start import tell
-from ..runs.run import Run
+from ..runs.run import Run, need_changeable
 from ..runs.worker import in_worker
 from transformers import PrinterCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
@@ -372,7 +372,7 @@ def _complete(self, staging: Path) -> None:
         shutil.move(file, staging / file.name)
     shutil.rmtree(self._staging)
     if self.settings.keep_best and self.best and self.best_weights.exists():
-        same_file(self.best_weights, staging / BEST)
+        link_or_copy(self.best_weights, staging / BEST)
     hashes = {file.name: file_hash(file) for file in sorted(staging.iterdir())}
     write_json(staging / "progress.json", dict(
         tokens=self.tokens, seconds=self.seconds + self.clock(), settings=self.settings.to_dict(),
@@ -393,7 +393,7 @@ def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
     self.tokens, self.seconds, self.best = done["tokens"], done["seconds"], done["best"] or {}
     if self.run.leads and (checkpoint / BEST).exists():
         with whole_folder(self.best_weights.parent) as folder:
-            same_file(checkpoint / BEST, folder / self.best_weights.name)
+            link_or_copy(checkpoint / BEST, folder / self.best_weights.name)
     for name in may_change(self.settings):
         if name in done["settings"]: setattr(self.settings, name, done["settings"][name])
 
@@ -589,9 +589,7 @@ def change(self, changes: dict, **asked) -> None: # asked: the time
 @patch_to(RunTrainer)
 def _checked(self, name: str, new) -> tuple: # old and new value
     "A change of a setting. Raises `TinyTrainerError` if it is not one of those that may change, or not allowed."
-    may = may_change(self.settings)
-    if name not in may:
-        raise TinyTrainerError(f"{name} is fixed while a run goes on. These can be changed: {', '.join(may)}.")
+    need_changeable(name, may_change(self.settings))
     return getattr(self.settings, name), getattr(replace(self.settings, **{name: new}), name)
 
 def set_learning_rate(optimizer, scheduler, value: float) -> None:
