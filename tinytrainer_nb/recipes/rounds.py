@@ -521,5 +521,5 @@ def reward_again(
     accepted: bool = False, # also another one
 ) -> Reward:
     "The reward of a resumed run. Raises `TinyTrainerError` if it must be given again and is not, or is another one."
-    try: return same_reward(run.info["reward"], given, run.how_to_resume(), accepted)
+    try: return same_reward(run.info.get("reward"), given, run.how_to_resume(), accepted)
     except TinyTrainerError as e: raise TinyTrainerError(f"{run.folder}: {e}") from None
