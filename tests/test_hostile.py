@@ -23,12 +23,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pytest
-from small import small_base
-from transformers import AutoTokenizer
-
 from tinytrainer_nb.all import (
     LoraArgs,
     PPOArgs,
+    PretrainArgs,
     Run,
     SFTArgs,
     TinyTrainerError,
@@ -37,6 +35,7 @@ from tinytrainer_nb.all import (
     load_examples,
     load_model,
     ppo,
+    pretrain,
     run_panel,
     save_merged,
     sft,
@@ -62,6 +61,9 @@ from tinytrainer_nb.recipes.rewards import flexible_answer, format_reward
 from tinytrainer_nb.views.chat import chat_loop
 from tinytrainer_nb.views.plots import LivePicture, alarm_lines
 from tinytrainer_nb.views.terminal import Watch, news, run_line, summary_line
+from transformers import AutoTokenizer
+
+from small import small_base
 
 PACKAGE = Path(__file__).resolve().parent.parent / "tinytrainer_nb"
 EVIL = "'\"><script>window.pwned=1</script><img src=x onerror='window.pwned=1'>\x1b[2J\r\u202e\nerror: forged"
@@ -75,6 +77,11 @@ def trained(out: Path, recipe: str) -> Run:
     model = add_lora(model, LoraArgs(r=2))
     if recipe == "sft":
         sft(model, tokenizer, load_examples(ROWS), SFTArgs(max_steps=2, out=str(out), **FEW))
+    elif recipe == "pretrain":
+        base, _ = load_model(small_base(), "none", "fp32", verbose=False)
+        pretrain(
+            base, tokenizer, ["A town by the sea. " * 99], PretrainArgs(max_steps=2, max_length=32, out=str(out), **FEW)
+        )
     else:
         few = FEW | dict(num_generations=2, max_new_tokens=4)
         ppo(
@@ -95,9 +102,9 @@ def trained(out: Path, recipe: str) -> Run:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Path]:
-    "A stopped run of each of two recipes, to be copied and damaged"
+    "A stopped run of each of three recipes, to be copied and damaged"
     above = tmp_path_factory.mktemp("runs")
-    return {recipe: trained(above / recipe, recipe).folder for recipe in ("sft", "ppo")}
+    return {recipe: trained(above / recipe, recipe).folder for recipe in ("sft", "ppo", "pretrain")}
 
 
 class Page(html.parser.HTMLParser):
@@ -345,10 +352,11 @@ LOADED = [  # recipe, file, what is done to it
     *(("ppo", "data/prompts.json", f"whole: {how}") for how in WHOLE),
     *(("ppo", "data/prompts.json", f"0.messages: {how}") for how in WRONG),
     *(("sft", "data/train.json", f"whole: {how}") for how in WHOLE),
+    *(("pretrain", "data/tokens.npy", f"whole: {how}") for how in ("empty", "text", "cut", "NUL")),
     *(("sft", "data/train.json", f"0.messages: {how}") for how in ("null", "text", "object", "nested")),
     *(
         (r, f, f"place: {how}")
-        for r, f in (("sft", "data/train.json"), ("ppo", "data/prompts.json"))
+        for r, f in (("sft", "data/train.json"), ("ppo", "data/prompts.json"), ("pretrain", "data/tokens.npy"))
         for how in ("folder", "link", "nothing")
     ),
     *(

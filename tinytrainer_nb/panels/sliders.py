@@ -16,7 +16,7 @@ from ..model.base import LoadRecord
 from .widgets import button, complaint, scrolled, small, source_of, wrapped
 from ..views.plots import COLOURS, Picture, figure_html, table_html
 from ..runs.run import Run
-from ..core import Markup, TinyTrainerError, one_line, patch_to
+from ..core import Markup, TinyTrainerError, patch_to
 from .conversation import Conversation, Voice
 from ..recipes.restore import lent
 from ..model.tinylora import FEW, adapter_line, few_numbers, trained_vector
@@ -31,7 +31,7 @@ def saved_numbers(folder) -> list[float]: # of an adapter's folder
             names = [name for name in f.keys() if name.startswith("base_model.tinylora_v")]
             found = [x for name in sorted(names, key=_number) for x in f.get_tensor(name).flatten().tolist()]
     except (OSError, ValueError, SafetensorError) as e:
-        raise TinyTrainerError(f"{path}: its numbers cannot be read ({one_line(e):.100}). Restore the file.") from None
+        raise TinyTrainerError(f"{path}: its numbers cannot be read ({e!s:.100}). Restore the file.") from None
     if all(map(math.isfinite, found)): return found
     raise TinyTrainerError(f"{path}: holds numbers that are none (NaN or infinite). Restore the file.")
 
