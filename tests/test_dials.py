@@ -3,7 +3,9 @@ never notices."""
 
 import pytest
 import torch
+from live import adapter, figures, until
 from safetensors.torch import save_file
+
 from tinytrainer_nb.all import (
     GRPOArgs,
     PPOArgs,
@@ -38,8 +40,6 @@ from tinytrainer_nb.panels.sliders import (
     turned,
 )
 from tinytrainer_nb.recipes.start import begin, describe
-
-from live import adapter, figures, until
 
 QUIET = dict(eval_steps=0, sample_steps=0)
 IDS = torch.arange(3, 35)[None]

@@ -7,6 +7,8 @@ import random
 from types import SimpleNamespace
 
 import pytest
+from small import small_base
+
 from tinytrainer_nb.all import (
     GRPOArgs,
     LoraArgs,
@@ -28,8 +30,6 @@ from tinytrainer_nb.recipes.evaluate import (
     wilson,
 )
 from tinytrainer_nb.recipes.rewards import find_reward
-
-from small import small_base
 
 
 @pytest.fixture

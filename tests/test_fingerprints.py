@@ -13,6 +13,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from small import ROWS, small_base
+
 from tinytrainer_nb.all import (
     DPOArgs,
     GenerateArgs,
@@ -42,8 +44,6 @@ from tinytrainer_nb.model.layers import trainable
 from tinytrainer_nb.recipes.pretrain import read_back
 from tinytrainer_nb.recipes.rewards import code_hash, find_reward
 from tinytrainer_nb.recipes.start import describe
-
-from small import ROWS, small_base
 
 FEW = dict(eval_steps=0, save_steps=1, sample_steps=0, batch_size=2)
 

@@ -23,6 +23,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pytest
+from small import small_base
+from transformers import AutoTokenizer
+
 from tinytrainer_nb.all import (
     LoraArgs,
     PPOArgs,
@@ -61,9 +64,6 @@ from tinytrainer_nb.recipes.rewards import flexible_answer, format_reward
 from tinytrainer_nb.views.chat import chat_loop
 from tinytrainer_nb.views.plots import LivePicture, alarm_lines
 from tinytrainer_nb.views.terminal import Watch, news, run_line, summary_line
-from transformers import AutoTokenizer
-
-from small import small_base
 
 PACKAGE = Path(__file__).resolve().parent.parent / "tinytrainer_nb"
 EVIL = "'\"><script>window.pwned=1</script><img src=x onerror='window.pwned=1'>\x1b[2J\r\u202e\nerror: forged"

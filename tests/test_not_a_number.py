@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small import small_base
+
 from tinytrainer_nb.all import (
     DPOArgs,
     GenerateArgs,
@@ -38,8 +40,6 @@ from tinytrainer_nb.all import (
 from tinytrainer_nb.core import file_hash, write_json
 from tinytrainer_nb.model.layers import trainable
 from tinytrainer_nb.recipes.trainer import RunTrainer
-
-from small import small_base
 
 FEW = dict(save_steps=0, eval_steps=0, sample_steps=0, batch_size=2)
 ROUNDS = dict(num_generations=2, max_new_tokens=8)

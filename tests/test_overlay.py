@@ -8,7 +8,9 @@ import time
 
 import numpy as np
 import pytest
+from live import until
 from matplotlib.lines import Line2D
+
 from tinytrainer_nb.core import TinyTrainerError, write_json
 from tinytrainer_nb.panels.compare import (
     ABSENT,
@@ -30,8 +32,6 @@ from tinytrainer_nb.recipes.arguments import DPOArgs, GRPOArgs, PPOArgs, SFTArgs
 from tinytrainer_nb.runs.run import Run
 from tinytrainer_nb.views.plots import alt_text, smooth, wanted_panels
 from tinytrainer_nb.views.terminal import result_evaluation, summary_line
-
-from live import until
 
 LOAD = dict(
     base="tiny",

@@ -13,6 +13,10 @@ from pathlib import Path
 import ipywidgets
 import psutil
 import pytest
+from forked import Script
+from live import adapter, figures, until
+from small import small_base
+
 from tinytrainer_nb.all import (
     LoraArgs,
     Run,
@@ -41,10 +45,6 @@ from tinytrainer_nb.recipes.rewards import find_reward
 from tinytrainer_nb.recipes.trainer import RunTrainer
 from tinytrainer_nb.settings import grouped
 from tinytrainer_nb.views.plots import LivePicture, run_html
-
-from forked import Script
-from live import adapter, figures, until
-from small import small_base
 
 NASTY = "<script>window.pwned=1</script><img src=x onerror='window.pwned=2'>\x1b[31mred\x1b[0m\u202eecalper\u200bzero"
 

@@ -5,13 +5,17 @@ import json
 import math
 
 import pytest
-import tinytrainer_nb.recipes.train  # noqa: F401 (gives runs their resume)
 import torch
 import torch.nn.functional as F
 import trl
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
+from small import small_base
+from test_processes import COMMON, train
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import tinytrainer_nb.recipes.train  # noqa: F401 (gives runs their resume)
 from tinytrainer_nb.cli import main
 from tinytrainer_nb.compute.arguments import GenerateArgs
 from tinytrainer_nb.core import TinyTrainerError, data_file
@@ -34,10 +38,6 @@ from tinytrainer_nb.recipes.preference import (
 from tinytrainer_nb.recipes.rewards import find_reward
 from tinytrainer_nb.recipes.trainer import RunTrainer
 from tinytrainer_nb.runs.run import Run
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-from small import small_base
-from test_processes import COMMON, train
 
 RECIPES = dict(dpo=(dpo, DPOArgs), reward_model=(reward_model, RewardModelArgs))
 SMALL = dict(

@@ -5,6 +5,8 @@ import shlex
 from pathlib import Path
 
 import pytest
+from small import small_base
+
 from tinytrainer_nb.all import (
     DPOArgs,
     LoraArgs,
@@ -32,8 +34,6 @@ from tinytrainer_nb.all import (
 )
 from tinytrainer_nb.cli import main
 from tinytrainer_nb.recipes.rewards import exact_answer, find_reward
-
-from small import small_base
 
 SMALL = dict(save_steps=0, eval_steps=0, sample_steps=0)
 ROUNDS = dict(max_steps=1, batch_size=2, num_generations=2, max_new_tokens=8, **SMALL)

@@ -13,6 +13,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from small import small_base
+
 from tinytrainer_nb.core import TinyTrainerError, data_file, repeated_share
 from tinytrainer_nb.data.formats import load_examples
 from tinytrainer_nb.model.arguments import LoraArgs
@@ -42,8 +44,6 @@ from tinytrainer_nb.recipes.rewards import (
 )
 from tinytrainer_nb.recipes.rounds import reward_again
 from tinytrainer_nb.runs.run import Run
-
-from small import small_base
 
 PROMPTS, COMPLETIONS, ROWS = ["Who?", "Where?"], ["Nobody.", "In the park."], [{}, dict(level=2)]
 

@@ -14,6 +14,16 @@ import pyarrow.parquet
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from live import adapter
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+)
+
 from tinytrainer_nb.core import TinyTrainerError, data_file
 from tinytrainer_nb.data.formats import data_origin, load_examples, load_prompts
 from tinytrainer_nb.data.rows import encode_rows, held_numbers, hold_out, read_examples
@@ -40,16 +50,6 @@ from tinytrainer_nb.recipes.sft import sft
 from tinytrainer_nb.recipes.train import Run
 from tinytrainer_nb.recipes.trainer import RunTrainer
 from tinytrainer_nb.views.data_report import data_report
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BloomConfig,
-    GPT2Config,
-    LlamaConfig,
-    OPTConfig,
-)
-
-from live import adapter
 
 
 def user(text):

@@ -11,6 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from live import adapter, figures, until
+from small import small_base
+
 from tinytrainer_nb.all import (
     GRPOArgs,
     PPOArgs,
@@ -45,9 +48,6 @@ from tinytrainer_nb.recipes.restore import as_handed_over, at_checkpoint
 from tinytrainer_nb.recipes.start import begin
 from tinytrainer_nb.views import chat as chat_room
 from tinytrainer_nb.views.terminal import Watch
-
-from live import adapter, figures, until
-from small import small_base
 
 QUIET = dict(eval_steps=0, sample_steps=0)
 QUESTION = "Ben has 12 pens and buys 30 more. How many pens does Ben have now?"

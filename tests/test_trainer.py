@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small import small_base
+
 from tinytrainer_nb import hardware as core
 from tinytrainer_nb.all import (
     LoraArgs,
@@ -32,8 +34,6 @@ from tinytrainer_nb.recipes import arguments as trainer
 from tinytrainer_nb.recipes.restore import at_checkpoint, take_step
 from tinytrainer_nb.recipes.sft import SFTTrainer
 from tinytrainer_nb.recipes.trainer import summarize
-
-from small import small_base
 
 SMALL = dict(batch_size=2, max_length=128, warmup_steps=0, eval_steps=0, sample_steps=0, save_steps=0)
 
