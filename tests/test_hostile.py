@@ -29,6 +29,7 @@ from transformers import AutoTokenizer
 from tinytrainer_nb.all import (
     LoraArgs,
     PPOArgs,
+    PretrainArgs,
     Run,
     SFTArgs,
     TinyTrainerError,
@@ -37,6 +38,7 @@ from tinytrainer_nb.all import (
     load_examples,
     load_model,
     ppo,
+    pretrain,
     run_panel,
     save_merged,
     sft,
@@ -81,6 +83,11 @@ def trained(out: Path, recipe: str) -> Run:
     model = add_lora(model, LoraArgs(r=2))
     if recipe == "sft":
         sft(model, tokenizer, load_examples(ROWS), SFTArgs(max_steps=2, out=str(out), **FEW))
+    elif recipe == "pretrain":
+        base, _ = load_model(small_base(), "none", "fp32", verbose=False)
+        pretrain(
+            base, tokenizer, ["A town by the sea. " * 99], PretrainArgs(max_steps=2, max_length=32, out=str(out), **FEW)
+        )
     else:
         few = FEW | dict(num_generations=2, max_new_tokens=4)
         ppo(
@@ -101,9 +108,9 @@ def trained(out: Path, recipe: str) -> Run:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Path]:
-    "A stopped run of each of two recipes, to be copied and damaged"
+    "A stopped run of each of three recipes, to be copied and damaged"
     above = tmp_path_factory.mktemp("runs")
-    return {recipe: trained(above / recipe, recipe).folder for recipe in ("sft", "ppo")}
+    return {recipe: trained(above / recipe, recipe).folder for recipe in ("sft", "ppo", "pretrain")}
 
 
 class Page(html.parser.HTMLParser):
@@ -352,10 +359,11 @@ LOADED = [  # recipe, file, what is done to it
     *(("ppo", "data/prompts.json", f"whole: {how}") for how in WHOLE),
     *(("ppo", "data/prompts.json", f"0.messages: {how}") for how in WRONG),
     *(("sft", "data/train.json", f"whole: {how}") for how in WHOLE),
+    *(("pretrain", "data/tokens.npy", f"whole: {how}") for how in ("empty", "text", "cut", "NUL")),
     *(("sft", "data/train.json", f"0.messages: {how}") for how in ("null", "text", "object", "nested")),
     *(
         (r, f, f"place: {how}")
-        for r, f in (("sft", "data/train.json"), ("ppo", "data/prompts.json"))
+        for r, f in (("sft", "data/train.json"), ("ppo", "data/prompts.json"), ("pretrain", "data/tokens.npy"))
         for how in ("folder", "link", "nothing")
     ),
     *(

@@ -397,3 +397,50 @@ def test_a_run_whose_model_holds_a_number_that_is_none(tmp_path):
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(TinyTrainerError, match="model.norm.weight holds numbers that are none"):
         load_model(run.folder / "model", verbose=False)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_model_without_an_adapter_is_refused_before_a_run_is_made(recipe, tmp_path):
+    "All weights are trained by pretraining alone; frozen ones by nobody"
+    model, tokenizer = load_model(small_base(), "none", "fp32", verbose=False)
+    for trained, said in ((True, "all its weights are trained by pretrain only"), (False, "nothing of this model")):
+        with pytest.raises(TinyTrainerError, match=f"{said}.*add_lora"):
+            RECIPES[recipe](model.requires_grad_(trained), tokenizer, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+WHOLE = {
+    "an adapter": ("none", lambda m: add_lora(m, LoraArgs(r=2)), "this model has an adapter"),
+    "an adapter below the bare model": (
+        "none",
+        lambda m: (add_lora(m, LoraArgs(r=2)), m)[1],
+        "this model has an adapter",
+    ),
+    "4 bits": ("nf4", lambda m: m, "stored as nf4"),
+    "8 bits": ("int8", lambda m: m, "stored as int8"),
+}
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_pretraining_refuses_what_cannot_be_trained_whole(case, tmp_path):
+    "Before a folder is made, and the model stays as it was"
+    quantization, put_on, said = WHOLE[case]
+    model, tokenizer = load_model(small_base(), quantization, "bf16", verbose=False)
+    before = {name: p.dtype for name, p in model.named_parameters()}
+    with pytest.raises(TinyTrainerError, match=said):
+        whole(put_on(model), tokenizer, str(tmp_path / "run"), tmp_path / "text.txt")
+    assert not (tmp_path / "run").exists()
+    if "bits" in case:
+        assert before == {name: p.dtype for name, p in model.named_parameters()}
+
+
+def test_weights_that_have_no_room_end_the_pretraining_as_failed(tmp_path, monkeypatch):
+    model, tokenizer = load_model(small_base(), "none", "bf16", verbose=False)
+
+    def full(self):
+        raise RuntimeError("not enough memory")
+
+    monkeypatch.setattr(type(model), "float", full)
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        whole(model, tokenizer, str(tmp_path / "run"), tmp_path / "text.txt")
+    assert Run.open(tmp_path / "run").status == "failed"

@@ -55,7 +55,7 @@ from tinytrainer_nb.recipes.preference import (
     model_reward,
     reward_model,
 )
-from tinytrainer_nb.recipes.pretrain import pretrain
+from tinytrainer_nb.recipes.pretrain import pretrain, token_stream, train_tokenizer
 from tinytrainer_nb.recipes.sft import sft
 from tinytrainer_nb.recipes.train import Run
 from tinytrainer_nb.recipes.trainer import RunTrainer
@@ -1079,3 +1079,45 @@ def test_a_folder_that_datasets_saved_is_read(tmp_path):
     assert "Of what save_to_disk wrote, give the folder." in refused(load_examples, arrow)
     arrow.write_bytes(b"cut")
     assert "not readable as what save_to_disk wrote" in refused(load_examples, tmp_path / "one")
+
+
+NO_TEXTS = {
+    "an empty list": ([], "there is no text"),
+    "no list": (5, "5 holds no texts"),
+    "bytes": (b"A town.", "document 1 is 65, and must be a text"),
+    "rows": ([dict(text="A town.")], "document 1 is {'text': 'A town.'}, and must be a text"),
+    "an empty field": (["A town.", None], "document 2 is None"),
+    "conversations": (Dataset.from_list(SHORT), "no column `text`, but prompt, completion"),
+    "a table of several parts": (DatasetDict(train=Dataset.from_list(SHORT)), "no column `text`, but train"),
+    "a missing file": ("nowhere.txt", "nowhere.txt"),
+}
+
+
+@pytest.mark.parametrize("case", NO_TEXTS)
+def test_what_holds_no_texts_is_a_line(bases, case, tmp_path):
+    "Each way to documents: a run, a stream of tokens, a tokenizer"
+    examples, said = NO_TEXTS[case]
+    model, own = loaded(bases["llama"], lora=False)
+    assert said in refused(pretrain, model, own, examples, PretrainArgs(max_steps=1, out=str(tmp_path / "run")))
+    assert said in refused(token_stream, own, examples) and said in refused(train_tokenizer, examples, 300)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_text_is_the_name_of_a_file(bases, tmp_path):
+    "And no list of characters; the run says which file"
+    file, none = tmp_path / "tale.txt", dict(eval_steps=0, save_steps=0, sample_steps=0)
+    file.write_text(TALE, encoding="utf8")
+    model, own = loaded(bases["llama"], lora=False)
+    for i, examples in enumerate((str(file), file, [TALE], Dataset.from_list([dict(text=TALE, topic="hens")]))):
+        run = pretrain(
+            model.requires_grad_(), own, examples, PretrainArgs(max_steps=1, out=str(tmp_path / f"{i}"), **none)
+        )
+        data = run.info["data"]
+        assert data["documents"] == 1 and data["tokens"] == len(token_stream(own, [TALE]))
+        assert bool(data.get("files")) == (i < 2)
+        model, own = loaded(bases["llama"], lora=False)
+    assert train_tokenizer(str(file), 300).get_vocab() == train_tokenizer([TALE], 300).get_vocab()
+
+
+def test_a_report_on_no_row_is_a_line():
+    assert refused(data_report, tokenizer, load_examples(SHORT).select([])) == "no row is in these data."

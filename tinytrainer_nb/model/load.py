@@ -353,9 +353,11 @@ def result_hashes(
 
 def start_hashes(
     folder: Path,    # of a run
+    part: str = "",  # of the files whose names begin so
 ) -> dict[str, str]: # by path below it
-    "SHA-256 of the files that a run began with: adapter and tokenizer as they were handed over."
-    return _hashes(folder, sorted((folder / "start").rglob("*")))
+    "SHA-256 of the files that a run began with: its data, and adapter and tokenizer as they were handed over."
+    files = [f for kind in ("start", "data") for f in sorted((folder / kind).rglob("*"))]
+    return _hashes(folder, [f for f in files if f.relative_to(folder).as_posix().startswith(part)])
 
 def _hashes(folder: Path, files: list[Path]) -> dict[str, str]: # by path below `folder`
     return {f.relative_to(folder).as_posix(): known_hash(f) for f in files if f.is_file() and f.suffix != ".md"}
@@ -366,7 +368,7 @@ def need_start(
 ) -> None:
     "Raise `TinyTrainerError` if a file that the run began with is not as it was."
     began = need_fit(run.folder / "run.json", run.info.get("start", {}), {...: "text"}) # an older run's tells of none
-    here = start_hashes(run.folder)
+    here = start_hashes(run.folder, part)
     if others := [name for name in began if name.startswith(part) and here.get(name) != began[name]]:
         raise TinyTrainerError(
             f"{run.folder}: {others[0]} is not as it was when the run was started. Restore it, or start a new run.")

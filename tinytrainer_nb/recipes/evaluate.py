@@ -15,10 +15,11 @@ from ..core import TinyTrainerError, inert, one_line, say
 from ..data.formats import as_examples, load_prompts
 from .rewards import Reward, find_reward, reward_columns
 from ..compute.arguments import GenerateArgs
-from ..compute.generate import fitting, generate, prompt_room
+from ..compute.generate import fitting, generate
 from ..data.rows import encode_rows
 from ..model.layers import context_length
 from ..data.tokens import Collator, ensure_template
+from .start import room_beside
 from .trainer import mean_loss
 
 # %% ../../nbs/recipes/14_evaluate.ipynb #d8f4555b
@@ -72,6 +73,12 @@ class Evaluation:
         return ", ".join([f"{one_line(self.task)}: {self.score:.4f} over {self.n} rows{sure}", *also])
 
 # %% ../../nbs/recipes/14_evaluate.ipynb #a8a225e9
+def _put_into(prompt_format: str, question: str) -> str:
+    "The raw text that asks a question. Raises `TinyTrainerError` for a form without a place for it."
+    if isinstance(prompt_format, str) and "{}" in prompt_format: return prompt_format.replace("{}", question)
+    raise TinyTrainerError(f"prompt_format={prompt_format!r:.60} is not allowed: it must be a text with {{}} where the "
+                           "question stands, such as 'Question: {}\\nAnswer:'.")
+
 def _to_device(batch: dict, model) -> dict:
     "A collated batch where the model is."
     device = next(model.parameters()).device
@@ -88,12 +95,9 @@ def _evaluate_loss(model, tokenizer, data, limit: int, max_length: int, dtype: t
 
 def _askable(model, tokenizer, found: list[dict], prompt_format: str | None, new: int) -> tuple[list[dict], list]:
     "Prompts that leave room for `new` tokens, and how each is asked. Raises `TinyTrainerError` if none does."
-    asked = [prompt_format.format(p["messages"][-1]["content"]) if prompt_format else p["messages"] for p in found]
-    room = prompt_room(model, new)
-    if room <= 0:
-        raise TinyTrainerError(
-            f"max_new_tokens={new} is not allowed: the model's context of {room + new:,} tokens would have no room "
-            "for a prompt. Choose a smaller number.")
+    if prompt_format is None: asked = [p["messages"] for p in found]
+    else: asked = [_put_into(prompt_format, p["messages"][-1]["content"]) for p in found]
+    room = room_beside(model, new)
     kept = [i for i, short in enumerate(fitting(model, tokenizer, asked, room)) if short]
     if not kept:
         raise TinyTrainerError(f"no prompt is left to answer: all {len(found)} are longer than {room} tokens, "
@@ -149,16 +153,22 @@ def _table(head: list[str], rows: list[list[str]]) -> Table:
     "Rows of text as Markdown."
     return Table("\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)))
 
+def _written(values: list[float]): # a function from a mean to its text
+    "How means of these values are written: as shares if all lie between 0 and 1, else as numbers."
+    return ("{:.1%}" if all(0 <= value <= 1 for value in values) else "{:.3f}").format
+
 def score_table(
     evaluations: dict[str, Evaluation], # by the name that the table shows
 ) -> Table:
     "The score of each with its 95 % interval, its other parts (such as the flexible score), and the number of rows."
     also = list(dict.fromkeys(part for e in evaluations.values() for part in e.also))
-    def share(value): return "" if value is None else f"{value:.1%}"
+    score = _written([r for e in evaluations.values() for r in e.rewards])
+    parts = {part: _written([v for e in evaluations.values() for v in e.parts.get(part, ())]) for part in also}
     rows = []
     for name, e in evaluations.items():
-        scored = [share(e.score), " to ".join(map(share, e.interval))] if e.rewards else [f"{e.score:.4f}", ""]
-        rows.append([inert(name), *scored, *(share(e.also.get(part)) for part in also), str(e.n)])
+        scored = [score(e.score), " to ".join(map(score, e.interval))] if e.rewards else [f"{e.score:.4f}", ""]
+        others = [parts[part](e.also[part]) if part in e.also else "" for part in also]
+        rows.append([inert(name), *scored, *others, str(e.n)])
     return _table(["model", "score", "95 % interval", *map(inert, also), "of"], rows)
 
 # %% ../../nbs/recipes/14_evaluate.ipynb #6458a2fd

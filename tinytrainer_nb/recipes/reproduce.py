@@ -68,10 +68,21 @@ def _reward_of(run: Run) -> list[str]:
                            "Put it into a file, and give it as file.py:function.")
 
 # %% ../../nbs/recipes/17_reproduce.ipynb #3730f83f
+def _need_drawn_so(run: Run, record: LoadRecord, seed: int) -> None: # seed: of the run
+    "Raise `TinyTrainerError` if a new model was drawn with another seed than a command would draw it with."
+    if not record.base.startswith("new:") or record.seed == seed: return
+    raise TinyTrainerError(f"{run.folder}: no command can repeat it, for its model was drawn with seed {record.seed}, "
+                           f"and a command draws it with the run's, {seed}. Take it as Python.")
+
 def _model_of(run: Run, args: Settings) -> tuple[LoadArgs, LoraArgs]:
     "Its base as it was loaded, and its adapter if that was a fresh one. Raises `TinyTrainerError` for other adapters."
     record = LoadRecord.of(run.info, run.folder)
-    if find_recipe(run.info["recipe"]).whole: return LoadArgs(record.source, "auto", record.dtype), LoraArgs()
+    if find_recipe(run.info["recipe"]).whole:
+        _need_drawn_so(run, record, args.seed)
+        return LoadArgs(record.source, "auto", record.dtype), LoraArgs()
+    if record.base.startswith("new:"):
+        raise TinyTrainerError(f"{run.folder}: no command can repeat it, for its base is an untrained model "
+                               f"({record.base}), which commands pretrain only. Take it as Python.")
     made = record.adapter_from or {}
     if "run" in made: return LoadArgs(made["run"], record.quantization, record.dtype), LoraArgs()
     if "lora" in made and made.get("seed") == args.seed:
