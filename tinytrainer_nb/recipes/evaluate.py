@@ -94,7 +94,7 @@ def _askable(model, tokenizer, found: list[dict], prompt_format: str | None, new
         raise TinyTrainerError(
             f"max_new_tokens={new} is not allowed: the model's context of {room + new:,} tokens would have no room "
             "for a prompt. Choose a smaller number.")
-    kept = [i for i, short in enumerate(fitting(model, tokenizer, asked, room)) if short]
+    kept = [i for i, short in enumerate(fitting(tokenizer, asked, room)) if short]
     if not kept:
         raise TinyTrainerError(f"no prompt is left to answer: all {len(found)} are longer than {room} tokens, "
                                f"which the model's context leaves beside max_new_tokens={new}.")

@@ -298,7 +298,7 @@ class DPOTrainer(PairTrainer, trl.DPOTrainer):
 
     def __init__(self, run, settings: DPOArgs, dtype, model, tokenizer, shown: list[dict], **kwargs):
         asked, room = [row["messages"] for row in shown[:20]], prompt_room(model, settings.sample_tokens)
-        self.questions = [a for a, fits in zip(asked, fitting(model, tokenizer, asked, room)) if fits][:2]
+        self.questions = [a for a, fits in zip(asked, fitting(tokenizer, asked, room)) if fits][:2]
         reference = freeze_reference(model) # before TRL switches dropout off, which holds for the reference too
         handed_over = {name: p.data for name, p in trainable(model).items()}
         config = partial(trl.DPOConfig, beta=settings.beta, gradient_checkpointing=False)

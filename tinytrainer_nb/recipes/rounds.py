@@ -140,7 +140,7 @@ def held_out(prompts: list[dict], args: RolloutArgs) -> int: # rows
 def _that_fit(model, tokenizer, prompts: list[dict], args: RolloutArgs) -> list[dict]:
     "The prompts that leave room for a completion. Raises `TinyTrainerError` if they are fewer than a round takes."
     room = min(args.max_length, prompt_room(model, args.max_new_tokens))
-    fits = fitting(model, tokenizer, [p["messages"] for p in prompts], room)
+    fits = fitting(tokenizer, [p["messages"] for p in prompts], room)
     kept = [p for p, short in zip(prompts, fits) if short]
     held = held_out(kept, args)
     left = len(kept) - held

@@ -20,7 +20,7 @@ from ..hardware import peak_memory
 from ..compute.dropout import OwnDropout, drops
 from ..compute.onednn import has_blocks
 from ..compute.path import choose_path, on_path
-from ..model.layers import count_trainable, keep_gradients, trainable
+from ..model.layers import count_trainable, evaluating, keep_gradients, trainable
 from ..model.base import compute_context
 from ..model.load import need_finite, result_hashes
 from ..model.lora import save_adapter
@@ -431,14 +431,11 @@ def mean_loss(
     dtype: torch.dtype, # that products are computed in
 ) -> float:             # nats
     "Cross-entropy per learned token of a collated batch, in evaluation mode and without gradient."
-    was_training = model.training
-    model.eval()
     total, count = 0.0, batch["num_items"]
-    with torch.no_grad(), compute_context(model, dtype):
+    with evaluating(model), torch.no_grad(), compute_context(model, dtype):
         for micro in batch["micro_batches"]:
             output = model(**micro, labels=micro["shift_labels"], num_items_in_batch=count, use_cache=False)
             total += output.loss.item()
-    model.train(was_training)
     return total
 
 # %% ../../nbs/recipes/04_trainer.ipynb #cfcb2dca
