@@ -277,7 +277,7 @@ def test_pretraining_has_no_before(tmp_path):
     panel.longest.value = 8
     assert panel.answer("Once").keys() == {"after"}
     whole = {n: p.clone() for n, p in model.named_parameters()}
-    model.config.max_position_embeddings = None  # a model that states no length
+    model.config.max_position_embeddings = 0  # a model that states no length
     assert "of the context" not in panel._room() and "tokens" in panel._room()
     made = run.info | dict(status="failed")
     write_json(run.folder / "run.json", made | dict(load=made["load"] | dict(seed=None)))

@@ -151,8 +151,8 @@ def test_every_answer_learns_what_ends_a_completion(kind):
     assert learned == [f"first words{between}{end}", f"second words{between}{end}"]
     ends = answer_ends(SimpleNamespace(generation_config=None), tokenizer)
     assert {*ends} == {tokenizer.convert_tokens_to_ids(end), tokenizer.eos_token_id}
-    for said, more in ((7, [7]), ([8, 7], [8, 7]), ([], []), (None, [])):
-        model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=said))
+    for named, more in ((7, [7]), ([8, 7], [8, 7]), ([], []), (None, [])):
+        model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=named))
         assert answer_ends(model, tokenizer) == list(dict.fromkeys(more + ends))
     assert turn_ends(tokenizer)[0] == tokenizer.convert_tokens_to_ids(end)
 
