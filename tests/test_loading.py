@@ -62,6 +62,7 @@ from tinytrainer_nb.all import (
 from tinytrainer_nb.cli import main
 from tinytrainer_nb.compute.generate import prompt_room
 from tinytrainer_nb.model import attention
+from tinytrainer_nb.model.arguments import need_base
 from tinytrainer_nb.model.base import new_model
 from tinytrainer_nb.model.export import merged
 from tinytrainer_nb.model.layers import context_length, linear_layers
@@ -410,6 +411,8 @@ def test_a_device_that_is_none(device, load):
 def test_settings_of_a_new_model_are_checked():
     with pytest.raises(TinyTrainerError, match="dtype='float32' is not allowed"):
         new_model("tiny", seed=0, dtype="float32")
+    with pytest.raises(TinyTrainerError, match="huge: no such preset"):
+        need_base("new:huge")
     assert new_model("tiny", seed=0, dtype="fp32", device=torch.device("cpu")).load_report.device == "cpu"
     if not torch.cuda.is_available():
         with pytest.raises(TinyTrainerError, match="PyTorch sees no GPU here"):
