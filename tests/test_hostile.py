@@ -656,9 +656,10 @@ def test_an_adapter_imports_no_module_that_it_names(runs, tmp_path, monkeypatch)
     with pytest.raises(TinyTrainerError, match="Megatron"):
         load_model(folder, verbose=False)
     edit(folder / "adapter" / "adapter_config.json", megatron_config=None)
-    (folder / "adapter" / "stack.json").write_text('["default", "../start"]', encoding="utf-8")
-    with pytest.raises(TinyTrainerError, match="stack.json"):
-        load_model(folder, verbose=False)
+    for names in (["default", "../start"], ["default", "default"], ["foo"], [], ["foo", "default"], ["default", 1]):
+        (folder / "adapter" / "stack.json").write_text(json.dumps(names), encoding="utf-8")
+        with pytest.raises(TinyTrainerError, match="stack.json"):
+            load_model(folder, verbose=False)
     assert not (tmp_path / "executed").exists()
 
 
@@ -876,16 +877,32 @@ def test_a_packed_bomb_is_refused_before_it_fills_the_memory(ending, tmp_path):
         load_examples(tmp_path / f"a.jsonl{ending}")
 
 
-@pytest.mark.parametrize("where", ["target_modules", "exclude_modules", "rank_pattern"])
+PATTERNS = ["target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "feedforward_modules"]
+PATTERNS += ["rank_pattern", "alpha_pattern", "lambda_pattern", "n_frequency_pattern", "block_size_pattern"]
+
+
+@pytest.mark.parametrize("where", PATTERNS)
 def test_an_adapters_pattern_of_names_ends(runs, where, tmp_path):
     shutil.copytree(Path(runs["sft"]) / "adapter", tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"
     said, pattern = json.loads(file.read_text()), "(([a-z0-9_.])+)+!"
-    file.write_text(json.dumps(said | {where: {pattern: 4} if where == "rank_pattern" else pattern}))
+    shapes = dict(modules_to_save=[pattern], layers_pattern=[pattern])
+    shape = {pattern: 4} if where.endswith("_pattern") else pattern
+    file.write_text(json.dumps(said | dict(layers_to_transform=[0]) | {where: shapes.get(where, shape)}))
     start = time.monotonic()
     with pytest.raises(TinyTrainerError, match="by a pattern that takes too long"):
         load_model(tmp_path / "adapter", verbose=False)
     assert time.monotonic() - start < 30
+
+
+def test_an_adapters_pattern_of_another_kind(runs, tmp_path):
+    shutil.copytree(Path(runs["sft"]) / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    said = json.loads(file.read_text())
+    for where, value in dict(rank_pattern=5, alpha_pattern=[1], exclude_modules=3).items():
+        file.write_text(json.dumps(said | {where: value}))
+        with contextlib.suppress(TinyTrainerError):  # PEFT may not mind
+            load_model(tmp_path / "adapter", verbose=False)
     file.write_text(json.dumps(said | dict(target_modules="(")))
     with pytest.raises(TinyTrainerError, match="by a pattern that cannot be read"):
         load_model(tmp_path / "adapter", verbose=False)

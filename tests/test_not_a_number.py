@@ -168,7 +168,7 @@ def test_an_adapter_that_is_none_is_refused_before_a_run_is_made(recipe, value, 
     model, tokenizer = policy()
     with torch.no_grad():
         list(trainable(model).values())[-1].view(-1)[-1] = value
-    with pytest.raises(TinyTrainerError, match="numbers that are none"):
+    with pytest.raises(TinyTrainerError, match="values that are not finite"):
         RECIPES[recipe](model, tokenizer, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
@@ -261,7 +261,7 @@ def test_a_checkpoint_with_numbers_that_are_none(what, last, tmp_path):
     else:
         spoil_optimizer(checkpoint, math.inf, "exp_avg" if "moments" in what else "exp_avg_sq")
     run = Run.open(tmp_path / "run")
-    with pytest.raises(TinyTrainerError, match=f"step-{last:06d}.*numbers that are none.*Remove the folder") as e:
+    with pytest.raises(TinyTrainerError, match=f"step-{last:06d}.*values that are not finite.*Remove the folder") as e:
         run.resume()
     assert "\n" not in str(e.value) and run.status == "failed" and not (run.folder / "adapter").exists()
     shutil.rmtree(checkpoint)
@@ -284,7 +284,7 @@ def test_weights_that_become_none_are_not_saved(save_steps, tmp_path, monkeypatc
     with monkeypatch.context() as m:
         m.setattr(trainer.RunTrainer, "log", spoiled)
         args = SFTArgs(max_steps=3, out=str(tmp_path / "run"), **FEW | dict(save_steps=save_steps))
-        with pytest.raises(TinyTrainerError, match="step 3: .* numbers that are none"):
+        with pytest.raises(TinyTrainerError, match="step 3: .* values that are not finite"):
             sft(*policy(), examples(), args)
     run = Run.open(tmp_path / "run")
     assert run.status == "failed" and not (run.folder / "adapter").exists() and finite(run.folder)
@@ -375,7 +375,7 @@ def copied(folder: Path, name: str, value: float, dtype=None) -> Path:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_folder_with_a_number_that_is_none_is_not_loaded(name, value, tmp_path):
     folder = copied(tmp_path / "base", name, value)
-    with pytest.raises(TinyTrainerError, match=f"{name} holds numbers that are none"):
+    with pytest.raises(TinyTrainerError, match=f"{name} holds values that are not finite"):
         load_model(folder, "none", "fp32", verbose=False)
 
 
@@ -395,7 +395,7 @@ def test_a_run_whose_model_holds_a_number_that_is_none(tmp_path):
     tensors = load_file(path)
     tensors["model.norm.weight"].fill_(math.nan)
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(TinyTrainerError, match="model.norm.weight holds numbers that are none"):
+    with pytest.raises(TinyTrainerError, match="model.norm.weight holds values that are not finite"):
         load_model(run.folder / "model", verbose=False)
 
 

@@ -280,7 +280,13 @@ def test_pretraining_has_no_before(tmp_path):
     panel.longest.value = 8
     assert panel.answer("Once").keys() == {"after"}
     whole = {n: p.clone() for n, p in model.named_parameters()}
-    write_json(run.folder / "run.json", run.info | dict(status="failed"))
+    model.config.max_position_embeddings = 0  # a model that states no length
+    assert "of the context" not in panel._room() and "tokens" in panel._room()
+    made = run.info | dict(status="failed")
+    write_json(run.folder / "run.json", made | dict(load=made["load"] | dict(seed=None)))
+    with pytest.raises(TinyTrainerError, match="run.json: load.seed is null"):
+        at_checkpoint(run, run.last_checkpoint()[0])
+    write_json(run.folder / "run.json", made | dict(load=made["load"] | dict(device="cuda")))  # made on a GPU
     again, _ = at_checkpoint(run, run.last_checkpoint()[0])
     dtype = LoadRecord.of(run.info).torch_dtype  # what is in memory is what was written at the end
     assert all(torch.equal(p.to(dtype), whole[n].to(dtype)) for n, p in again.named_parameters())

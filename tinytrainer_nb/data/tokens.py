@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_TEMPLATE', 'LONGEST', 'SHOWN_AS', 'ensure_template', 'one_moment', 'moment', 'shown', 'control_words',
-           'render', 'prompt_ids', 'turn_ends', 'encode_chat', 'text_ids', 'need_length', 'encode_text', 'filling',
-           'pack_row', 'micro_batches', 'Collator', 'pack_trees', 'micro_trees']
+           'render', 'prompt_ids', 'turn_ends', 'answer_ends', 'encode_chat', 'text_ids', 'need_length', 'encode_text',
+           'filling', 'pack_row', 'micro_batches', 'Collator', 'pack_trees', 'micro_trees']
 
 # %% ../../nbs/data/03_tokens.ipynb #328db176
 import contextlib, ctypes, json, os, re, threading, time, weakref
@@ -380,6 +380,15 @@ def turn_ends(
     "Tokens that end an answer: the template's and the tokenizer's end token, often the same."
     word = _once(tokenizer, ("end",), lambda: _end_word(tokenizer))
     return list(dict.fromkeys([tokenizer.convert_tokens_to_ids(word), tokenizer.eos_token_id]))
+
+def answer_ends(
+    model,         # with its generation config, if it has one
+    tokenizer,     # its tokenizer
+) -> list[int]:    # ids
+    "All tokens that end an answer: those that the model's generation config names, then those of `turn_ends`."
+    said = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = [*(said if isinstance(said, list) else [said]), *turn_ends(tokenizer)]
+    return list(dict.fromkeys(end for end in ends if end is not None))
 
 # %% ../../nbs/data/03_tokens.ipynb #d2dd6806
 def _need_same_beginning(tokenizer, asked: list[dict], before: str, text: str) -> None: # before: an answer, as a prompt

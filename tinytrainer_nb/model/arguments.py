@@ -47,7 +47,7 @@ class LoadArgs(Settings):
 
 # %% ../../nbs/model/01_arguments.ipynb #122f6ed8
 DEFAULT_BASE = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
-_KNOWN = "Known: 'tiny', a model's folder, a run's folder, a Hub id"
+_KNOWN = "Known: 'tiny', a model's folder, a run's folder, an adapter's folder, a Hub id"
 
 def find_base(base: str | Path) -> str:
     "The path or Hub id that `transformers` can load for `base`. Raises `TinyTrainerError` with what is allowed."
@@ -105,9 +105,10 @@ def base_of_adapter(folder: str | Path) -> str:
 
 def need_base(base: str | Path) -> None:
     "Raise `TinyTrainerError` for a name that is no base, no run, no adapter, no new model, before anything is loaded."
-    if str(base).startswith("new:") or is_run(base): return
-    folder = adapter_folder(base)
-    base_of_adapter(folder) if folder else find_base(base)
+    if str(base).startswith("new:"): known_shape(str(base).removeprefix("new:"))
+    elif not is_run(base):
+        folder = adapter_folder(base)
+        base_of_adapter(folder) if folder else find_base(base)
 
 # %% ../../nbs/model/01_arguments.ipynb #6d89f75b
 def layer_numbers(
@@ -118,12 +119,13 @@ def layer_numbers(
     ranges = [_first_and_last(part.strip()) for part in text.split(",")]
     if not all(ranges):
         raise TinyTrainerError(
-            f"layers={text!r} is not allowed: it must be all, or numbers and ranges from low to high, such as 0-3,6.")
+            f"layers={text!r:.80} is not allowed: it must be all, or numbers and ranges from low to high, such as "
+            "0-3,6.")
     return sorted({n for first, last in ranges for n in range(first, last + 1)})
 
 def _first_and_last(part: str) -> tuple[int, int] | None:
     "`2-4` as (2, 4) and `6` as (6, 6); None for anything else."
-    if not (found := re.fullmatch(r"(\d+)(?:-(\d+))?", part)): return None
+    if not (found := re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)): return None
     first, last = int(found[1]), int(found[2] or found[1])
     return (first, last) if first <= last else None
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..core import TinyTrainerError, local_path, need_no_link, quiet, whole_folder, write_json
+from ..core import TinyTrainerError, first_line, local_path, need_no_link, quiet, whole_folder, write_json
 from transformers.pytorch_utils import Conv1D
 from ..hardware import DTYPES
-from ..data.tokens import turn_ends
-from .layers import has_adapter, plain_model, quantization_of, rows_of, written_out
+from ..data.tokens import answer_ends
+from .layers import evaluating, has_adapter, plain_model, quantization_of, rows_of, written_out
 from .load import load_model
 from ..runs.run import Run
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -189,7 +189,7 @@ def exact_logits(
     model,            # in any number format
 ) -> torch.Tensor:    # (1, 32, V) in fp32
     "What a model says of a short row, computed in fp32."
-    with _in_fp32(model): return model.eval()(input_ids=_row(model), use_cache=False).logits.float()
+    with evaluating(model), _in_fp32(model): return model(input_ids=_row(model), use_cache=False).logits.float()
 
 # %% ../../nbs/model/09_export.ipynb #dfdf1d8d
 def _need_same(expected: torch.Tensor, got: torch.Tensor, what: str) -> None: # logits (1, 32, V) both
@@ -208,9 +208,7 @@ def write_generation_config(
 ) -> None:
     "Keep a model's generation config whole beside its weights, with every token that ends an answer."
     said = (getattr(model, "generation_config", None) or GenerationConfig()).to_diff_dict()
-    ends = said.get("eos_token_id")
-    ends = list(dict.fromkeys([*(ends if isinstance(ends, list) else [ends]), *turn_ends(tokenizer)]))
-    ends = [end for end in ends if end is not None]
+    ends = answer_ends(model, tokenizer)
     said = dict(pad_token_id=tokenizer.pad_token_id) | said | dict(eos_token_id=ends if len(ends) > 1 else ends[0])
     for left_over in ("_from_model_config", "use_cache"): said.pop(left_over, None) # a training had no use for a cache
     write_json(Path(folder) / "generation_config.json", said)
@@ -235,8 +233,8 @@ def save_merged(
     with whole_folder(folder) as staging, quiet():
         try: _write_merged(model, tokenizer, staging, DTYPES[dtype])
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as e:
-            said = (str(e).strip().splitlines() or [type(e).__name__])[0]
-            raise TinyTrainerError(f"{run.folder}: cannot be merged ({said:.200}). Use it with its base.") from None
+            why = f"cannot be merged ({first_line(e):.200})"
+            raise TinyTrainerError(f"{run.folder}: {why}. Use it with its base.") from None
     return folder
 
 # %% ../../nbs/model/09_export.ipynb #8e833820

@@ -10,8 +10,8 @@ __all__ = ['is_finite', 'need_finite', 'need_as_loaded', 'need_whole_vocabulary'
 import contextlib, hashlib, json, re, time
 from pathlib import Path
 import torch
-from ..core import TinyTrainerError, builds, need_file, need_fit, quiet, say
-from ..hardware import DTYPES, default_device, dtype_name, num_threads, probe_dtype, random_kept
+from ..core import TinyTrainerError, builds, first_line, need_file, need_fit, quiet, say
+from ..hardware import DTYPES, dtype_name, num_threads, probe_dtype, random_kept
 from ..hardware import unused_gpu
 from torch import nn
 from ..data.tokens import ensure_template
@@ -20,7 +20,7 @@ from .arguments import DEFAULT_BASE, LoadArgs, adapter_folder, base_of_adapter, 
 from .arguments import is_run
 from .cache import base_hash, file_hashes, files_of, known_hash
 from .base import LoadRecord, LoadReport, choose_quantization
-from .base import count_parameters, form_to_load, tensor_bytes
+from .base import count_parameters, existing_device, form_to_load, tensor_bytes
 from .base import _load_weights, _need_causal, _no_pickle
 from .base import _pretrained, _say_once, _stored_bytes
 from .layers import has_adapter, plain_model
@@ -46,7 +46,7 @@ def need_finite(
     "Raise `TinyTrainerError` if a tensor holds NaN or an infinite number."
     broken = (name for name, x in tensors.items() if x.is_floating_point() and not is_finite(x))
     if (name := next(broken, None)) is None: return
-    raise TinyTrainerError(f"{whose}: {name} holds numbers that are none (NaN or infinite). {cure}")
+    raise TinyTrainerError(f"{whose}: {name} holds values that are not finite (NaN or infinity). {cure}")
 
 # %% ../../nbs/model/08_load.ipynb #5b74253d
 _FREE = ("use_cache", "dtype", "torch_dtype", "quantization_config", "pretraining_tp") # what a training may set
@@ -177,15 +177,6 @@ def _load_base(asked: LoadArgs, device: str, step_tokens: int) -> tuple:
     return model, tokenizer
 
 # %% ../../nbs/model/08_load.ipynb #02b2fdbe
-def _existing(device: str | None) -> str:
-    "The device that is asked for. Raises `TinyTrainerError` if it is not here."
-    device = device or default_device()
-    if device == "cuda" and not torch.cuda.is_available():
-        reason = f" ({unused_gpu()})" if unused_gpu() else ""
-        raise TinyTrainerError(
-            f"device='cuda' was asked for, but PyTorch sees no GPU here{reason}. Use device='cpu'.")
-    return device
-
 def _say(report: LoadReport) -> None:
     "Print what was done, and what could be better."
     say(report)
@@ -206,7 +197,7 @@ def load_model(
     verbose: bool = True,            # print the report
 ) -> tuple:                          # (model, tokenizer); the report is `model.load_report`
     "A model, ready for an adapter, and its tokenizer. Raises `TinyTrainerError` for an unknown name or setting."
-    asked, device = LoadArgs(str(name), quantization, dtype), _existing(device)
+    asked, device = LoadArgs(str(name), quantization, dtype), existing_device(device)
     if is_run(asked.base): return load_result(Path(asked.base), asked, device, verbose)
     if folder := adapter_folder(asked.base): return _load_from_elsewhere(folder, asked, device, step_tokens, verbose)
     model, tokenizer = _load_base(asked, device, step_tokens)
@@ -220,8 +211,8 @@ def _fitting(folder: Path):
     try: yield
     except TinyTrainerError: raise
     except Exception as e: # whatever a damaged file makes of PEFT and safetensors
-        said = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
-        why = said[min(1, len(said) - 1)] # the first line of several announces the others
+        others = [line.strip() for line in str(e).strip().splitlines()[1:] if line.strip()]
+        why = others[0] if others else first_line(e) # the first line of several announces the others
         raise TinyTrainerError(f"{folder}: this adapter does not fit its base ({why:.200}).") from None
 
 _SEEDED = ( # what may come from a seed, and then is not in the file
@@ -249,8 +240,8 @@ def with_adapter(
     """`model` with a saved adapter or stack on it.
 
     Raises `TinyTrainerError` for one that changes no layers or is for another task, for a TinyLoRA adapter of another
-    base, for one that does not fit the model's layers, is not complete or holds numbers that are none, and for patterns
-    of layers' names that do not end."""
+    base, for one that does not fit the model's layers, is not complete or holds values that are not finite, and for
+    patterns of layers' names that do not end."""
     report, names = model.load_report, saved_adapters(folder)
     places = {name: folder / name if name in names[1:] else folder for name in names}
     for place in places.values():
@@ -274,18 +265,20 @@ def _snapshot(path: str, revision: str) -> str: # path: a Hub id; revision: a co
     try:
         with quiet(): return snapshot_download(path, revision=revision, allow_patterns=_FILES)
     except Exception as e:
-        why = (str(e).strip().splitlines() or [type(e).__name__])[0]
         kind = "commit" if re.fullmatch("[0-9a-f]{40}", revision) else "revision"
         name = revision[:12] if kind == "commit" else revision
         raise TinyTrainerError(
-            f"{path}: its {kind} {name} is neither in the local cache nor to be had from the Hub ({why:.120})."
+            f"{path}: its {kind} {name} is neither in the local cache nor to be had from the Hub "
+            f"({first_line(e):.120})."
         ) from None
 
 def _own_tokenizer(folder: Path, tokenizer): # tokenizer: of the base
     "The tokenizer, or the chat template alone, that lies beside an adapter and with which it was trained."
     if (folder / "tokenizer_config.json").exists(): return ensure_template(_pretrained(AutoTokenizer, str(folder)))
     template = folder / "chat_template.jinja"
-    if template.exists(): tokenizer.chat_template = template.read_text(encoding="utf8")
+    try:
+        if template.exists(): tokenizer.chat_template = template.read_text(encoding="utf8")
+    except UnicodeDecodeError: raise TinyTrainerError(f"{template}: this is no UTF-8 text. Restore it.") from None
     return tokenizer
 
 # %% ../../nbs/model/08_load.ipynb #20d4f4da
@@ -387,11 +380,12 @@ def _need_as_saved(run: Run) -> None:
         f"{run.folder}: {others[0]} is not as the run has saved it. Restore it; or, if it was changed on purpose, "
         f"copy the folder {others[0].partition('/')[0]} to another place and load it from there.")
 
-def load_result(    folder: Path,        # of a run
-    asked: LoadArgs,     # `auto` is as in the run
-    device: str,         # cpu or cuda
+def load_result(
+    folder: Path,         # of a run
+    asked: LoadArgs,      # `auto` is as in the run
+    device: str,          # cpu or cuda
     verbose: bool = True, # print the report
-) -> tuple:              # (model, tokenizer)
+) -> tuple:               # (model, tokenizer)
     "What a run has trained. Raises `TinyTrainerError` if it has not saved it yet, or trained a reward model."
     run = Run(folder)
     if run.info["recipe"] == "reward_model":

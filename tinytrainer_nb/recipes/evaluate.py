@@ -98,7 +98,7 @@ def _askable(model, tokenizer, found: list[dict], prompt_format: str | None, new
     if prompt_format is None: asked = [p["messages"] for p in found]
     else: asked = [_put_into(prompt_format, p["messages"][-1]["content"]) for p in found]
     room = room_beside(model, new)
-    kept = [i for i, short in enumerate(fitting(model, tokenizer, asked, room)) if short]
+    kept = [i for i, short in enumerate(fitting(tokenizer, asked, room)) if short]
     if not kept:
         raise TinyTrainerError(f"no prompt is left to answer: all {len(found)} are longer than {room} tokens, "
                                f"which the model's context leaves beside max_new_tokens={new}.")

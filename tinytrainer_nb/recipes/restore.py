@@ -41,7 +41,10 @@ def _whole_at_start(record: LoadRecord, start: Path) -> tuple:
     "A model of which all weights are trained, in fp32: drawn again from its seed, or loaded."
     tokenizer = _pretrained(AutoTokenizer, str(start.resolve()))
     if record.base.startswith("new:"):
-        model = new_model(record.base.removeprefix("new:"), record.seed, record.dtype, record.device)
+        if record.seed is None:
+            raise TinyTrainerError(f"{start.parent / 'run.json'}: load.seed is null, so the untrained model cannot be "
+                                   "drawn again. Restore the file.")
+        model = new_model(record.base.removeprefix("new:"), record.seed, record.dtype)
     else: model = load_recorded(record, quantization="none")[0].float() # small steps would be lost in 16 bits
     return model.requires_grad_(True), tokenizer
 

@@ -142,7 +142,7 @@ def _that_fit(model, tokenizer, prompts: list[dict], args: RolloutArgs) -> list[
     "The prompts that leave room for a completion. Raises `TinyTrainerError` if they are fewer than a round takes."
     beside = room_beside(model, args.max_new_tokens)
     room, raised = min(args.max_length, beside), args.max_length < beside # which of the two limits a prompt
-    fits = fitting(model, tokenizer, [p["messages"] for p in prompts], room)
+    fits = fitting(tokenizer, [p["messages"] for p in prompts], room)
     kept = [p for p, short in zip(prompts, fits) if short]
     held = held_out(kept, args)
     left = len(kept) - held

@@ -52,7 +52,7 @@ def _questions(table: Dataset, count: int = 20) -> list[list[dict]]:
 def _fitting(model, tokenizer, questions: list, args: SFTArgs, count: int = 2) -> list[list[dict]]:
     "The first few of `questions` that leave room for a sample in the model's context."
     room = prompt_room(model, args.sample_tokens)
-    return [q for q, fits in zip(questions, fitting(model, tokenizer, questions, room)) if fits][:count]
+    return [q for q, fits in zip(questions, fitting(tokenizer, questions, room)) if fits][:count]
 
 # %% ../../nbs/recipes/05_sft.ipynb #7a0bff9a
 @one_moment()

@@ -81,6 +81,10 @@ def describe(model, tokenizer) -> dict:
                                "Load it with load_model(folder).")
     need_whole_vocabulary(report.base, tokenizer, model.config)
     if has_adapter(model):
+        if report.base.startswith("new:"):
+            raise TinyTrainerError(
+                f"{report.base}: an adapter on an untrained model could not be loaded again. Train the whole model "
+                "first, with pretrain, and put the adapter on load_model(RUN).")
         need_names(model)
         for name in model.active_adapters: need_lasting(report.base, model.peft_config[name])
     need_as_loaded(model)

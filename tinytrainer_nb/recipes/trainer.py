@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import save_file
 from ..core import PLAIN, MissingFile, TinyTrainerError, builds, file_hash, is_number
 from ..core import link_or_copy, patch_to, processes, progress, quiet, read_typed, remove_whole
-from ..core import same_file, share, visible
+from ..core import share, visible
 from ..core import whole_folder, write_json
 from ..settings import may_change
 from ..hardware import peak_memory
 from ..compute.dropout import OwnDropout, drops
 from ..compute.onednn import has_blocks
 from ..compute.path import choose_path, on_path
-from ..model.layers import count_trainable, keep_gradients, trainable
+from ..model.layers import count_trainable, evaluating, keep_gradients, trainable
 from ..model.base import compute_context
 from ..model.load import need_finite, result_hashes
 from ..model.lora import save_adapter
@@ -410,14 +410,11 @@ def mean_loss(
     dtype: torch.dtype, # that products are computed in
 ) -> float:             # nats
     "Cross-entropy per learned token of a collated batch, in evaluation mode and without gradient."
-    was_training = model.training
-    model.eval()
     total, count = 0.0, batch["num_items"]
-    with torch.no_grad(), compute_context(model, dtype):
+    with evaluating(model), torch.no_grad(), compute_context(model, dtype):
         for micro in batch["micro_batches"]:
             output = model(**micro, labels=micro["shift_labels"], num_items_in_batch=count, use_cache=False)
             total += output.loss.item()
-    model.train(was_training)
     return total
 
 # %% ../../nbs/recipes/04_trainer.ipynb #cfcb2dca
