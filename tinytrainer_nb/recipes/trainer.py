@@ -12,10 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from ..core import PLAIN, MissingFile, TinyTrainerError, builds, file_hash, is_number
-from ..core import link_or_copy, patch_to, processes, progress, quiet, read_typed, remove_whole
-from ..core import share, visible
-from ..core import whole_folder, write_json
+from ..core import TinyTrainerError, builds, file_hash, is_number, link_or_copy, patch_to
+from ..core import processes, progress, quiet, remove_whole, share, visible, whole_folder, write_json
 from ..settings import may_change
 from ..hardware import peak_memory
 from ..compute.dropout import OwnDropout, drops
