@@ -15,7 +15,7 @@ from torch import nn
 from ..core import TinyTrainerError, file_hash, processes, quiet, read_json, say
 from ..hardware import DTYPES, default_device, dtype_name, free_memory, hardware, num_threads
 from ..hardware import probe_dtype, versions
-from .arguments import SHAPES, known_shape
+from .arguments import NAMED_BASES, SHAPES, known_shape
 from .layers import keep_gradients
 from . import attention # noqa: F401, registers "packed"
 from .attention import _OTHER_MODEL
@@ -461,7 +461,7 @@ class LoadRecord:
 
     @property
     def source(self) -> str:
-        "A name that finds these weights: that of the embedded or a new base, the folder where they are, or the Hub id."
-        has_a_name = self.base == "tiny" or self.base.startswith("new:")
-        moved_back = not Path(self.path).is_dir() and Path(self.base).is_dir()
+        "What finds these weights: the name of a base that comes with this package or is new, a path, or the Hub id."
+        has_a_name = self.base in NAMED_BASES or self.base.startswith("new:")
+        moved_back = not Path(self.path).exists() and Path(self.base).exists()
         return self.base if has_a_name or moved_back else self.path
