@@ -26,7 +26,7 @@ from .tinylora import adapter_config
 from peft import PeftModel, get_peft_model_state_dict
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 # %% ../../nbs/model/09_load.ipynb #6f28da82
 def need_whole_vocabulary(name: str, tokenizer, config) -> None:
@@ -55,7 +55,8 @@ def _load_base(asked: LoadArgs, device: str, step_tokens: int) -> tuple:
     if quantization == "auto":
         quantization, reason = choose_quantization(config, dtype, device, step_tokens)
         why += "; " + reason
-    tokenizer = ensure_template(_pretrained(AutoTokenizer, path))
+    as_written = PreTrainedTokenizerFast if path != found else AutoTokenizer # which makes Qwen2's of any beside a Qwen2
+    tokenizer = ensure_template(_pretrained(as_written, path))
     need_whole_vocabulary(asked.base, tokenizer, config)
     _no_pickle(path)
     parameters, files = count_parameters(config), files_of(path)
