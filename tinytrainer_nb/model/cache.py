@@ -44,23 +44,29 @@ class CacheEntry:
 
     @property
     def about(self) -> dict:
-        "What the entry holds, from the file's header; empty if it cannot be read."
+        "What the entry holds, from the file's header, or a file in the folder; empty if it cannot be read."
         try:
+            if self.path.is_dir(): return read_json(self.path / "about.json")
             with safe_open(self.path, "pt") as f: header = f.metadata() or {}
             return json.loads(header.get("about", "{}"))
         except Exception: return {} # truncated, or removed at this moment
 
 def _entry_path(key: str) -> Path: return cache_folder() / f"weights-{key}.safetensors"
 
+_OWN = re.compile(r"weights-[0-9a-f]{64}\.safetensors|gguf-[0-9a-f]{64}") # whatever else lies there is not touched
+
 def cache_entries() -> list[CacheEntry]: # least recently used first
-    "What the cache holds; files of other names are ignored."
+    "What the cache holds; files and folders of other names are ignored."
     found = []
-    for path in cache_folder().glob("*-*"):
-        if not re.fullmatch(r"weights-[0-9a-f]{64}\.safetensors|gguf-[0-9a-f]{64}", path.name): continue
+    for path in filter(lambda path: _OWN.fullmatch(path.name), cache_folder().glob("*-*")):
         with contextlib.suppress(FileNotFoundError): # another process removed it
             files = path.iterdir() if path.is_dir() else [path]
             found.append(CacheEntry(path, sum(f.stat().st_size for f in files), path.stat().st_mtime))
     return sorted(found, key=lambda e: e.used)
+
+def _left_over() -> list[Path]:
+    "Folders that processes write in; where one died, they are left."
+    return [path for kind in ("weights", "gguf") for path in cache_folder().glob(f".{kind}-*.partial")]
 
 # %% ../../nbs/model/04_cache.ipynb #fc855ada
 def _write_entry(path: Path, tensors: dict[str, torch.Tensor], about: dict) -> None:
@@ -89,7 +95,7 @@ def _remove(path: Path) -> bool: # whether it is gone
 
 def make_room(size: int) -> None: # bytes
     "Remove the least recently used entries until `size` bytes fit, and leftovers of processes that died."
-    for left in cache_folder().glob(".*.partial"):
+    for left in _left_over():
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime > 3600: shutil.rmtree(left)
     entries = cache_entries()
@@ -193,7 +199,8 @@ def known_hash(path: Path | str) -> str:
 
 # %% ../../nbs/model/04_cache.ipynb #122f6ed8
 def base_hash(path: str) -> str:
-    "SHA-256 over the weight files of a local model, in order of their names; empty for a Hub id."
+    "SHA-256 over the weight files of a local model, in order of their names, or of one file; empty for a Hub id."
+    if Path(path).is_file(): return known_hash(path)
     files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
     return "+".join(known_hash(f) for f in files)
 
@@ -216,9 +223,10 @@ def files_of(path: str) -> Path: # path: folder or Hub id
 def clear_cache() -> int: # bytes that were freed
     "Remove everything that is kept. Raises `TinyTrainerError` if something cannot be removed."
     folder, freed = cache_folder(), 0
-    folders = [*folder.glob(".*.partial"), *folder.glob("gguf-*")] # of processes that died, and of GGUF files
+    folders = [*_left_over(), *(e.path for e in cache_entries() if e.path.is_dir())]
     inside = [file for p in folders for file in p.glob("*")]
-    for path in [*(e.path for e in cache_entries() if e.path.is_file()), *inside, folder / "hashes.json"]:
+    single = [*(e.path for e in cache_entries() if e.path.is_file()), *folder.glob(".gguf-*.lock")]
+    for path in [*single, *inside, folder / "hashes.json"]:
         try:
             size = path.stat().st_size
             path.unlink()
