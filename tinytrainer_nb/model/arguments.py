@@ -55,13 +55,13 @@ def is_gguf(path: str | Path) -> bool:
     return path.suffix.lower() == ".gguf"
 
 def need_gguf(path: str | Path) -> None:
-    "Raise `TinyTrainerError` if the package that reads GGUF files is not here, or a file is none."
-    if importlib.util.find_spec("gguf") is None:
-        raise TinyTrainerError(f"{path}: GGUF files are read by a package that is not here. Run: pip install gguf==0.19.0")
+    "Raise `TinyTrainerError` if a file is no GGUF file, or the package that reads such files is not here."
     try:
         with open(path, "rb") as f: begins = f.read(30)
     except OSError as e: raise TinyTrainerError(f"{path}: cannot be read ({e.strerror}).") from None
-    if begins.startswith(b"GGUF"): return
+    if begins.startswith(b"GGUF") and importlib.util.find_spec("gguf"): return
+    if begins.startswith(b"GGUF"):
+        raise TinyTrainerError(f"{path}: GGUF files are read by a package that is not here. Run: pip install gguf==0.19.0")
     if begins.startswith(b"version https://git-lfs."):
         raise TinyTrainerError(f"{path}: this is a pointer of Git LFS, not the file. `git lfs pull` in its folder brings it.")
     raise TinyTrainerError(f"{path}: this is no GGUF file, for it does not begin with GGUF. Download it again.")
