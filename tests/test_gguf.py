@@ -233,6 +233,8 @@ def test_tokens_with_scores_are_those_of_sentencepiece(shared, in_front, tmp_pat
             assert read.decode(read(text).input_ids, skip_special_tokens=True) == text
         else:
             assert read(" " + text).input_ids == [1, *expected]
+    for text in ("a</s>b", "<s>\n a</s> b", " a", "") if in_front else ():
+        assert read(text).input_ids == theirs(text).input_ids, text
 
 
 OTHER = lambda add: dict(kind="llama", more=dict(n=lambda w, _: add(w)))  # one more value

@@ -19,7 +19,7 @@ from .arguments import NAMED_BASES, SHAPES, is_gguf, known_shape
 from .layers import keep_gradients, quantization_of
 from . import attention # noqa: F401, registers "packed"
 from .attention import _OTHER_MODEL
-from .cache import base_hash, cache_limit, files_of, find_tensors, keep_tensors
+from .cache import base_hash, cache_limit, files_of, find_tensors, keep_tensors, shown_name
 import transformers
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, LlamaConfig
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -399,8 +399,7 @@ def _keep(model, key: str, path: str, quantization: str, dtype: torch.dtype, dev
             return "the files changed while they were read"
         if model._weight_conversions: # they would be renamed twice
             return "this architecture's weights are named differently in its files"
-        base = Path(path).name if Path(path).is_dir() else path
-        keep_tensors(key, _weights(model), base=base, quantization=quantization, dtype=dtype_name(dtype))
+        keep_tensors(key, _weights(model), base=shown_name(path), quantization=quantization, dtype=dtype_name(dtype))
     except Exception as e:
         text = str(e).strip() or type(e).__name__
         return text.splitlines()[0].rstrip(".")

@@ -324,9 +324,8 @@ def _with_scores(file: _File, ids: dict[str, int]) -> Tokenizer: # ids: of the t
     unknown = tokens[file.values.get("tokenizer.ggml.unknown_token_id", 0)]
     model = BPE(vocab=ids, merges=_merges(tokens, scores), unk_token=unknown, fuse_unk=True, byte_fallback=True)
     tokenizer, in_front = Tokenizer(model), file.values.get("tokenizer.ggml.add_space_prefix", True)
-    first = [normalizers.Prepend(_SPACE)] if in_front else []
-    last = [decoders.Strip(" ", 1, 0)] if in_front else []
-    tokenizer.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", _SPACE)])
+    first, last = ("first", [decoders.Strip(" ", 1, 0)]) if in_front else ("never", [])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme=first, split=False)
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *last])
     return tokenizer
@@ -368,7 +367,8 @@ def _tokenizer(file: _File) -> PreTrainedTokenizerFast:
     tokenizer = make(file, {token: i for i, token in enumerate(tokens)})
     _add_marked(file, tokenizer, tokens)
     special = {name.removesuffix("_id"): tokens[i] for name, i in _special(file).items()}
-    if file.values.get("tokenizer.ggml.add_bos_token", kind == "llama") and "bos_token" in special:
+    begins = kind == "llama" or _CUTS.get(file.values.get("tokenizer.ggml.pre")) == _LLAMA3 # where the file does not say
+    if file.values.get("tokenizer.ggml.add_bos_token", begins) and "bos_token" in special:
         bos = dict(id="BOS", ids=[tokens.index(special["bos_token"])], tokens=[special["bos_token"]])
         tokenizer.post_processor = processors.TemplateProcessing("BOS $A", "BOS $A BOS $B", [bos])
     template = file.values.get("tokenizer.chat_template")
