@@ -60,11 +60,12 @@ def need_gguf(path: str | Path) -> None:
         with open(path, "rb") as f: begins = f.read(30)
     except OSError as e: raise TinyTrainerError(f"{path}: cannot be read ({e.strerror}).") from None
     if begins.startswith(b"GGUF") and importlib.util.find_spec("gguf"): return
+    why = "this is no GGUF file, for it does not begin with GGUF. Download it again."
     if begins.startswith(b"GGUF"):
-        raise TinyTrainerError(f"{path}: GGUF files are read by a package that is not here. Run: pip install gguf==0.19.0")
+        why = "GGUF files are read by a package that is not here. Run: pip install gguf==0.19.0"
     if begins.startswith(b"version https://git-lfs."):
-        raise TinyTrainerError(f"{path}: this is a pointer of Git LFS, not the file. `git lfs pull` in its folder brings it.")
-    raise TinyTrainerError(f"{path}: this is no GGUF file, for it does not begin with GGUF. Download it again.")
+        why = "this is a pointer of Git LFS, not the file. `git lfs pull` in its folder brings it."
+    raise TinyTrainerError(f"{path}: {why}")
 
 # %% ../../nbs/model/01_arguments.ipynb #82536ccd
 DEFAULT_BASE = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"

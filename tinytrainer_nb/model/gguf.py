@@ -367,7 +367,7 @@ def _tokenizer(file: _File) -> PreTrainedTokenizerFast:
     tokenizer = make(file, {token: i for i, token in enumerate(tokens)})
     _add_marked(file, tokenizer, tokens)
     special = {name.removesuffix("_id"): tokens[i] for name, i in _special(file).items()}
-    begins = kind == "llama" or _CUTS.get(file.values.get("tokenizer.ggml.pre")) == _LLAMA3 # where the file does not say
+    begins = kind == "llama" or _CUTS.get(file.values.get("tokenizer.ggml.pre")) == _LLAMA3 # if the file does not say
     if file.values.get("tokenizer.ggml.add_bos_token", begins) and "bos_token" in special:
         bos = dict(id="BOS", ids=[tokens.index(special["bos_token"])], tokens=[special["bos_token"]])
         tokenizer.post_processor = processors.TemplateProcessing("BOS $A", "BOS $A BOS $B", [bos])
