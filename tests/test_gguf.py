@@ -252,7 +252,7 @@ REFUSED = dict(
     cut=(dict(kind="llama", cut="jais"), "'jais', which is not known here"),
     no_tokenizer=(dict(kind="llama", dropped=["tokenizer"]), "holds no tokenizer"),
     foreign=(dict(kind="llama", names={"model.norm.weight": "rope_freqs.weight"}), "rope_freqs.weight"),
-    fewer_layers=(OTHER(lambda w: w.add_block_count(1)), "holds blk.1."),
+    fewer_layers=(OTHER(lambda w: w.add_block_count(1)), "holds 'blk.1."),
     more_layers=(OTHER(lambda w: w.add_block_count(3)), "lacks model.layers.2."),
     width=(OTHER(lambda w: w.add_feed_forward_length(95)), r"in the shape [96, 64] and not [95, 64]"),
 )

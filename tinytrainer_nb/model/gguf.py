@@ -204,7 +204,7 @@ def _own_values(file: _File) -> tuple[str, dict]: # architecture, and its values
     parts = file.values.get("split.count", 1)
     if str(kind) not in _CONFIGS: what = f"a model of the architecture {str(kind)!r:.40}"
     elif not _idle("", parts) and parts != 1: what = "a model that is cut into several files"
-    elif odd: what = f"a model with {kind}.{odd[0]:.60}"
+    elif odd: what = f"a model with {f'{kind}.{odd[0]}'!r:.80}"
     else: return kind, own
     raise TinyTrainerError(f"{file.path}: {what} is not read from a GGUF file. Take the model's own folder.")
 
@@ -266,7 +266,7 @@ def _names(file: _File, config) -> dict[str, str]: # names in the file by those 
     foreign = [stored for stored in file.tensors if _name_of(stored) not in model]
     missing = [name for name in model if name not in found]
     other = [name for name in model if name in found and file.tensors[found[name]].shape != model[name]]
-    if foreign: why = f"holds {foreign[0]:.80}, which a plain {config.model_type} does not have"
+    if foreign: why = f"holds {foreign[0]!r:.80}, which a plain {config.model_type} does not have"
     elif missing: why = f"lacks {missing[0]}"
     elif other:
         shape = list(file.tensors[found[other[0]]].shape)
