@@ -107,7 +107,7 @@ def windows(
     length: int,     # tokens that the model reads at once
     stride: int,     # tokens that a window goes on by
 ) -> list[tuple[list[int], list[int]]]: # what is read before, what is predicted
-    "A document in windows: every token is predicted once, behind at least `length - stride` others if there are so many."
+    "A document in windows: every token is predicted once, behind at least `length - stride` others if it can be."
     text, found, done = [first, *ids], [], 1
     while done < len(text):
         end = min(len(text), done + (length if done == 1 else stride))
