@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMONSENSE', 'ALIASES', 'GROUPS', 'INSTRUCTEVAL', 'LONGEST_PROMPT', 'TASKS', 'RUNS_CODE', 'ALIKE', 'NAMES', 'SEED',
            'Answerer', 'harness_model', 'PublicTask', 'Rules', 'pass_at_1', 'is_public', 'task_names', 'need_harness',
-           'members', 'task_rows', 'Made', 'make_tasks', 'TaskRows', 'ask_tasks']
+           'members', 'task_rows', 'Made', 'make_tasks', 'TaskRows', 'need_tasks', 'ask_tasks']
 
 # %% ../../nbs/recipes/15_tasks.ipynb #22926d71
 import contextlib, copy, csv, json, logging, random
@@ -351,7 +351,7 @@ def _found(task: PublicTask, split: str, folder: Path, alone: bool) -> Path | No
 def _missing(task: PublicTask, split: str, folder: Path, alone: bool) -> TinyTrainerError:
     names = _file_names(task, split)
     places = ", ".join(str(place) for place in dict.fromkeys(_places(task, folder, alone)))
-    return TinyTrainerError(f"{task.name}: no file of its split {split}. Looked for {', '.join(names[:4])} in {places}. "
+    return TinyTrainerError(f"{task.name}: no file of its split {split}. Wanted: {', '.join(names[:4])} in {places}. "
                             "Put it there, name another folder with --data, or leave --data out and take it from the "
                             "Hub.")
 
@@ -383,8 +383,8 @@ def _labelled(rows: list[dict], path: Path) -> list[dict]:
         raise TinyTrainerError(f"{path}: its rows have no label, and {labels.name} is not beside it.")
     values = labels.read_text(encoding="utf-8").split()
     if len(values) != len(rows) or set(values) - {"0", "1"}:
-        raise TinyTrainerError(f"{labels}: {len(values)} labels for the {len(rows)} rows of {path.name}. Each row needs "
-                               "one, 0 or 1, in the same order.")
+        raise TinyTrainerError(f"{labels}: {len(values)} labels for the {len(rows)} rows of {path.name}. Each "
+                               "row needs one, 0 or 1, in the same order.")
     return [row | dict(label=int(value)) for row, value in zip(rows, values)]
 
 # %% ../../nbs/recipes/15_tasks.ipynb #81a9ef9a
@@ -483,21 +483,23 @@ def make_tasks(
     length,               # a function: how many tokens a text has
 ) -> dict[str, list[Made]]: # by name; of a group its members
     "Tasks with their rows. Raises `TinyTrainerError` for files that are missing or of another kind."
-    folder = None if data is None else local_path(data)
-    if folder is not None and not folder.is_dir():
-        raise TinyTrainerError(f"{folder}: is no folder. Public tasks are read from one that holds TASK/SPLIT.jsonl.")
-    alone, found = len(names) == 1, {}
-    for name in names:
-        rows = members(name)
-        if folder is not None and len(rows) > 1: rows = _there(rows, folder, alone)
-        found[name] = [_make(row, folder, alone, (context, SEED, new), length) for row in rows]
-    return found
+    folder, alone = _folder(data), len(names) == 1
+    limits = context, SEED, new
+    def make(name): return [_make(row, folder, alone, limits, length) for row in _rows_of(name, folder, alone)]
+    return {name: make(name) for name in names}
 
-def _there(rows: list[PublicTask], folder: Path, alone: bool) -> list[PublicTask]:
-    "The members of a group whose file is there. Raises `TinyTrainerError` if none is."
-    found = [row for row in rows if _found(row, _splits(row)[0], folder, alone)]
-    if not found: raise _missing(rows[0], _splits(rows[0])[0], folder, alone)
-    return found
+def _folder(data: Path | str | None) -> Path | None:
+    "The folder with the files. Raises `TinyTrainerError` if it is none."
+    if data is None or local_path(data).is_dir(): return data if data is None else local_path(data)
+    raise TinyTrainerError(f"{data}: is no folder. Public tasks are read from one that holds TASK/SPLIT.jsonl.")
+
+def _rows_of(name: str, folder: Path | None, alone: bool) -> list[PublicTask]:
+    "A task, or the members of a group whose file is there. Raises `TinyTrainerError` if there is no file at all."
+    rows = members(name)
+    if folder is None: return rows
+    def there(row): return any(_found(row, split, folder, alone) for split in (_splits(row)[0], row.instead) if split)
+    if found := [row for row in rows if there(row)]: return found
+    raise _missing(rows[0], _splits(rows[0])[0], folder, alone)
 
 # %% ../../nbs/recipes/15_tasks.ipynb #a60e4cf3
 @dataclass
@@ -541,7 +543,7 @@ def _task_rows(made: Made, samples: list[dict]) -> TaskRows:
     answers, logprobs = zip(*map(_chosen, first))
     shots = INSTRUCTEVAL[made.row.place].shots if made.row.name.startswith("instructeval_") else None
     how = dict(shots=made.task.config.num_fewshot if shots is None else shots, split=made.split, files=made.files,
-               rows=len(made.task.eval_docs), version=made.task.VERSION)
+               rows=len(made.task.task_docs), version=made.task.VERSION)
     return TaskRows(made.row.name, made.row.metric, _values(samples), [s["arguments"][0][0] for s in first],
                     list(answers), [s["target"] for s in first], [x for x in logprobs if x], how)
 
@@ -573,6 +575,12 @@ def _need_allowed(names: list[str], run_code: bool) -> None:
                                "(in Python: run_code=True).")
     need_sandbox()
 
+def need_tasks(names: list[str], data: Path | str | None, run_code: bool) -> None:
+    "Raise `TinyTrainerError` if tasks cannot be asked here; without reading their files."
+    _need_allowed(names, run_code)
+    need_harness()
+    for name in names: _rows_of(name, _folder(data), len(names) == 1)
+
 def _need_room(made: dict[str, list[Made]], context: int) -> None:
     "Raise `TinyTrainerError` for a task whose answers leave no room for a question."
     for task in (own.task for some in made.values() for own in some):
@@ -594,8 +602,7 @@ def ask_tasks(
 ) -> tuple[dict[str, list[TaskRows]], dict]: # rows by name, of a group those of its members; how all were asked
     """Ask public tasks by the harness's rules, or by InstructEval's.
     Raises `TinyTrainerError` for files that are missing, for programs that may not run, and without lm-eval."""
-    _need_allowed(names, run_code)
-    need_harness()
+    need_tasks(names, data, run_code)
     from lm_eval import evaluator
     def length(text): return len(prompt_ids(tokenizer, text))
     with _hushed():
