@@ -2660,6 +2660,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'tinytrainer_nb/recipes/tasks.py'),
                                               'tinytrainer_nb.recipes.tasks.members': ( 'recipes/tasks.html#members',
                                                                                         'tinytrainer_nb/recipes/tasks.py'),
+                                              'tinytrainer_nb.recipes.tasks.near_task': ( 'recipes/tasks.html#near_task',
+                                                                                          'tinytrainer_nb/recipes/tasks.py'),
                                               'tinytrainer_nb.recipes.tasks.need_harness': ( 'recipes/tasks.html#need_harness',
                                                                                              'tinytrainer_nb/recipes/tasks.py'),
                                               'tinytrainer_nb.recipes.tasks.need_tasks': ( 'recipes/tasks.html#need_tasks',

@@ -24,7 +24,7 @@ from ..compute.likelihoods import continuation_logprobs, windows
 from ..model.layers import context_length, plain_model
 from ..data.tokens import Collator, ensure_template, prompt_ids, text_ids
 from .trainer import mean_loss
-from .tasks import COMMONSENSE, NAMES, TaskRows, ask_tasks, is_public, task_names
+from .tasks import COMMONSENSE, TaskRows, ask_tasks, is_public, near_task, task_names
 
 # %% ../../nbs/recipes/16_evaluate.ipynb #d8f4555b
 Z = NormalDist().inv_cdf(0.975) # 1.96: 95 % of a normal distribution lie within so many standard deviations
@@ -344,7 +344,7 @@ def public_names(task) -> list[str]:
     if public and rewards:
         raise TinyTrainerError(f"{rewards[0]} is a reward, and {public[0]} is a public task. Score them one by one.")
     unknown = [name for name in names if name not in public + rewards and not set(name) & set("=:")]
-    likely = [name for name in unknown if suggestion(name, NAMES) and not suggestion(name, BUILT_IN)]
+    likely = [name for name in unknown if near_task(name) and not suggestion(name, BUILT_IN)]
     return task_names(task) if public or likely else []
 
 def _need_speaker(model, tokenizer) -> None:
@@ -448,8 +448,10 @@ LOWER_IS_BETTER = ("loss", "bits_per_byte")
 
 def _need_alike(before: Evaluation, after: Evaluation) -> None:
     "Raise `TinyTrainerError` for evaluations of other questions, by another rule, or without rows."
-    if before.rewards and before.task == after.task and before.prompts == after.prompts: return
-    which = "" if before.prompts == after.prompts else ", not the same ones"
+    plain = isinstance(before, Evaluation) and isinstance(after, Evaluation)
+    same = plain and before.prompts == after.prompts
+    if same and before.rewards and before.task == after.task: return
+    which = "" if same else ", not the same ones"
     raise TinyTrainerError("compare needs two evaluations by one reward on the same questions, but these are "
                            f"{before.task} on {before.n} and {after.task} on {after.n}{which}. "
                            "Evaluate both with the same data, task and limit.")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMONSENSE', 'ALIASES', 'GROUPS', 'INSTRUCTEVAL', 'LONGEST_PROMPT', 'TASKS', 'RUNS_CODE', 'ALIKE', 'NAMES', 'SEED',
-           'Answerer', 'harness_model', 'PublicTask', 'Rules', 'pass_at_1', 'is_public', 'task_names', 'need_harness',
-           'members', 'task_rows', 'Made', 'make_tasks', 'TaskRows', 'need_tasks', 'ask_tasks']
+           'Answerer', 'harness_model', 'PublicTask', 'Rules', 'pass_at_1', 'near_task', 'is_public', 'task_names',
+           'need_harness', 'members', 'task_rows', 'Made', 'make_tasks', 'TaskRows', 'need_tasks', 'ask_tasks']
 
 # %% ../../nbs/recipes/15_tasks.ipynb #22926d71
 import contextlib, copy, csv, json, logging, random
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from ..core import TinyTrainerError, local_path, one_line, quiet, read_json, say
 from ..settings import suggestion
-from ..hardware import dtype_name, versions
+from ..hardware import dtype_name, random_kept, versions
 from ..data.formats import read_rows
 from ..data.tokens import prompt_ids
 from ..model.layers import plain_model
@@ -288,6 +288,11 @@ RUNS_CODE = ("humaneval", "instructeval_humaneval")
 ALIKE = {"instructeval_mmlu": "mmlu", "instructeval_bbh": "bbh"} # groups whose members are those of another
 NAMES = (*TASKS, *GROUPS, *(f"instructeval_{kind}" for kind in INSTRUCTEVAL), *ALIASES, "commonsense")
 
+def near_task(name: str) -> str:
+    "A question about the public tasks that were probably meant, such as ` Did you mean piqa?`; empty if none is near."
+    begun = [known for known in NAMES if len(name) > 2 and known.startswith(name)][:2]
+    return f" Did you mean {' or '.join(begun)}?" if begun else suggestion(name, NAMES)
+
 def is_public(name: str) -> bool:
     "Whether `name` is a public task, a group of them, or looks like a member of one."
     return name in NAMES or name.startswith(tuple(f"{group}_" for group in (*GROUPS, *ALIKE)))
@@ -297,8 +302,7 @@ def task_names(spec: str) -> list[str]:
     names = list(dict.fromkeys(ALIASES.get(name, name) for name in map(str.strip, spec.split(",")) if name))
     for name in names:
         if is_public(name): continue
-        near = suggestion(name, NAMES)
-        raise TinyTrainerError(f"unknown task {one_line(name)}.{near} Public tasks: {', '.join(NAMES)}.")
+        raise TinyTrainerError(f"unknown task {one_line(name)}.{near_task(name)} Public tasks: {', '.join(NAMES)}.")
     return list(dict.fromkeys(own for name in names for own in (COMMONSENSE if name == "commonsense" else [name])))
 
 # %% ../../nbs/recipes/15_tasks.ipynb #2a9c1968
@@ -340,8 +344,8 @@ def _file_names(task: PublicTask, split: str) -> list[str]:
 def _places(task: PublicTask, folder: Path, alone: bool) -> list[Path]:
     "Folders that may hold the files of a task; `alone`: no other task is asked for."
     name = task.place or task.name
-    own = [folder] if alone or folder.name == name else []
-    return [folder / name, folder / "eval" / name, *own, folder.parent / name]
+    named, last = [folder] if folder.name == name else [], [folder] if alone else []
+    return [*named, folder / name, folder / "eval" / name, folder.parent / name, *last]
 
 def _found(task: PublicTask, split: str, folder: Path, alone: bool) -> Path | None:
     "The file of a split."
@@ -550,7 +554,7 @@ def _task_rows(made: Made, samples: list[dict]) -> TaskRows:
 # %% ../../nbs/recipes/15_tasks.ipynb #efb544a1
 @contextlib.contextmanager
 def _hushed():
-    "Without the harness's bars and warnings, and those of `datasets`."
+    "Without the harness's bars and warnings and those of `datasets`, and with this process's random numbers kept."
     import datasets
     from lm_eval.api import task
     log, bars, bar = logging.getLogger("lm_eval"), not datasets.are_progress_bars_disabled(), task.tqdm
@@ -559,7 +563,7 @@ def _hushed():
     datasets.disable_progress_bars()
     task.tqdm = lambda items, **kwargs: items
     try:
-        with quiet(): yield
+        with quiet(), random_kept(): yield
     finally:
         log.setLevel(level)
         if bars: datasets.enable_progress_bars()
