@@ -95,8 +95,8 @@ class Evaluation:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        "95 % interval: Wilson's if each reward is 0 or 1, else normal; by documents with weights; None for a loss."
-        if not self.rewards: return None
+        "95 % interval: Wilson's if each reward is 0 or 1, else normal; by documents with weights; else None."
+        if not self.rewards or self.weights and self.n < 2: return None
         if self.weights: return bootstrap(self.rewards, self.weights)[:2]
         if _right_or_wrong(self.rewards): return wilson(self.score, self.n)
         half = Z * math.sqrt(sum((r - self.score) ** 2 for r in self.rewards)) / self.n
@@ -110,7 +110,7 @@ class Evaluation:
     def to_dict(self) -> dict:
         "Task, score and n; for a reward also the interval and the means of the other parts."
         found = dict(task=self.task, score=self.score, n=self.n)
-        if self.rewards: found |= dict(interval=list(self.interval), also=self.also)
+        if self.interval: found |= dict(interval=list(self.interval), also=self.also)
         return found | self.figures | (dict(how=self.how) if self.how else {})
 
     def __repr__(self) -> str:
@@ -290,7 +290,7 @@ class Scores:
     def to_dict(self) -> dict:
         "Task, score and n; of each task its metrics and its rows; how all and each of them were asked."
         tasks = {name: {e.how["metric"]: e.score, **e.also, **e.figures, "n": e.n} for name, e in self.tasks.items()}
-        each = {name: dict(e.how, interval=list(e.interval)) for name, e in self.tasks.items()}
+        each = {name: dict(e.how, interval=list(e.interval or ())) for name, e in self.tasks.items()}
         return dict(task=self.task, score=self.score, n=self.n, tasks=tasks, how=self.how | dict(tasks=each))
 
 # %% ../../nbs/recipes/16_evaluate.ipynb #45d6ce88
@@ -303,7 +303,7 @@ def _score_rows(scores: Scores) -> list[list[str]]:
     "The table of public tasks, its head first."
     rows = [["task", "metric", "score", "95 % interval", "rows", "shots", *PUBLISHED]]
     for name, e in scores.tasks.items():
-        low, high = (100 * end for end in e.interval)
+        low, high = (100 * end for end in e.interval or (math.nan, math.nan))
         of = f"{e.n} of {e.how['rows']}" if "members" not in e.how and e.n < e.how["rows"] else str(e.n)
         rows.append([name, e.how["metric"], f"{100 * e.score:.2f}", f"{low:.1f} to {high:.1f}", of,
                      str(e.how["shots"]), *_published(name, e)])
@@ -399,7 +399,8 @@ def score_table(
     def share(value): return "" if value is None else f"{value:.1%}"
     rows = []
     for name, e in evaluations.items():
-        scored = [share(e.score), " to ".join(map(share, e.interval))] if e.rewards else [f"{e.score:.4f}", ""]
+        if e.rewards and not e.weights: scored = [share(e.score), " to ".join(map(share, e.interval))]
+        else: scored = [f"{e.score:.4f}", " to ".join(f"{end:.3f}" for end in e.interval or ())]
         rows.append([inert(name), *scored, *(share(e.also.get(part)) for part in also), str(e.n)])
     return _table(["model", "score", "95 % interval", *map(inert, also), "of"], rows)
 
