@@ -410,7 +410,7 @@ def test_an_answer_longer_than_the_context_is_refused(evals, tiny, lm_eval):
 @pytest.mark.parametrize(
     "deed",
     [
-        "import threading\nfor _ in range(99): threading.Thread(target=lambda: 1).start()\nimport os; os.kill(os.getppid(), 0)",
+        "import os; os.kill(os.getppid(), 0)",
         "import urllib.request; urllib.request.urlopen('http://127.0.0.1:1')",
         "import socket; socket.socket()",
         "import os; os.execv('/bin/true', ['true'])",
@@ -435,8 +435,8 @@ def test_no_deed_passes(deed):
 
 
 def test_what_a_solution_needs_passes():
-    assert passes("import math, re, itertools, functools, collections, typing, string, random, datetime, json, statistics\n"
-                  "assert math.gcd(4, 6) == 2 and sorted('ba') == ['a', 'b']\nprint('to nowhere')")  # fmt: skip
+    modules = "math, re, itertools, functools, collections, typing, string, random, datetime, json, statistics, heapq"
+    assert passes(f"import {modules}\nassert math.gcd(4, 6) == 2 and sorted('ba') == ['a', 'b']\nprint('to nowhere')")
     assert passes("x = 'ä' * 3\nassert len(x.encode()) == 6") and not passes("assert __name__ == '__main__'")
 
 
@@ -579,7 +579,8 @@ def test_a_result_says_how_it_was_got(evals, tiny, lm_eval):
 
 
 def test_the_command(evals, tiny, capsys, lm_eval):
-    assert cli.main(f"evaluate --base tiny --dtype fp32 --quantization none --task piqa,arc_easy --data {evals} --limit 2 --json".split()) == 0  # fmt: skip
+    command = f"evaluate --base tiny --dtype fp32 --quantization none --task piqa,arc_easy --data {evals} --limit 2"
+    assert cli.main([*command.split(), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     ours = evaluate(*tiny, evals, "piqa,arc_easy", limit=2)
     assert said["tasks"] == ours.to_dict()["tasks"] and said["tasks"]["piqa"]["n"] == 2

@@ -223,7 +223,8 @@ def _evaluate_flags(parser: Parser) -> None:
     parser.add_argument("--task", help="loss, bits_per_byte, a reward (exact_answer, flexible_answer, "
                                        "reference_overlap, length, format, repetition, file.py:function), or public "
                                        "tasks such as piqa,arc_easy or commonsense (default exact_answer)")
-    parser.add_argument("--limit", type=_count, metavar="N", help="only the first N rows, of each task (default 0: all)")
+    parser.add_argument("--limit", type=_count, metavar="N",
+                        help="only the first N rows, of each task (default 0: all)")
     parser.add_argument("--max_new_tokens", type=_count, metavar="N",
                         help="longest answer (default 256 tokens; of a public task its own)")
     parser.add_argument("--run_code", action="store_true", help="run the programs that the model writes for humaneval, "

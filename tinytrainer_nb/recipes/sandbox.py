@@ -45,7 +45,7 @@ def _run_here(told: int, seconds: int, memory: int) -> None: # told: the pipe th
     _shut_in(seconds, memory)
     _watch(os.path.realpath(os.getcwd()))
     try: exec(compile(program, "answer", "exec"), {})
-    except BaseException: os._exit(1)
+    except BaseException: return
     write(told, word.encode())
 
 def _child(told: int, seconds: int, memory: int) -> str:
