@@ -814,3 +814,25 @@ def test_a_comparison_of_public_tasks(evals, tiny, lm_eval):
     for wrong in (evaluate(*tiny, evals, "piqa"), evaluate(*tiny, evals, "piqa,boolq", limit=2), Scores({}, {})):
         with pytest.raises(TinyTrainerError, match="compare needs"):
             compare(one, wrong)
+
+
+@pytest.mark.parametrize(
+    "name, rows, said",
+    [
+        ("boolq/validation.jsonl", BOOL[:1] + [BOOL[1] | dict(label=7)], "row 2 .* its right answer is 7, and its 2"),
+        ("boolq/validation.jsonl", BOOL[:2] + [BOOL[1] | dict(label="1")], "row 3 .* its right answer is '1'"),
+        ("arc_easy/test.jsonl", ARC[:1] + [ARC[1] | dict(answerKey="E")], "row 2 .* does not fit the task"),
+        ("winogrande/validation.jsonl", WINO[:1] + [WINO[1] | dict(answer="3")], "row 2 .* does not fit the task"),
+        ("winogrande/validation.jsonl", WINO[:1] + [WINO[1] | dict(sentence="No gap.")], "row 2 .* does not fit"),
+        ("openbookqa/test.jsonl", BOOK[:1] + [BOOK[1] | dict(choices=dict(text=[], label=[]))], "row 2 .* does not fit"),
+    ],
+)
+def test_a_right_answer_is_one_of_the_choices(name, rows, said, tmp_path, tiny, lm_eval):
+    "The harness counts such a row as wrong without a word, or fails in the middle; rows behind the limit do not matter"
+    task = name.partition("/")[0]
+    (tmp_path / task).mkdir()
+    (tmp_path / name).write_text(lines(rows))
+    with pytest.raises(TinyTrainerError, match=said) as e:
+        evaluate(*tiny, tmp_path, task)
+    assert str(tmp_path / name) in str(e.value) and "\n" not in str(e.value)
+    assert evaluate(*tiny, tmp_path, task, limit=1).n == 1

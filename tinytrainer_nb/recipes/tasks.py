@@ -464,7 +464,8 @@ def _make(row: PublicTask, folder: Path | None, alone: bool, limits: tuple[int, 
     rows, files, split = (None, [], _splits(row)[0]) if folder is None else _local_rows(row, folder, alone)
     if rows is None and row.maker:
         raise TinyTrainerError(f"{row.name}: its rows are only read from files. Name their folder with --data.")
-    def fits(text: str) -> bool: return length(text) <= min(LONGEST_PROMPT, context)
+    answer = new or INSTRUCTEVAL.get(row.place, Rules(0, 0)).new
+    def fits(text: str) -> bool: return length(text) <= min(LONGEST_PROMPT, context - answer)
     try: task = _harness_task(row, rows, split, fits)
     except TinyTrainerError: raise
     except Exception as e: # whatever a library says of data from elsewhere
@@ -475,6 +476,20 @@ def _make(row: PublicTask, folder: Path | None, alone: bool, limits: tuple[int, 
     task.set_fewshot_seed(seed)
     if new and task.OUTPUT_TYPE == "generate_until": task.set_config("generation_kwargs", dict(max_gen_toks=new), True)
     return Made(row, task, files, split)
+
+def _need_fit(made: Made, limit: int) -> None:
+    "Raise `TinyTrainerError` for a row that cannot be asked, or whose right answer is none of its choices."
+    task, where = made.task, ", ".join(made.files) or "the Hub"
+    for number, doc in enumerate(task.task_docs, 1):
+        if limit and number > limit: return
+        try:
+            text, right = task.doc_to_text(doc), task.doc_to_target(doc)
+            if not task.config.doc_to_choice: continue
+            place, choices = text if task.multiple_input else right, task.doc_to_choice(doc)
+            if place in range(len(choices)): continue
+            wrong = f"its right answer is {place!r:.40}, and its {len(choices)} choices are counted from 0"
+        except Exception as e: wrong = f"{type(e).__name__}: {one_line(e):.100}" # whatever a template says of a row
+        raise TinyTrainerError(f"{made.row.name}: row {number} of {where} does not fit the task ({wrong}).")
 
 # %% ../../nbs/recipes/15_tasks.ipynb #4998d934
 SEED = 1234 # of the harness's draws of solved examples
@@ -613,6 +628,7 @@ def ask_tasks(
         asker = harness_model(model, tokenizer, dtype)
         made = make_tasks(names, data, asker.max_length, new, length)
         _need_room(made, asker.max_length)
+        for own in (own for some in made.values() for own in some): _need_fit(own, limit)
         tasks = {own.row.name: own.task for some in made.values() for own in some}
         answered = evaluator.evaluate(asker, dict(tasks=tasks, groups={}), limit=limit or None, bootstrap_iters=0,
                                       log_samples=True, confirm_run_unsafe_code=run_code)
