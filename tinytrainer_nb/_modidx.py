@@ -2622,6 +2622,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'tinytrainer_nb/recipes/tasks.py'),
                                               'tinytrainer_nb.recipes.tasks._need_allowed': ( 'recipes/tasks.html#_need_allowed',
                                                                                               'tinytrainer_nb/recipes/tasks.py'),
+                                              'tinytrainer_nb.recipes.tasks._need_fit': ( 'recipes/tasks.html#_need_fit',
+                                                                                          'tinytrainer_nb/recipes/tasks.py'),
                                               'tinytrainer_nb.recipes.tasks._need_room': ( 'recipes/tasks.html#_need_room',
                                                                                            'tinytrainer_nb/recipes/tasks.py'),
                                               'tinytrainer_nb.recipes.tasks._overrides': ( 'recipes/tasks.html#_overrides',
