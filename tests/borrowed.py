@@ -13,6 +13,7 @@ BORROWED = [
     (TRAINER, "_save_checkpoint", "a checkpoint is whole or not there"),
     (TRAINER, "_save", "only what is trained is saved"),
     (TRAINER, "_load_from_checkpoint", "trained tensors are put back in place"),
+    (TRAINER, "_load_optimizer_and_scheduler", "an optimiser's state with numbers that are none is refused"),
     (TRAINER, "_load_rng_state", "a live run leaves the random numbers of other cells alone"),
     ("torch:Tensor", "_version", "copies of weights that changed in place are made anew"),
     (TRAINER, "_get_output_dir", "checkpoints are prepared beside their place"),
@@ -24,6 +25,7 @@ BORROWED = [
     ("trl.DPOTrainer.__init__", "_metrics", "TRL's figures of a step"),
     ("trl:DPOTrainer", "_send_telemetry", "nothing leaves the machine"),
     ("transformers.modeling_utils", "_attn_implementation", "attention of packed rows"),
+    ("transformers.utils.chat_template_utils", "_compile_jinja_template", "a template reads a run's clock"),
     ("transformers.configuration_utils", "_name_or_path", "what a model from the cache is called"),
     (
         "transformers.core_model_loading",

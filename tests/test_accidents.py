@@ -245,13 +245,20 @@ def test_a_figure_that_cannot_be_written(tmp_path, monkeypatch, error):
     assert len(notes(run, "the figure failed")) == 1 and type(error).__name__ in notes(run, "the figure failed")[0]
 
 
-@pytest.mark.parametrize("event", ["__init__", "on_train_begin", "on_log", "on_evaluate", "on_save", "on_train_end"])
-def test_a_tracker_that_fails(tmp_path, monkeypatch, event):
+DOWN, EXITS = ConnectionError("the server is down"), SystemExit(1)
+
+
+@pytest.mark.parametrize(
+    "event, how",
+    [(event, DOWN) for event in ("__init__", "on_train_begin", "on_log", "on_evaluate", "on_save", "on_train_end")]
+    + [("__init__", EXITS), ("on_log", EXITS)],
+)
+def test_a_tracker_that_fails(tmp_path, monkeypatch, event, how):
     "At its making, at each event: told once"
     from transformers.integrations import TensorBoardCallback
 
     def fails(self, *args, **kwargs):
-        raise ConnectionError("the server is down")
+        raise how
 
     monkeypatch.setattr(TensorBoardCallback, event, fails, raising=False)
     run = train(tmp_path / "run", max_steps=3, save_steps=1, eval_steps=1, report_to="tensorboard")
@@ -542,3 +549,305 @@ def test_an_error_whose_folder_is_gone_is_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(RunTrainer, "training_step", fails)
     with pytest.raises(ValueError, match="the reason"):
         train(tmp_path / "run")
+
+
+BESIDE = dict(max_steps=12, save_steps=3, sample_steps=4, eval_steps=4, keep_best=True)
+
+
+def only_in(folder: Path, run: Run) -> None:
+    "A whole run is in `folder`, and it knows it"
+    assert run.status == "finished" and run.place == folder and run.folder in (folder, Path("rel/first"))
+    assert Run(folder).step == 12 and [step for _, step in Run(folder).checkpoints()] == [6, 9, 12]
+    for name in ("adapter", "summary.json", "figure.png"):
+        assert (folder / name).exists(), name
+
+
+def test_the_current_folder_changes_beside_a_training(tmp_path, monkeypatch):
+    "A cell's %cd: journal, checkpoints and result stay where the run is, and so do requests"
+    (other := tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    run = train(Path("rel/first"), live=True, **BESIDE)
+    assert run.folder == Path("rel/first") and repr(run).startswith("Run('rel/first')")
+    until(lambda: run.step >= 1)
+    os.chdir(other)
+    assert run.folder == tmp_path / "rel" / "first"
+    run.pause()
+    until(lambda: run.status == "paused")
+    os.chdir(tmp_path)
+    run.unpause()
+    os.chdir(other)
+    run.wait()
+    assert str(tmp_path) in repr(run) and not list(other.iterdir())
+    only_in(tmp_path / "rel" / "first", run)
+    os.chdir(tmp_path)
+    assert repr(run).startswith("Run('rel/first')")
+
+
+def test_the_current_folder_is_changed_by_the_training_itself(tmp_path, monkeypatch):
+    "By a reward, in every round, to and fro; and a run that is resumed from elsewhere"
+    from tinytrainer_nb.all import GRPOArgs, data_file, grpo, load_prompts
+
+    (other := tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    def reward(prompt, completion):
+        os.chdir(other if Path.cwd() == tmp_path else tmp_path)
+        return float(len(completion))
+
+    few = dict(batch_size=2, num_generations=2, max_new_tokens=4, warmup_steps=0, eval_rows=1)
+    args = GRPOArgs(out="rel/first", **BESIDE | few)
+    run = grpo(*policy(), load_prompts(data_file("rl.jsonl"))[:24], reward, args)
+    only_in(tmp_path / "rel" / "first", run)
+    write_json(run.place / "run.json", run.info | dict(status="interrupted"))
+    shutil.rmtree(run.place / "checkpoints" / "step-000012")
+    os.chdir(other)
+    only_in(tmp_path / "rel" / "first", run.resume(reward=reward))
+    assert not list(other.iterdir()) and sorted(p.name for p in tmp_path.iterdir()) == ["other", "rel"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows keeps the current folder")
+def test_the_current_folder_is_removed_beside_a_training(tmp_path, monkeypatch):
+    (gone := tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path)
+    run = train(Path("rel/first"), live=True, **BESIDE)
+    until(lambda: run.step >= 1)
+    os.chdir(gone)
+    gone.rmdir()
+    try:
+        run.wait()
+        only_in(tmp_path / "rel" / "first", run)
+    finally:
+        os.chdir(tmp_path)
+
+
+def test_a_link_in_the_name_of_a_run(tmp_path, monkeypatch):
+    "`link/..` is the parent of the link's target, not the folder that the link is in"
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "away")
+    monkeypatch.chdir(tmp_path)
+    run = train(Path("link/../run"), max_steps=1)
+    assert run.status == "finished" and (tmp_path / "far" / "run" / "adapter").exists() and not Path("run").exists()
+
+
+@pytest.mark.parametrize("recipe", ["ppo", "grpo"])
+def test_a_reward_that_fails_in_an_evaluation(recipe, tmp_path):
+    "What was trained until then is a checkpoint, as when it fails in a round, and the run goes on from there"
+    from tinytrainer_nb.recipes import grpo, ppo
+    from tinytrainer_nb.recipes.arguments import GRPOArgs, PPOArgs
+
+    learn, args = dict(ppo=(ppo.ppo, PPOArgs), grpo=(grpo.grpo, GRPOArgs))[recipe]
+    prompts = [dict(messages=[dict(role="user", content=f"How much is {i} + 1?")]) for i in range(24)]
+    few = dict(max_steps=4, batch_size=2, save_steps=0, sample_steps=0, num_generations=2, max_new_tokens=4)
+    calls = []
+
+    def reward(prompts, completions):
+        calls.append(len(completions))
+        if calls == [4, 4, 2]:
+            raise ValueError("once in a while")
+        return [float(len(c)) for c in completions]
+
+    args = args(out=str(tmp_path / "run"), eval_steps=2, eval_rows=2, **few)
+    with pytest.raises(TinyTrainerError, match="once in a while"):
+        learn(*policy(), prompts, reward, args)
+    run = Run.open(tmp_path / "run")
+    assert run.status == "failed" and [step for _, step in run.checkpoints()] == [2]
+    assert run.resume(reward=reward).status == "finished" and run.step == 4
+
+
+ENDS = {
+    "EACCES": (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
+    "EIO": (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+    "EROFS": (OSError(errno.EROFS, "Read-only file system"), "Read-only"),
+    "EMFILE": (OSError(errno.EMFILE, "Too many open files"), "Too many open files"),
+    "safetensors": (RuntimeError("Error while serializing: I/O error: Permission denied (os error 13)"), "Permission"),
+    "ENOSPC": (OSError(errno.ENOSPC, "No space left on device"), "the disk is full .*inodes"),
+}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows words them otherwise")
+@pytest.mark.parametrize(
+    "end, where",
+    [(end, "a checkpoint") for end in ENDS]
+    + [("EACCES", where) for where in ("the journal", "the result", "the status")],
+)
+def test_a_file_system_that_fails(end, where, tmp_path, monkeypatch):
+    "One line that says what, where and how to go on; a resume does"
+    from tinytrainer_nb.recipes import trainer
+    from tinytrainer_nb.runs import journal, run
+
+    error, said = ENDS[end]
+    owner, name, fails = {
+        "a checkpoint": (trainer, "save_file", lambda *a: "step-000002" in str(a[1])),
+        "the journal": (journal.Journal, "append", lambda *a: a[1:3] == ("metrics", 3)),
+        "the result": (trainer, "save_adapter", lambda *a: True),
+        "the status": (run, "write_json", lambda *a: isinstance(a[1], dict) and a[1].get("status") == "finished"),
+    }[where]
+    plain = getattr(owner, name)
+
+    def failing(*args, **kwargs):
+        if fails(*args):
+            raise error
+        return plain(*args, **kwargs)
+
+    with monkeypatch.context() as m:
+        m.setattr(owner, name, failing)
+        with pytest.raises(TinyTrainerError, match=f"{tmp_path / 'run'}: .*{said}.*tinytrainer resume") as e:
+            train(tmp_path / "run", save_steps=1)
+    made = Run.open(tmp_path / "run")
+    assert "\n" not in str(e.value) and made.status == "failed"
+    assert [step for _, step in made.checkpoints()][-1:] == [1 if where == "a checkpoint" else made.step]
+    assert made.resume().status == "finished" and made.step == 4
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows words them otherwise")
+def test_a_file_system_that_fails_in_a_terminal(tmp_path, monkeypatch, capsys):
+    from tinytrainer_nb.cli import main
+    from tinytrainer_nb.recipes import trainer
+
+    def failing(*args, **kwargs):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(trainer, "save_file", failing)
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
+    argv = ["sft", "--base", small_base(), "--data", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "run")]
+    argv += ["--max_steps", "2", "--save_steps", "1", "--eval_steps", "0", "--dtype", "fp32", "--quantization", "none"]
+    assert main(argv) != 0
+    assert "Input/output error" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+ELSEWHERE = [
+    FileNotFoundError(errno.ENOENT, "No such file or directory", "/data/of/somebody.json"),
+    ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+    OSError("without a number"),
+    ValueError("no error of a file"),
+]
+
+
+@pytest.mark.parametrize("error", ELSEWHERE, ids=lambda e: type(e).__name__)
+def test_errors_that_are_not_of_the_runs_files(error, tmp_path, monkeypatch):
+    "They stay what they are"
+    from tinytrainer_nb.recipes.trainer import RunTrainer
+
+    def failing(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(RunTrainer, "training_step", failing)
+    with pytest.raises(type(error)) as e:
+        train(tmp_path / "run")
+    assert e.value is error and Run.open(tmp_path / "run").status == "failed"
+
+
+def test_a_request_that_cannot_be_written(tmp_path, monkeypatch):
+    from tinytrainer_nb.runs import run as module
+
+    run = by_hand(tmp_path)
+
+    def failing(*args):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "requests" / ".1.partial"))
+
+    monkeypatch.setattr(module, "write_json", failing)
+    with pytest.raises(TinyTrainerError, match="cannot be read or written .*ask again"):
+        run.stop()
+
+
+def test_the_clock_is_set_back_between_requests(tmp_path, monkeypatch):
+    "They are obeyed in the order in which they were made, by whichever process; a stranger's file does no harm"
+    import time
+
+    run, plain, hours = by_hand(tmp_path), time.time_ns, iter((0, -2, -1, 3, -5))
+    (tmp_path / "requests" / "99999-stop.json").write_text("{")
+    (tmp_path / "requests" / ("9" * 30 + "-stop.json")).write_text("{")
+    for action in ("pause", "unpause", "pause", "save", "stop"):
+        hour = next(hours)
+        monkeypatch.setattr(time, "time_ns", lambda: plain() + hour * 3600 * 10**9)
+        Run(tmp_path).request(action)
+    assert [r["action"] for r in run.waiting()] == ["pause", "unpause", "pause", "save", "stop"]
+    assert [r["action"] for r in run.take_requests()] == ["pause", "unpause", "pause", "save", "stop"]
+
+
+SPOILT = {
+    "empty": lambda path: [p.unlink() for p in path.iterdir()],
+    "no progress": lambda path: (path / "progress.json").unlink(),
+    "a folder": lambda path: ((path / "progress.json").unlink(), (path / "progress.json").mkdir()),
+    "cut": lambda path: (path / "progress.json").write_text('{"tokens": 1'),
+    "nothing in it": lambda path: (path / "progress.json").write_text(""),
+    "a list": lambda path: (path / "progress.json").write_text("[]"),
+    "a field": lambda path: (path / "progress.json").write_text('{"tokens": "many"}'),
+    "no optimiser": lambda path: (path / "optimizer.pt").unlink(),
+    "no tensors": lambda path: (path / "trained.safetensors").unlink(),
+}
+
+
+@pytest.mark.parametrize("spoilt, last", [*((spoilt, 2) for spoilt in SPOILT), ("empty", 4), ("cut", 4)])
+def test_a_checkpoint_that_is_damaged_says_the_same_cure(spoilt, last, tmp_path):
+    "Whatever is wrong with it: without its folder the run goes on"
+    run = train(tmp_path / "run", save_steps=1)
+    write_json(run.folder / "run.json", run.info | dict(status="interrupted"))
+    for path, step in run.checkpoints():
+        if step > last:
+            shutil.rmtree(path)
+    folder = run.folder / "checkpoints" / f"step-{last:06d}"
+    SPOILT[spoilt](folder)
+    with pytest.raises(TinyTrainerError, match=f"damaged. Remove the folder {folder}: a resume then starts from") as e:
+        Run.open(run.folder).resume()
+    assert "\n" not in str(e.value) and "Restore it" not in str(e.value).replace("Restore it or remove it", "")
+    shutil.rmtree(folder)
+    assert Run.open(run.folder).resume().status == "finished"
+
+
+@pytest.mark.parametrize("recipe", ["sft", "pretrain"])
+def test_a_result_whose_writing_was_interrupted(recipe, tmp_path, monkeypatch):
+    "A stopped run has a result; it goes on and dies between the new one and its hashes"
+    from tinytrainer_nb.all import PretrainArgs, load_model, pretrain, save_merged
+    from tinytrainer_nb.recipes import trainer
+
+    out = tmp_path / "run"
+    if recipe == "sft":
+        run = train(out, max_steps=400, save_steps=0, live=True)
+    else:
+        settings = dict(max_steps=400, batch_size=2, max_length=64, save_steps=0, eval_steps=0, sample_steps=0)
+        model, tokenizer = load_model(small_base(), "none", "fp32", verbose=False)
+        run = pretrain(model, tokenizer, ["A town by the sea. " * 400], PretrainArgs(out=str(out), **settings), True)
+    until(lambda: run.step >= 1)
+    run.stop()
+    run.wait()
+    assert run.status == "stopped"
+    load_model(out, verbose=False)
+    write_json(out / "run.json", run.info | dict(settings=run.info["settings"] | dict(max_steps=run.step + 1)))
+
+    def dies(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(trainer, "result_hashes", dies)
+        with pytest.raises(KeyboardInterrupt):
+            Run.open(out).resume()
+    assert Run.open(out).status == "interrupted"
+    for use in (lambda: load_model(out, verbose=False), lambda: save_merged(Run.open(out), tmp_path / "merged")):
+        with pytest.raises(TinyTrainerError, match="interrupted while its result was written.*tinytrainer resume"):
+            use()
+    assert Run.open(out).resume().status == "finished" and load_model(out, verbose=False)
+
+
+@pytest.mark.parametrize("recipe, alike", [("ppo", False), ("ppo", True), ("grpo", False)])
+def test_the_alarm_of_rewards_that_do_not_differ(recipe, alike, tmp_path):
+    "PPO compares with the whole round, GRPO with a prompt's others: what differs among prompts teaches only the first"
+    from tinytrainer_nb.recipes import grpo, ppo
+    from tinytrainer_nb.recipes.arguments import GRPOArgs, PPOArgs
+
+    learn, args = dict(ppo=(ppo.ppo, PPOArgs), grpo=(grpo.grpo, GRPOArgs))[recipe]
+    prompts = [dict(messages=[dict(role="user", content=f"How much is {i} + 1?")]) for i in range(24)]
+    few = dict(
+        max_steps=5, batch_size=4, save_steps=0, sample_steps=0, num_generations=2, max_new_tokens=4, eval_steps=0
+    )
+    order = [p["messages"][0]["content"] for p in prompts]
+    run = learn(
+        *policy(),
+        prompts,
+        lambda prompt, completion: 1.0 if alike else float(order.index(prompt)),
+        args(out=str(tmp_path / "run"), **few),
+    )
+    silent = alike or recipe == "grpo"
+    assert run.history("no_signal")[1] == [float(silent)] * 5
+    assert ("no_signal" in [e["name"] for e in run.events if e["kind"] == "alarm"]) == silent

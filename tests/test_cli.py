@@ -5,6 +5,8 @@ import dataclasses
 import io
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from small import small_base
+from small import ROWS, small_base
 
 from tinytrainer_nb.cli import main
 from tinytrainer_nb.core import data_file
@@ -280,3 +282,84 @@ def test_paths_of_parameters_hold_from_anywhere(tmp_path, monkeypatch):
         data=str(tmp_path / "texts"), base="tiny", name="texts"
     )
     assert anchor_paths(dict(data="", base="nobody/nothing")) == dict(data="", base="nobody/nothing")
+
+
+def in_shell(command: str, cwd: Path, **env) -> subprocess.CompletedProcess:
+    "A line of the shell, with `tinytrainer` for this checkout's"
+    ours = f"{shlex.quote(sys.executable)} -m tinytrainer_nb.cli"
+    return subprocess.run(
+        ["bash", "-c", re.sub(r"^tinytrainer ", f"{ours} ", command)],
+        cwd=cwd,
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_pipe_that_closes_ends_no_run(tmp_path, unbuffered):
+    few = "--max_steps 1 --eval_steps 0 --save_steps 0 --sample_steps 0"
+    train = f"tinytrainer sft --base {small_base()} --data own.jsonl --out run {few}"
+    command = f"{train} 2>&1 | sleep 0; echo ${{PIPESTATUS[0]}}"
+    (tmp_path / "own.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
+    done = in_shell(command, tmp_path, PYTHONUNBUFFERED=unbuffered)
+    assert done.stdout.strip() == "0" and "Traceback" not in done.stderr, done
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
+
+
+def test_a_full_disk_behind_stdout_is_no_traceback(tmp_path):
+    done = in_shell("tinytrainer cache > /dev/full; echo $?", tmp_path)
+    assert done.stdout.strip() == "0" and not done.stderr, done
+
+
+def refused(argv: list[str], capsys) -> str:
+    "The one line that a command says when it refuses"
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1, said
+    return said
+
+
+@pytest.mark.parametrize("command", ["sft", "evaluate"])
+def test_an_empty_variable_is_no_data(command, tmp_path, monkeypatch, capsys):
+    '`--data "$UNSET"` trained on the project\'s own data'
+    monkeypatch.chdir(tmp_path)
+    assert "data=''" in refused([command, "--data", ""], capsys)
+
+
+def test_numbers_in_flags_are_read_as_settings_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "learning_rate=-0.0001 is not allowed" in refused(["sft", "--learning_rate", "-1e-4"], capsys)
+    assert "whole number at least 1" in refused(["chat", "tiny", "--max_new_tokens", "0"], capsys)
+    assert "whole number at least 0" in refused(["evaluate", "--limit", "-1"], capsys)
+    assert "nothing.jsonl" in refused(["evaluate", "--limit", "1e1", "--data", "nothing.jsonl"], capsys)
+    assert "nothing.jsonl" in refused(["evaluate", "--max_new_tokens", "1e3", "--data", "nothing.jsonl"], capsys)
+    assert "weight_decay" in refused(["sft", "--weight_decay", "1e300"], capsys)
+
+
+def test_a_configuration_is_read_as_data_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("a.json").write_text('\ufeff{"max_steps": 3, "data": "nothing.jsonl"}', encoding="utf-8")
+    assert "nothing.jsonl" in refused(["sft", "--config", "a.json"], capsys)
+    Path("b.json").write_text('{"max_steps": 3, "max_steps": 4}')
+    said = refused(["sft", "--config", "b.json"], capsys)
+    assert "'max_steps' stands twice" in said and "Correct it there" in said
+    assert "is no file" in refused(["sft", "--config", "."], capsys)
+    assert "no such file" in refused(["sft", "--config", "c.json"], capsys)
+
+
+def test_a_finished_run_is_not_offered_for_going_on(tmp_path, monkeypatch, capsys):
+    "The process that began it is this one; in a container, where numbers come again, it only seems so"
+    monkeypatch.chdir(tmp_path)
+    Path("own.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
+    few = "--max_steps 1 --eval_steps 0 --save_steps 0 --sample_steps 0 --out run --data own.jsonl".split()
+    command = ["sft", "--base", small_base(), *few]
+    assert main(command) == 0
+    capsys.readouterr()
+    wrong = [*command, "--lora_layers", "0-100"]
+    assert main(wrong) == 2 and "goes on" not in capsys.readouterr().err
+    replaced = Path("run/run.json").read_text().replace('"finished"', '"stopped"')
+    Path("run/run.json").write_text(replaced)
+    time.sleep(1.1)  # it began before this command
+    assert main(wrong) == 2 and "goes on" not in capsys.readouterr().err

@@ -124,7 +124,11 @@ DATA = {  # content of the file, more words of the command, what the line says
     "columns.csv": ("foo,bar\na,b\n", [], ["columns.csv", "foo, bar", "prompt + completion", "columns"]),
     "mixed.jsonl": ([ROW, dict(messages=[dict(role="user", content="a")])], [], ["mixed.jsonl", "line"]),
     "blanks.jsonl": ([dict(prompt="a", completion=" ")], [], ["blanks.jsonl", "empty"]),
-    "long.jsonl": ([ROW | dict(prompt="word " * 600)], [], ["too long", "max_length"]),
+    "long.jsonl": (
+        [ROW | dict(prompt="word " * 600)],
+        [],
+        ["longer than the model's context of 1024 tokens", "Shorten the rows"],
+    ),
     "unanswered.jsonl": ([dict(messages=[dict(role="user", content="a")])], [], ["nothing to learn"]),
     "pairs.jsonl": ([dict(prompt="a", chosen="b", rejected="c")], [], ["chosen", "columns"]),
     "torn.parquet": (b"PAR1 torn", [], ["torn.parquet"]),
@@ -243,7 +247,11 @@ FAULTS = {  # files, command, what the line says
         ["sft", *FAST, "--base", "b"],
         ["pytorch_model.bin", "pickle", "safetensors"],
     ),
-    "no weights": (dict(remove="model.safetensors"), ["sft", *FAST, "--base", "b"], ["b", "cannot be loaded"]),
+    "no weights": (
+        dict(remove="model.safetensors"),
+        ["sft", *FAST, "--base", "b"],
+        ["b", "no model.safetensors is here"],
+    ),
     "wrong tokenizer": (dict(vocab_size=500), ["sft", *FAST, "--base", "b"], ["1,024", "500", "tokenizer"]),
     "other shapes": (
         dict(intermediate_size=512),

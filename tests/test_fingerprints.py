@@ -6,30 +6,41 @@ import os
 import shutil
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 from small import ROWS, small_base
 
 from tinytrainer_nb.all import (
+    DPOArgs,
     GenerateArgs,
     LoraArgs,
     PPOArgs,
     PretrainArgs,
+    RewardModelArgs,
     Run,
     SFTArgs,
     add_lora,
+    dpo,
     evaluate,
     generate,
     load_model,
+    model_reward,
     ppo,
     pretrain,
+    reward_model,
     save_merged,
     sft,
+    stack_adapter,
 )
 from tinytrainer_nb.cli import main
 from tinytrainer_nb.compute.decode import Decoder
 from tinytrainer_nb.core import TinyTrainerError
+from tinytrainer_nb.model.layers import trainable
 from tinytrainer_nb.recipes.rewards import code_hash, find_reward
+from tinytrainer_nb.recipes.start import describe
 
 FEW = dict(eval_steps=0, save_steps=1, sample_steps=0, batch_size=2)
 
@@ -229,7 +240,7 @@ def test_what_counts_as_the_code_of_a_reward():
         def __call__(self, prompt, completion, **row):
             return 1.0
 
-    assert code_hash(made(1)) == code_hash(made(2)) and code_hash(Judge()) == code_hash(Judge())
+    assert code_hash(made(1)) == code_hash(made(1)) and code_hash(Judge()) == code_hash(Judge())
     assert "code" not in find_reward("exact_answer").record and find_reward(Judge()).record["code"]
 
 
@@ -265,3 +276,480 @@ def test_the_loss_of_a_run_is_that_of_its_base(run):
     assert evaluate(model, tokenizer, ROWS, task="loss").score == pytest.approx(
         evaluate(run.model, run.tokenizer, ROWS, task="loss").score, abs=1e-6
     )
+
+
+# What is in the memory, and what is on the disk
+
+PLAIN = dict(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+
+def wrapped(model, name="default", **config):
+    "`model` with a LoRA adapter of PEFT's, as a user may hand it over."
+    return wrapped_in(model, peft.LoraConfig(**PLAIN | config), name)
+
+
+def wrapped_in(model, config, name="default"):
+    report = model.load_report
+    model = peft.get_peft_model(model, config, adapter_name=name)
+    model.load_report = report
+    return model
+
+
+@torch.no_grad()
+def shaken(model, std=0.05):
+    "The adapter as a training might leave it."
+    generator = torch.Generator().manual_seed(0)
+    for p in trainable(model).values():
+        p.add_(std * torch.randn(p.shape, generator=generator).to(p.dtype))
+    return model
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(input_ids=torch.arange(24)[None] * 7 + 3, use_cache=False).logits.float()
+
+
+def quick(model, tokenizer, out="run", **more):
+    settings = FEW | dict(max_steps=1, learning_rate=2e-2, warmup_steps=0, out=out) | more
+    return sft(model, tokenizer, ROWS, SFTArgs(**settings))
+
+
+def merged_with_an_adapter(model, tokenizer):
+    return shaken(add_lora(model, LoraArgs(r=2))).merge_and_unload()
+
+
+@torch.no_grad()
+def scaled(model, tokenizer):
+    model.model.layers[1].mlp.up_proj.weight.mul_(2)
+    return model
+
+
+@torch.no_grad()
+def rows_changed_places(model, tokenizer):
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    weight.copy_(weight.flip(0))
+    return model
+
+
+@torch.no_grad()
+def signs_changed(model, tokenizer):
+    model.model.norm.weight.mul_(-1)
+    return model
+
+
+def another_epsilon(model, tokenizer):
+    for layer in model.model.layers:
+        layer.input_layernorm.variance_epsilon = 0.5
+    return model
+
+
+def resized(model, tokenizer):
+    tokenizer.add_tokens(["<hen>", "<cow>"])
+    model.resize_token_embeddings(len(tokenizer))
+    return model
+
+
+def another_head(model, tokenizer):
+    model.lm_head = torch.nn.Linear(256, 1024, bias=False)
+    return model
+
+
+CHANGES = [
+    merged_with_an_adapter, scaled, rows_changed_places, signs_changed, another_epsilon, resized, another_head,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_base_that_was_changed_in_memory_is_refused_before_a_run_is_made(tmp_path, monkeypatch, change):
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = base()
+    model = add_lora(change(model, tokenizer), LoraArgs(r=2))
+    with pytest.raises(TinyTrainerError, match="base: this model is not as it was loaded: .*changed in memory"):
+        quick(model, tokenizer)
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("quantization, dtype", [("nf4", "fp32"), ("nf4", "bf16"), ("int8", "bf16")])
+def test_quantized_weights_are_compared_too(quantization, dtype):
+    model, tokenizer = load_model(small_base(), quantization, dtype, verbose=False)
+    model = shaken(add_lora(model, LoraArgs(r=2)), 0.5)
+    logits(model)
+    describe(model, tokenizer)
+    model = add_lora(model.merge_and_unload(), LoraArgs(r=2))
+    with pytest.raises(TinyTrainerError, match="changed in memory"):
+        describe(model, tokenizer)
+
+
+def test_use_and_training_leave_a_base_as_it_was_loaded(tmp_path, monkeypatch):
+    "Number formats that lose nothing, training, decoding and a second adapter are no change of the base."
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = load_model(small_base(), "none", "bf16", verbose=False)
+    model = add_lora(model.float(), LoraArgs(r=2, dropout=0.1))
+    quick(model, tokenizer)
+    generate(model, tokenizer, ["Once"], GenerateArgs(max_new_tokens=3), quiet=True)
+    model.config.use_cache, model.config.pad_token_id = False, 0
+    quick(stack_adapter(model, LoraArgs(r=2)), tokenizer, out="second")
+    with torch.no_grad():
+        model.base_model.model.model.layers[0].mlp.up_proj.base_layer.weight[0, 0] += (
+            1e-5  # bf16 has not as many digits
+        )
+    with pytest.raises(TinyTrainerError, match="up_proj.weight changed in memory"):
+        describe(model, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(init_lora_weights="pissa"),
+        dict(init_lora_weights="OLoRA"),
+        dict(layer_replication=[[0, 2], [1, 2]]),
+        dict(modules_to_save=["lm_head"]),
+        dict(trainable_token_indices=[3, 10]),
+    ],
+    ids=str,
+)
+def test_an_adapter_that_knows_how_it_changes_the_base_is_no_change(tmp_path, monkeypatch, config):
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = base()
+    run = quick(shaken(wrapped(model, **config)), tokenizer)
+    assert torch.equal(logits(load_model("run", verbose=False)[0]), logits(run.model))
+
+
+# Parts of a run's folder
+
+
+def changed(path: Path) -> None:
+    "Another number in a file of tensors, another line in any other one."
+    if path.suffix != ".safetensors":
+        path.write_text(path.read_text(encoding="utf8") + "\n", encoding="utf8")
+        return
+    tensors = load_file(path)
+    save_file({name: 1.5 * t for name, t in tensors.items()}, path, metadata={"format": "pt"})
+
+
+TEXTS = ["The hens of Oakdale have two legs each, and so has the farmer who feeds them."] * 40
+
+
+def test_every_file_of_a_whole_model_is_compared(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = base()
+    settings = PretrainArgs(max_steps=1, max_length=32, out="whole", **FEW | dict(save_steps=0))
+    pretrain(model.float().requires_grad_(True), tokenizer, TEXTS, settings)
+    changed(Path("whole/model/chat_template.jinja"))
+    with pytest.raises(TinyTrainerError, match="model/chat_template.jinja is not as the run has saved it"):
+        load_model("whole", "none", "fp32", verbose=False)
+
+
+@pytest.mark.parametrize("how", ["changed", "removed"])
+def test_the_tokenizer_that_a_run_keeps_is_compared(tmp_path, monkeypatch, how):
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = base()
+    tokenizer.eos_token = "<s>"
+    quick(add_lora(model, LoraArgs(r=2)), tokenizer)
+    assert load_model("run", verbose=False)[1].eos_token == "<s>"
+    folder = Path("run/start/tokenizer")
+    changed(folder / "tokenizer_config.json") if how == "changed" else shutil.rmtree(folder)
+    with pytest.raises(TinyTrainerError, match="start/tokenizer/.* is not as it was when the run was started"):
+        load_model("run", verbose=False)
+
+
+@pytest.mark.parametrize("recipe", ["stack", "dpo"])
+def test_a_run_does_not_go_on_from_another_start(tmp_path, monkeypatch, recipe):
+    "The lower adapter of a stack, and the reference of a DPO, are in `start/` alone."
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = base()
+    model, settings = shaken(add_lora(model, LoraArgs(r=2))), dict(max_steps=3, out="run", **FEW)
+    pairs = [dict(prompt=f"{n} hens?", chosen=f"{2 * n} legs", rejected="no") for n in range(12)]
+    if recipe == "dpo":
+        run = dpo(model, tokenizer, pairs, DPOArgs(**settings), live=True)
+    else:
+        run = sft(stack_adapter(model, LoraArgs(r=2)), tokenizer, ROWS, SFTArgs(**settings), live=True)
+    run.stop()
+    run.wait()
+    shutil.copytree("run", "older")
+    for folder in ("run", "older"):
+        changed(Path(folder, "start/adapter_model.safetensors"))
+    told = json.loads(Path("older/run.json").read_text(encoding="utf8"))
+    Path("older/run.json").write_text(json.dumps({n: v for n, v in told.items() if n != "start"}), encoding="utf8")
+    with pytest.raises(TinyTrainerError, match="start/adapter_model.safetensors is not as it was when"):
+        Run.open("run").resume()
+    assert Run.open("run").status == "stopped"
+    assert Run.open("older").resume().status == "finished"  # a run of an older version knows no hashes
+
+
+@pytest.mark.parametrize("how", ["changed", "without its score", "damaged", "missing"])
+def test_a_reward_model_that_is_not_as_it_was_saved_is_refused(tmp_path, monkeypatch, how):
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = base()
+    pairs = [dict(prompt=f"{n} hens?", chosen="a", rejected="b c") for n in range(8)]
+    args = RewardModelArgs(max_steps=1, out="judge", **FEW | dict(save_steps=0))
+    run = reward_model(add_lora(model, LoraArgs(r=2)), tokenizer, pairs, args)
+    assert len(model_reward("judge")(["1 hen?"], ["2"])) == 1
+    path = Path("judge/adapter/adapter_model.safetensors")
+    tensors = load_file(path)
+    if how == "changed":
+        changed(path)
+    if how == "without its score":
+        save_file({n: t for n, t in tensors.items() if "score" not in n}, path)
+    if how == "damaged":
+        path.write_bytes(b"x" * 100)
+    if how == "missing":
+        path.unlink()
+    with pytest.raises(TinyTrainerError, match="adapter/adapter_model.safetensors is not as the run has saved it"):
+        model_reward("judge")
+    run.update_info(result={})  # an older version's run
+    if how != "changed":
+        with pytest.raises(TinyTrainerError, match="judge"):
+            model_reward("judge")
+
+
+def test_a_vocabulary_in_a_file_of_another_name_is_compared(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", *(f"##{c}" for c in "abcde")]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        Path("base", name).unlink()
+    Path("base/vocab.txt").write_text("\n".join(words), encoding="utf8")
+    told = dict(tokenizer_class="BertTokenizer", eos_token="[SEP]", bos_token="[CLS]")
+    Path("base/tokenizer_config.json").write_text(json.dumps(told), encoding="utf8")
+    model, tokenizer = base()
+    quick(add_lora(model, LoraArgs(r=2)), tokenizer)
+    load_model("run", verbose=False)
+    words[7], words[8] = words[8], words[7]
+    Path("base/vocab.txt").write_text("\n".join(words), encoding="utf8")
+    with pytest.raises(TinyTrainerError, match="not as it was when the run was started: the tokenizer's vocabulary"):
+        load_model("run", verbose=False)
+
+
+# What is trained is part of the record
+
+
+def frozen_a(model):
+    "LoRA-FA: A stays as it is drawn."
+    model = add_lora(model, LoraArgs(r=2))
+    for name, p in model.named_parameters():
+        if "lora_A" in name:
+            p.requires_grad_(False)
+    return model
+
+
+PARTS = dict(
+    lora_fa=frozen_a,
+    mica=lambda model: wrapped(model, init_lora_weights="mica"),
+    adalora=lambda model: wrapped_in(
+        model, peft.AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    ),
+    a_layer_frozen_by_hand=lambda model: [
+        model := add_lora(model, LoraArgs(r=2)),
+        *(p.requires_grad_(False) for n, p in model.named_parameters() if "layers.0" in n),
+    ][0],
+)
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_a_resume_trains_what_was_trained(tmp_path, monkeypatch, kind):
+    "To the same end, whether a checkpoint is there or the run died before it."
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model, tokenizer = base()
+    run = quick(PARTS[kind](model), tokenizer, max_steps=3, keep_checkpoints=3)
+    whole, names = load_file("run/adapter/adapter_model.safetensors"), list(trainable(run.model))
+    told = json.loads(Path("run/run.json").read_text(encoding="utf8")) | dict(status="interrupted")
+    shutil.rmtree("run/adapter")
+    shutil.copytree("run", "early")
+    shutil.rmtree("early/checkpoints")
+    shutil.rmtree("run/checkpoints/step-000003")
+    for folder in ("run", "early"):
+        Path(folder, "run.json").write_text(json.dumps(told), encoding="utf8")
+        again = Run.open(folder).resume()
+        assert list(trainable(again.model)) == names
+        end = load_file(f"{folder}/adapter/adapter_model.safetensors")
+        assert all(torch.equal(whole[name], end[name]) for name in whole)
+
+
+# Adapters from elsewhere
+
+
+def elsewhere(config=None, **edits):
+    "An adapter on the base, as PEFT writes it; the model of PEFT's, which says what is right."
+    base()
+    model = transformers.AutoModelForCausalLM.from_pretrained("base", dtype=torch.float32)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = shaken(peft.get_peft_model(model, config or peft.LoraConfig(**PLAIN, init_lora_weights=False)))
+    model.save_pretrained("mine")
+    rewritten("mine", base_model_name_or_path=str(Path("base").resolve()), **edits)
+    return model
+
+
+def rewritten(folder, **edits):
+    path = Path(folder) / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf8")) | edits), encoding="utf8")
+
+
+def opened(name="mine"):
+    return load_model(name, "none", "fp32", verbose=False)
+
+
+KINDS = dict(
+    ia3=lambda: peft.IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[], task_type="CAUSAL_LM"),
+    loha=lambda: peft.LoHaConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    oft=lambda: peft.OFTConfig(oft_block_size=8, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    vera=lambda: peft.VeraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    vera_seeded=lambda: peft.VeraConfig(r=4, target_modules=["q_proj"], save_projection=False, task_type="CAUSAL_LM"),
+    norms=lambda: peft.LNTuningConfig(target_modules=["input_layernorm"], task_type="CAUSAL_LM"),
+    randlora=lambda: peft.RandLoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    lora=lambda: peft.LoraConfig(**PLAIN, init_lora_weights=False),
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_of_any_kind_must_be_whole(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    assert torch.equal(logits(elsewhere(KINDS[kind]())), logits(opened()[0]))
+    path = Path("mine/adapter_model.safetensors")
+    save_file({n: t for n, t in load_file(path).items() if "layers.1" not in n}, path)
+    with pytest.raises(TinyTrainerError, match="mine: this adapter lacks .*layers.1"):
+        opened()
+
+
+def test_embeddings_in_an_adapters_file_are_loaded_and_not_lost_in_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = elsewhere()
+    model.save_pretrained("same", save_embedding_layers=True)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1.3)
+    model.save_pretrained("mine", save_embedding_layers=True)
+    for folder in ("same", "mine"):
+        rewritten(folder, base_model_name_or_path=str(Path("base").resolve()))
+    mine, tokenizer = opened()
+    assert torch.equal(logits(mine), logits(model))
+    with pytest.raises(TinyTrainerError, match="embed_tokens.weight changed in memory.*merge_and_unload"):
+        quick(mine, tokenizer)
+    run = quick(*opened("same"))
+    assert torch.equal(logits(load_model("run", verbose=False)[0]), logits(run.model))
+
+
+@pytest.mark.parametrize(
+    "edits, said",
+    [
+        (dict(task_type="SEQ_CLS"), "for another task than writing .*SEQ_CLS.*model_reward"),
+        (dict(task_type="SEQ_2_SEQ_LM"), "for another task than writing .*SEQ_2_SEQ_LM"),
+        (dict(task_type="NEW"), "does not fit PEFT .*Invalid task type"),
+        (dict(peft_type="NEW_KIND"), "names the kind 'NEW_KIND', which the installed PEFT does not know"),
+        (dict(peft_type=None), "peft_type"),
+        (dict(alora_invocation_tokens=[5, 6]), "begins at certain tokens of a text"),
+        (dict(init_lora_weights="pissa_niter_4"), "changed its base in a way that cannot be repeated"),
+        (dict(init_lora_weights="corda"), "changed its base in a way that cannot be repeated"),
+        (dict(lora_alpha=float("inf")), "lora_alpha=inf, which is no number"),
+        (dict(alpha_pattern=dict(q_proj=float("nan"))), "q_proj=nan, which is no number"),
+    ],
+    ids=str,
+)
+def test_an_adapter_that_cannot_be_trained_or_found_again_is_refused(tmp_path, monkeypatch, edits, said):
+    monkeypatch.chdir(tmp_path)
+    elsewhere(**edits)
+    with pytest.raises(TinyTrainerError, match=f"mine.*{said}"):
+        opened()
+
+
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        (dict(alora_invocation_tokens=[5, 6]), "begins at certain tokens"),
+        (dict(init_lora_weights="pissa_niter_4"), "cannot be repeated"),
+        (dict(name="math"), "the adapter in use is called math"),
+    ],
+    ids=str,
+)
+def test_such_an_adapter_is_refused_when_it_is_handed_over(tmp_path, monkeypatch, config, said):
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = base()
+    with pytest.raises(TinyTrainerError, match=said):
+        quick(wrapped(model, **config), tokenizer)
+    assert not Path("run").exists()
+
+
+def test_another_active_adapter_and_a_merged_one_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = base()
+    model = shaken(wrapped(model))
+    model.add_adapter("second", peft.LoraConfig(**PLAIN))
+    model.set_adapter("second")
+    with pytest.raises(TinyTrainerError, match="the adapter in use is called second"):
+        quick(model, tokenizer)
+    model.set_adapter("default")
+    model.merge_adapter()
+    with pytest.raises(TinyTrainerError, match="the adapter is merged into the weights"):
+        quick(model, tokenizer)
+    assert not Path("run").exists()
+
+
+def test_a_reward_runs_adapter_is_no_language_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = base()
+    pairs = [dict(prompt=f"{n} hens?", chosen="a", rejected="b c") for n in range(8)]
+    reward_model(add_lora(model, LoraArgs(r=2)), tokenizer, pairs, RewardModelArgs(max_steps=1, out="judge", **FEW))
+    shutil.copytree("judge/adapter", "mine")
+    with pytest.raises(TinyTrainerError, match="SEQ_CLS"):
+        opened()
+
+
+@pytest.mark.parametrize("files", ["all", "template"])
+def test_the_tokenizer_beside_an_adapter_is_the_adapters(tmp_path, monkeypatch, files):
+    monkeypatch.chdir(tmp_path)
+    elsewhere()
+    theirs = transformers.AutoTokenizer.from_pretrained("base")
+    theirs.chat_template = "{% for m in messages %}[{{ m['content'] }}]{{ eos_token }}{% endfor %}"
+    theirs.eos_token = "<s>"
+    if files == "all":
+        theirs.save_pretrained("mine")
+    else:
+        Path("mine/chat_template.jinja").write_text(theirs.chat_template, encoding="utf8")
+    model, tokenizer = opened()
+    told = ("<s>" if files == "all" else "</s>", theirs.chat_template)
+    assert (tokenizer.eos_token, tokenizer.chat_template) == told
+    quick(model, tokenizer)
+    again = load_model("run", verbose=False)[1]
+    assert (again.eos_token, again.chat_template) == told
+
+
+def test_an_adapter_with_more_tokens_than_its_base_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    elsewhere()
+    theirs = transformers.AutoTokenizer.from_pretrained("base")
+    theirs.add_tokens(["<hen>"])
+    theirs.save_pretrained("mine")
+    with pytest.raises(TinyTrainerError, match="mine: its tokenizer has 1,025 tokens and the model knows 1,024"):
+        opened()
+
+
+def test_an_adapter_is_loaded_on_the_revision_that_it_names(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    expected = logits(elsewhere())
+    shutil.copytree("base", "newer")
+    changed(Path("newer/model.safetensors"))
+    hub_cache(tmp_path / "hub", {"a" * 40: "base", "b" * 40: "newer"})
+    (tmp_path / "hub/models--someone--hens/refs/v1").write_text("a" * 40)
+    rewritten("mine", base_model_name_or_path="someone/hens", revision="v1")
+    model, tokenizer = opened()
+    report = model.load_report
+    assert (report.base, report.path, report.commit) == ("someone/hens", "someone/hens", "a" * 40)
+    assert torch.equal(logits(model), expected)
+    run = quick(model, tokenizer)
+    assert torch.equal(logits(load_model("run", verbose=False)[0]), logits(run.model))
+    rewritten("mine", revision="v2")
+    with pytest.raises(TinyTrainerError, match="someone/hens: its revision v2 is neither in the local cache nor"):
+        opened()
+
+
+def test_a_folder_with_a_model_and_an_adapter_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    elsewhere()
+    for path in Path("mine").glob("adapter*"):
+        shutil.copy(path, "base")
+    with pytest.raises(TinyTrainerError, match="base: here lie a model and an adapter"):
+        opened("base")

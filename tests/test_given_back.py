@@ -73,6 +73,62 @@ def test_a_run_leaves_the_random_numbers_of_others_alone(tmp_path):
     assert drawn_state() == before
 
 
+def test_whatever_loads_a_run_leaves_the_random_numbers_of_others_alone(tmp_path):
+    "The run's model, a merged one, a resume here or in a thread"
+    from tinytrainer_nb.all import save_merged
+    from tinytrainer_nb.core import write_json
+
+    run = trained(tmp_path / "run", save_steps=2)
+
+    def resumed(live: bool) -> None:
+        write_json(run.folder / "run.json", run.info | dict(status="interrupted"))
+        Run.open(run.folder).resume(live=live).wait()
+
+    doors = dict(
+        run=lambda: load_model(run.folder, verbose=False),
+        merged=lambda: save_merged(run, tmp_path / "merged"),
+        resume=lambda: resumed(False),
+        live=lambda: resumed(True),
+    )
+    for name, door in doors.items():
+        before = drawn_state()
+        door()
+        assert drawn_state() == before, name
+
+
+PAIRS = [dict(prompt=f"Say {n}.", chosen=str(n), rejected="no") for n in range(12)]
+
+
+@pytest.mark.parametrize("recipe", ["sft", "dpo", "reward_model", "ppo", "grpo", "fails", "live"])
+def test_a_model_that_was_trained_still_has_its_cache(recipe, tmp_path):
+    "transformers.Trainer switches it off, and a saved config would say so"
+    from tinytrainer_nb import all as library
+
+    model, tokenizer = base()
+    model = add_lora(model, LoraArgs(r=2))
+    rounds = dict(num_generations=2, max_new_tokens=4)
+    few = FEW | dict(max_steps=1, batch_size=2, out=str(tmp_path / "run"))
+    before = model.config.use_cache
+    if recipe in ("ppo", "grpo"):
+        args = (library.PPOArgs if recipe == "ppo" else library.GRPOArgs)(**few, **rounds)
+        prompts = library.load_prompts(data_file("rl.jsonl"))[:8]
+        getattr(library, recipe)(model, tokenizer, prompts, lambda prompt, completion: float(len(completion)), args)
+    elif recipe in ("dpo", "reward_model"):
+        args = (library.DPOArgs if recipe == "dpo" else library.RewardModelArgs)(**few)
+        getattr(library, recipe)(model, tokenizer, PAIRS, args)
+    elif recipe == "fails":
+        with pytest.MonkeyPatch.context() as m, pytest.raises(ValueError):
+            m.setattr("tinytrainer_nb.recipes.trainer.RunTrainer.training_step", lambda *a, **k: int("no number"))
+            sft(model, tokenizer, ROWS, SFTArgs(**few))
+    else:
+        sft(model, tokenizer, ROWS, SFTArgs(**few), live=recipe == "live").wait()
+    assert before is True and model.config.use_cache is True
+    with torch.no_grad():
+        assert model.eval()(input_ids=torch.tensor([[5, 6, 7]])).past_key_values is not None
+    model.get_base_model().config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()).get("use_cache", True) is True
+
+
 def test_other_cells_do_not_move_a_live_run_with_dropout_nor_it_theirs(tmp_path):
     alone, without = trained(tmp_path / "alone"), trained(tmp_path / "without", dropout=0.0)
     run = trained(tmp_path / "beside", live=True)

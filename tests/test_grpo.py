@@ -349,7 +349,9 @@ def test_a_reward_that_fails_ends_the_run_with_its_checkpoint(tmp_path):
         grpo(model, tokenizer, PROMPTS, reward(mended=False), small(tmp_path / "grpo", max_steps=4))
     run = Run.open(tmp_path / "grpo")
     assert run.last_checkpoint()[1] == 2 and run.status == "failed"
-    run.resume(reward=reward(mended=True))
+    with pytest.raises(TinyTrainerError, match="the code of breaks has changed since"):
+        run.resume(reward=reward(mended=True))
+    run.resume(reward=reward(mended=True), accept=["reward"])
     assert run.status == "finished" and [e["step"] for e in run.events if e["kind"] == "metrics"] == [1, 2, 3, 4]
 
 
@@ -443,7 +445,21 @@ def test_groups_that_hardly_differ_have_no_advantage():
         found = group_advantages(rewards, 3, scale).view(-1, 3)
         assert not found[1:3].any() and found[0].all() and found[3].all()
     assert not group_advantages([0.1 + 0.2, 0.3, 0.3], 3).any()  # equal but for rounding
-    assert group_advantages([0.0, 1e-5], 2).all()  # small, and as different as they can be
+    assert group_advantages([0.0, 1e-3], 2).all()  # small, and as different as they can be
+    assert not group_advantages([0.0, 1e-5], 2).any()  # noise around zero
+    assert not group_advantages([0.0] * 6 + [5.0, 5.001], 2).any()  # nothing earned elsewhere
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("huge", [[-1e5, -1e5, -1.01e5, -1e5], [1e6, 1e6, 1e6, -1e6], [9e5] * 4])
+def test_one_enormous_group_silences_no_other(scale, huge):
+    others = [0.0, 1.0, 0.0, 1.0]
+    for rewards, places in ((others + huge, [0]), (huge + others, [1]), (others + huge + others, [0, 2])):
+        found = group_advantages(rewards, 4, scale).view(-1, 4)
+        assert all(found[i].all() for i in places)
+        assert (found[1 - places[0] if len(places) == 1 else 1] != 0).any() == (len(set(huge)) > 1)
+    alone = group_advantages(others, 4, "group")
+    assert group_advantages(others + huge, 4, "group")[:4].equal(alone)
 
 
 ODD = [

@@ -3,11 +3,14 @@ file is one line that says what is wrong, or is passed over; a page gets no elem
 is not ours."""
 
 import ast
+import bz2
 import contextlib
+import gzip
 import html
 import html.parser
 import io
 import json
+import lzma
 import os
 import re
 import shutil
@@ -18,8 +21,10 @@ import traceback
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 from small import small_base
+from transformers import AutoTokenizer
 
 from tinytrainer_nb.all import (
     LoraArgs,
@@ -48,7 +53,7 @@ from tinytrainer_nb.core import (
     write_whole,
 )
 from tinytrainer_nb.core import TinyTrainerError as SameError
-from tinytrainer_nb.data.tokens import render
+from tinytrainer_nb.data.tokens import encode_chat, render
 from tinytrainer_nb.panels.rollouts import rollout_panel
 from tinytrainer_nb.panels.run_panel import request_lines
 from tinytrainer_nb.recipes.evaluate import Evaluation, answer_table, score_table
@@ -790,3 +795,54 @@ def test_every_way_out_has_its_gate():
             safe = owner in ("GenerationConfig", "PeftConfig", "PeftModel") or module == "base.py" and owner == "kind"
             said = {k.arg: ast.unparse(k.value) for k in call.keywords}
             assert safe or said.get("trust_remote_code") == "False", (module, call.lineno)
+
+
+BLOWN_UP = {
+    "{% set n = messages|length + 8 %}{{ n**n**n }}": "powers",
+    "{% for m in messages %}{% generation %}{{ (loop.index + 9)**(10**9) }}{% endgeneration %}{% endfor %}": "powers",
+    "{{ 'x'.center(30000000) }}{% for m in messages %}{{ m.content }}{% endfor %}": "far more text",
+    "{{ 'x' * 30000000 }}": "far more text",
+    "{{ '%030000000d' % 1 }}": "far more text",
+}
+
+
+@pytest.mark.parametrize("template", BLOWN_UP, ids=range(len(BLOWN_UP)))
+def test_a_template_that_blows_up_is_refused(template):
+    tokenizer = AutoTokenizer.from_pretrained(small_base())
+    tokenizer.chat_template = template
+    with pytest.raises(TinyTrainerError, match=BLOWN_UP[template]):
+        encode_chat(tokenizer, [dict(role="user", content="a"), dict(role="assistant", content="b")])
+
+
+@pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz", ".zst"])
+def test_a_packed_bomb_is_refused_before_it_fills_the_memory(ending, tmp_path):
+    pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}.get(ending)
+    part = b" " * 2**24
+    if pack is None:
+        with pyarrow.CompressedOutputStream(tmp_path / "all.zst", "zstd") as out:
+            for _ in range(70):
+                out.write(part)
+        data = (tmp_path / "all.zst").read_bytes()
+    else:
+        data = pack(part) * 70
+    (tmp_path / f"a.jsonl{ending}").write_bytes(data)
+    with pytest.raises(TinyTrainerError, match="holds over 1 GiB in .* MiB"):
+        load_examples(tmp_path / f"a.jsonl{ending}")
+
+
+@pytest.mark.parametrize("where", ["target_modules", "exclude_modules", "rank_pattern"])
+def test_an_adapters_pattern_of_names_ends(runs, where, tmp_path):
+    shutil.copytree(Path(runs["sft"]) / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    said, pattern = json.loads(file.read_text()), "(([a-z0-9_.])+)+!"
+    file.write_text(json.dumps(said | {where: {pattern: 4} if where == "rank_pattern" else pattern}))
+    start = time.monotonic()
+    with pytest.raises(TinyTrainerError, match="by a pattern that takes too long"):
+        load_model(tmp_path / "adapter", verbose=False)
+    assert time.monotonic() - start < 30
+    file.write_text(json.dumps(said | dict(target_modules="(")))
+    with pytest.raises(TinyTrainerError, match="by a pattern that cannot be read"):
+        load_model(tmp_path / "adapter", verbose=False)
+    names = "|".join(sorted(said["target_modules"]))
+    file.write_text(json.dumps(said | dict(target_modules=f"({names})")))  # unsloth writes such ones
+    load_model(tmp_path / "adapter", verbose=False)

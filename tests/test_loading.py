@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,22 +13,39 @@ from small import small_base
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
     BitsAndBytesConfig,
+    ByT5Tokenizer,
+    DeepseekV3Config,
+    DeepseekV32Config,
+    DiffLlamaConfig,
+    DogeConfig,
+    Emu3Config,
+    FuyuConfig,
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     Lfm2Config,
+    Llama4TextConfig,
     LlamaConfig,
+    LlavaConfig,
+    MiniMaxM3VLTextConfig,
     MixtralConfig,
+    MllamaConfig,
     ModernBertConfig,
     OPTConfig,
     PhiConfig,
+    PhimoeConfig,
+    Qwen2MoeConfig,
+    Qwen2VLConfig,
     T5Config,
 )
 
 from tinytrainer_nb.all import (
+    GenerateArgs,
     LoraArgs,
     Run,
     SFTArgs,
@@ -36,11 +54,16 @@ from tinytrainer_nb.all import (
     add_tinylora,
     as_command,
     data_file,
+    generate,
     load_model,
     sft,
     stack_adapter,
 )
 from tinytrainer_nb.cli import main
+from tinytrainer_nb.model import attention
+from tinytrainer_nb.model.export import merged
+from tinytrainer_nb.model.layers import linear_layers
+from tinytrainer_nb.model.lora import adapter_settings
 
 WIDE = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
 LLAMA = dict(vocab_size=1024, **WIDE, num_key_value_heads=2, intermediate_size=128, max_position_embeddings=256)
@@ -192,6 +215,138 @@ def test_documents_that_see_each_other(tmp_path, config):
     refused(saved(tmp_path, config), "documents that share a row see each other")
 
 
+LATENT = dict(q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=8, qk_nope_head_dim=8)  # of DeepSeek's attention
+EXPERTS = dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, n_group=1, topk_group=1)
+FOUR = LLAMA | dict(num_key_value_heads=4)
+
+
+def strong(folder, config):
+    "A saved model whose layers change much of what they are given, and the same as `transformers` computes it"
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).float()
+    for p in model.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.12)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(data_file("tiny")).save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def packed_logits(model, lengths):
+    "Of documents side by side, and the documents"
+    texts = [[(7 * i + n) % 1000 + 3 for i in range(n)] for n in lengths]
+    row = dict(input_ids=sum(texts, []), position_ids=[i for n in lengths for i in range(n)])
+    with torch.no_grad():
+        row = {name: torch.tensor([values]) for name, values in row.items()}
+        return model(**row, document_lengths=list(lengths), use_cache=False).logits[0], texts
+
+
+SOME = dict(num_local_experts=4, num_experts_per_tok=2, head_dim=16)
+CHOSEN = dict(index_n_heads=2, index_head_dim=16, index_block_size=8, index_topk_blocks=2)
+SPARSE = MiniMaxM3VLTextConfig(**LLAMA, **ENDS, **SOME, **CHOSEN, layer_types=["full_attention", "minimax_m3_sparse"])
+SINKS = GptOssConfig(**LLAMA, **ENDS, **SOME)
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        (DogeConfig(**LLAMA, **ENDS), "DogeAttention hides tokens by a mask of its own"),
+        (DogeConfig(**LLAMA, **ENDS, keep_window_size=8), "DogeAttention hides tokens by a mask of its own"),
+        (SPARSE, "chooses the tokens that it sees"),
+        (SINKS, "GptOssAttention adds to its attention scores"),
+        (DeepseekV32Config(**FOUR, **ENDS, **LATENT, **EXPERTS, v_head_dim=16), "of the type deepseek_v32 cannot be"),
+    ],
+    ids=["doge", "doge with a short window", "minimax-m3", "gpt-oss", "deepseek-v32"],
+)
+def test_attention_that_is_more_than_causal(tmp_path, config, words):
+    strong(tmp_path, config)
+    refused(tmp_path, words)
+
+
+def test_attention_that_differs_from_the_models_own(tmp_path, monkeypatch):
+    "An argument that nobody knows of, which the packed attention leaves out"
+    monkeypatch.setattr(attention, "_MORE", {})
+    strong(tmp_path, SINKS)
+    refused(tmp_path, "the type gpt_oss has an attention that is more than causal")
+
+
+WINDOW = dict(sliding_window=16, use_sliding_window=True, layer_types=["full_attention", "sliding_attention"])
+FEWER = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+CHUNKS = dict(attention_chunk_size=16, no_rope_layers=[1, 0], num_local_experts=4, head_dim=16)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Llama4TextConfig(**LLAMA, **ENDS, **CHUNKS),
+        Qwen2MoeConfig(**LLAMA, **ENDS, **FEWER, **WINDOW),
+        PhimoeConfig(**LLAMA, **ENDS, num_local_experts=4, sliding_window=16),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_window_that_stands_in_the_mask_alone(tmp_path, config):
+    own = strong(tmp_path, config)
+    model, tokenizer = load_model(tmp_path, "none", "fp32", verbose=False)
+    found, texts = packed_logits(model, (9, 16, 3))
+    with torch.no_grad():
+        alone = torch.cat([own(torch.tensor([text])).logits[0] for text in texts])
+    torch.testing.assert_close(found, alone, rtol=0, atol=1e-3 * alone.abs().max().item())
+    with pytest.raises(TinyTrainerError, match="sees the last 16 tokens alone, and a text here has 17"):
+        packed_logits(model, (9, 17))
+    with pytest.raises(TinyTrainerError, match="sees the last 16 tokens alone"):
+        generate(model, tokenizer, "hen " * 9, GenerateArgs(max_new_tokens=16), quiet=True)
+
+
+def test_a_layer_that_attends_twice_does_not_decode(tmp_path):
+    strong(tmp_path, DiffLlamaConfig(**LLAMA, **ENDS))
+    model, tokenizer = load_model(tmp_path, "none", "fp32", verbose=False)
+    with pytest.raises(TinyTrainerError, match="layer 0 of this model attends twice") as e:
+        generate(model, tokenizer, ["hen", "egg"], GenerateArgs(max_new_tokens=4), quiet=True)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("few", [0, 2**21], ids=["prompts once", "a copy a slot"])
+@pytest.mark.parametrize("width", [8, 24])
+def test_values_of_another_width_than_keys(tmp_path, monkeypatch, width, few):
+    own = strong(tmp_path, DeepseekV3Config(**FOUR, **ENDS, **LATENT, **EXPERTS, v_head_dim=width))
+    model, tokenizer = load_model(tmp_path, "none", "fp32", verbose=False)
+    init = attention.SharedCache.__init__
+    monkeypatch.setattr(attention.SharedCache, "__init__", lambda self, *args: init(self, *args, few=few))
+    args = GenerateArgs(max_new_tokens=20, temperature=0, num_generations=2)
+    found = generate(model, tokenizer, ["How many hens are there", "hen"], args, quiet=True)
+    for prompt, said in zip(found.prompt_ids, found.completion_ids):
+        ids = torch.tensor([prompt])
+        whole = own.generate(ids, max_new_tokens=20, do_sample=False, attention_mask=torch.ones_like(ids))[0]
+        assert said == whole[len(prompt) :].tolist()[: len(said)] and len(said) > 3
+
+
+ROUTED = [
+    PhimoeConfig(**LLAMA, **ENDS, num_local_experts=4),
+    Llama4TextConfig(**LLAMA, **ENDS, head_dim=16, num_local_experts=4),
+]
+
+
+@pytest.mark.parametrize("config", ROUTED, ids=lambda config: config.model_type)
+def test_a_router_takes_no_adapter(tmp_path, config):
+    strong(tmp_path, config)
+    load = lambda: load_model(tmp_path, "none", "fp32", verbose=False)
+    few = dict(max_steps=1, batch_size=2, save_steps=0, eval_steps=0, sample_steps=0, out=str(tmp_path / "run"))
+    rows = [dict(prompt="hen", completion="egg"), dict(prompt="egg", completion="hen")]
+    for add in (
+        lambda model: add_lora(model, LoraArgs(r=2, target_modules="all-linear")),
+        lambda model: add_lora(model, LoraArgs(r=2, target_modules="all-linear", layers="1")),
+        lambda model: stack_adapter(add_lora(model, LoraArgs(r=2)), LoraArgs(r=2, target_modules="all-linear")),
+        add_tinylora,
+    ):
+        model, tokenizer = load()
+        assert "router" not in " ".join(linear_layers(model)) and "q_proj" in " ".join(linear_layers(model))
+        model = add(model)
+        assert not [name for name, p in model.named_parameters() if p.requires_grad and "router" in name]
+        assert sft(model, tokenizer, rows, SFTArgs(**few)).status == "finished"
+    with pytest.raises(TinyTrainerError, match="do not fit this model. Its linear layers: q_proj, "):
+        add_lora(load()[0], LoraArgs(target_modules="router"))
+
+
 @pytest.fixture
 def adapter(tmp_path):
     "A LoRA adapter as somebody else saved it with PEFT"
@@ -272,3 +427,183 @@ def test_tinylora_where_no_layer_takes_it(tmp_path):
     model, _ = load_model(saved(tmp_path, config), "none", "fp32", verbose=False)
     with pytest.raises(TinyTrainerError, match="has none in its blocks. Use LoRA"):
         add_tinylora(model)
+
+
+# What else a stranger's folder may hold
+
+
+@pytest.mark.parametrize("front", ["_forward_module.", "_fsdp_wrapped_module.", "base_model.model.", "policy."])
+def test_other_wrappers_are_named(copy, front):
+    rewrite(copy, lambda tensors: {front + name: t for name, t in tensors.items()})
+    refused(copy, f"All begin with {front}, which a wrapper around the model adds")
+
+
+def test_wrappers_within_names_are_named(copy):
+    rewrite(copy, lambda t: {n.replace("layers.1.", "layers.1._checkpoint_wrapped_module."): x for n, x in t.items()})
+    refused(copy, "All hold _checkpoint_wrapped_module., which a wrapper around the model adds")
+
+
+def test_a_classifier_is_called_one(tmp_path):
+    AutoModelForSequenceClassification.from_pretrained(small_base()).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(small_base()).save_pretrained(tmp_path)
+    refused(tmp_path, "they hold score.weight, .* of a reward model or a classifier")
+
+
+def test_buffers_of_older_versions_are_no_weights(tmp_path):
+    saved(tmp_path, GPT2Config(vocab_size=1024, n_embd=64, n_layer=2, n_head=4, n_positions=256, **ENDS))
+    expected = logits(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32))
+    masks = {f"h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)}
+    masks |= {f"h.{i}.attn.bias": torch.ones(1, 1, 256, 256) for i in range(2)}
+    rewrite(tmp_path, lambda t: {n.removeprefix("transformer."): x for n, x in t.items()} | masks)
+    assert torch.equal(logits(load_model(tmp_path, "none", "fp32", verbose=False)[0]), expected)
+
+
+@pytest.mark.parametrize(
+    "name, cure",
+    [
+        ("model.gguf", "safetensors files"),
+        ("model.fp16.safetensors", "Rename it to model.safetensors"),
+        ("consolidated.safetensors", "form that transformers reads"),
+        ("flax_model.msgpack", "Convert it to safetensors"),
+        ("global_step10", "zero_to_fp32.py"),
+        ("pytorch_model_fsdp_0", "accelerate merge-weights"),
+    ],
+)
+def test_weights_in_another_form_are_named(copy, name, cure):
+    (copy / "model.safetensors").rename(copy / name)
+    refused(copy, f"no model.safetensors is here, but {name}. .*{cure}")
+
+
+def test_no_weights_at_all(copy):
+    (copy / "model.safetensors").unlink()
+    refused(copy, "there are no weights to load")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_pointers_of_git_lfs(copy, name):
+    (copy / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12345\n")
+    refused(copy, f"{name}: this is a pointer of Git LFS")
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "{"])
+def test_an_index_that_names_nothing(copy, text):
+    (copy / "model.safetensors").rename(copy / "model-00001-of-00001.safetensors")
+    (copy / "model.safetensors.index.json").write_text(text)
+    refused(copy, "model.safetensors.index.json")
+
+
+def test_two_forms_side_by_side_are_told(copy, capsys):
+    model = AutoModelForCausalLM.from_pretrained(copy, dtype=torch.float32)
+    model.save_pretrained(copy.parent / "shards", max_shard_size="1MB")
+    for path in (copy.parent / "shards").glob("model*"):
+        shutil.copy(path, copy)
+    load_model(copy, "none", "fp32", verbose=False)
+    assert "model.safetensors is read, and not the files that" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.int32])
+def test_weights_in_whole_numbers(copy, kind):
+    whole = lambda n, x: (x * 100).to(kind) if "up_proj" in n else x
+    rewrite(copy, lambda tensors: {n: whole(n, x) for n, x in tensors.items()})
+    refused(copy, "up_proj.weight is stored in whole numbers")
+
+
+@pytest.mark.parametrize(
+    "said, form",
+    [(dict(load_in_4bit=True, bnb_4bit_quant_type="nf4"), "nf4"), (dict(load_in_8bit=True), "int8")],
+    ids=["nf4", "int8"],
+)
+def test_a_quantization_config_left_over_whole_weights(copy, said, form):
+    edit(copy / "config.json", quantization_config=said | dict(quant_method="bitsandbytes"))
+    refused(copy, f"the weights are in {form}, and .*q_proj.weight is not. Take quantization_config out", "auto")
+
+
+def test_4_bits_that_were_stored_as_16(tmp_path):
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_quant_storage=torch.bfloat16)
+    whole = AutoModelForCausalLM.from_pretrained(
+        small_base(), dtype=torch.float32, device_map={"": "cpu"}, quantization_config=how
+    )
+    whole.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(small_base()).save_pretrained(tmp_path)
+    model, _ = load_model(tmp_path, "auto", "fp32", verbose=False)
+    assert (logits(merged(model, torch.float32)) - logits(model)).abs().max() < 1e-4
+    assert (logits(model) - logits(load_model(small_base(), "nf4", "fp32", verbose=False)[0])).abs().max() < 1
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        dict(hidden_act="foo"),
+        dict(rope_scaling=dict(type="yarn9", factor=2)),
+        dict(pad_token_id=5000),
+        dict(dtype="float8_e4m3fn"),
+    ],
+    ids=lambda values: next(iter(values)),
+)
+def test_a_config_of_no_model(copy, values):
+    edit(copy / "config.json", **values)
+    refused(copy, "its config.json describes no model that can be built")
+
+
+def test_an_attention_that_is_not_here_is_not_needed(copy):
+    expected = logits(load_model(copy, "none", "fp32", verbose=False)[0])
+    edit(copy / "config.json", attn_implementation="flash_attention_2")
+    assert torch.equal(logits(load_model(copy, "none", "fp32", verbose=False)[0]), expected)
+
+
+@pytest.mark.parametrize("kind", [MllamaConfig, Emu3Config, FuyuConfig, LlavaConfig, Qwen2VLConfig])
+def test_models_of_pictures(copy, kind):
+    kind().save_pretrained(copy)
+    refused(copy, f"a model of the type {kind.model_type} takes pictures or sound")
+
+
+def test_a_token_beyond_the_embeddings(copy):
+    path = copy / "tokenizer.json"
+    said = json.loads(path.read_text())
+    vocab = said["model"]["vocab"]
+    vocab[max(vocab, key=vocab.get)] = 5000
+    path.write_text(json.dumps(said))
+    refused(copy, "has 5,001 tokens and the model knows 1,024")
+
+
+def test_a_slow_tokenizer(copy):
+    for path in copy.glob("tokenizer*"):
+        path.unlink()
+    ByT5Tokenizer().save_pretrained(copy)
+    refused(copy, r"its tokenizer \(ByT5Tokenizer\) .* Only fast tokenizers")
+
+
+def test_an_adapter_by_its_hub_id(adapter, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    folder, expected = adapter
+    kept = tmp_path / "hub/models--someone--hens-lora"
+    shutil.copytree(folder, kept / "snapshots" / ("a" * 40))
+    (kept / "refs").mkdir()
+    (kept / "refs/main").write_text("a" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    model, _ = load_model("someone/hens-lora", "none", "fp32", verbose=False)
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-4)
+
+
+def test_a_project_that_moved_finds_its_base(tmp_path, monkeypatch):
+    few = dict(save_steps=0, eval_steps=0, sample_steps=0, batch_size=2, max_steps=1)
+    shutil.copytree(small_base(), tmp_path / "old/models/hens")
+    monkeypatch.chdir(tmp_path / "old")
+    model, tokenizer = load_model("models/hens", "none", "fp32", verbose=False)
+    run = sft(add_lora(model, LoraArgs(r=2)), tokenizer, str(data_file("heldout.jsonl")), SFTArgs(out="runs/a", **few))
+    expected = logits(run.model)
+    monkeypatch.chdir(tmp_path)
+    Path("old").rename("new")
+    shutil.copytree(data_file("tiny"), tmp_path / "models/hens")  # another one of that name, where the user stands
+    model, _ = load_model("new/runs/a", verbose=False)
+    assert torch.equal(logits(model), expected)
+    assert "new/models/hens" in as_command(Run.open("new/runs/a"))
+    edit(tmp_path / "new/models/hens/config.json", rms_norm_eps=1e-3)
+    refused(Path("new/runs/a"), "config.json changed")
+
+
+def test_a_pattern_of_layers_is_recorded_as_it_is():
+    model, _ = load_model(small_base(), "none", "fp32", verbose=False)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=r".*layers\.1\..*q_proj", task_type="CAUSAL_LM"))
+    assert adapter_settings(adapted)["target_modules"] == r".*layers\.1\..*q_proj"

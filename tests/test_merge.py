@@ -10,17 +10,20 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tinytrainer_nb.all import (
     PPOArgs,
+    PretrainArgs,
+    Run,
     SFTArgs,
     TinyTrainerError,
     data_file,
     load_examples,
     load_model,
     ppo,
+    pretrain,
     save_merged,
     sft,
 )
@@ -377,6 +380,26 @@ def test_a_run_is_merged(base, tmp_path, name, quantization, targets, dtype):
     assert (exact_logits(plain) - exact_logits(run.model)).abs().max() < 1e-4
 
 
+def test_biases_of_the_base_belong_to_the_adapter_that_trains_them(base, tmp_path):
+    "A run on them is stopped, resumed, loaded, trained on and merged."
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "fc1"], bias="lora_only", **PLAIN)
+    model, tokenizer = loaded(base("opt"), adapter=config), transformers.AutoTokenizer.from_pretrained(base("opt"))
+    rows = [dict(prompt=f"How many legs have {n} hens?", completion=f"{2 * n} legs") for n in range(8)]
+    settings = dict(batch_size=4, learning_rate=2e-2, warmup_steps=0, eval_steps=0, sample_steps=0, max_length=200)
+    args = SFTArgs(max_steps=3, out=str(tmp_path / "run"), **settings)
+    run = sft(model, tokenizer, rows, args, live=True)
+    run.stop()
+    run.wait()
+    assert run.status == "stopped"
+    run = Run.open(run.folder).resume()
+    again, tokenizer = load_model(run.folder, verbose=False)
+    assert run.status == "finished" and torch.equal(logits(again.eval()), logits(run.model.eval()))
+    second = sft(again, tokenizer, rows, SFTArgs(max_steps=1, out=str(tmp_path / "second"), **settings))
+    save_merged(second, tmp_path / "merged", "fp32")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert (logits(plain) - logits(second.model.eval())).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("fault", ["weight", "tied", "file", "nan"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_merge_that_went_wrong_leaves_nothing(base, tmp_path, monkeypatch, fault, dtype):
@@ -499,8 +522,9 @@ def test_a_reference_is_the_policy_as_it_was(base, kind):
         ADAPTERS["adalora"],
         lambda: peft.PromptTuningConfig(num_virtual_tokens=4, **PLAIN),
         lambda: peft.LoraConfig(r=4, target_modules=["q_proj"], bias="lora_only", **PLAIN),
+        lambda: peft.TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[3, 9], **PLAIN),
     ],
-    ids=["adalora", "prompt tuning", "biases of the base"],
+    ids=["adalora", "prompt tuning", "biases of the base", "some tokens alone"],
 )
 def test_a_kind_that_has_no_frozen_copy_is_refused(base, adapter):
     model = shaken(loaded(base("opt"), adapter=adapter()))
@@ -514,3 +538,81 @@ def test_an_adapter_of_words_is_refused_at_the_load(base, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(TinyTrainerError, match=r"puts words in front of a text \(PROMPT_TUNING\)"):
         load_model(tmp_path, verbose=False)
+
+
+# Pretraining writes what it trained
+
+
+def pretrained(folder, out, dtype="fp32", **settings):
+    model, tokenizer = load_model(folder, "none", dtype, verbose=False)
+    texts = ["The hens of Oakdale have two legs each, and so has the farmer who feeds them."] * 30
+    few = dict(max_steps=1, max_length=32, batch_size=2, eval_steps=0, save_steps=0, sample_steps=0) | settings
+    return pretrain(model, tokenizer, texts, PretrainArgs(out=str(out), **few))
+
+
+def test_a_head_that_the_config_calls_tied_is_written(base, tmp_path):
+    shutil.copytree(base("llama"), tmp_path / "base")
+    file = tmp_path / "base/model.safetensors"
+    tensors = load_file(file)
+    rows = tensors["model.embed_tokens.weight"]
+    other = rows * torch.linspace(0.5, 1.5, len(rows))[:, None]
+    save_file(tensors | {"lm_head.weight": other}, file, metadata={"format": "pt"})
+    run = pretrained(tmp_path / "base", tmp_path / "run")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model", dtype=torch.float32)
+    assert (logits(again) - logits(run.model)).abs().max() < 1e-5
+
+
+def test_weights_that_do_not_come_back_are_an_error(base, tmp_path, monkeypatch):
+    from tinytrainer_nb.recipes import pretrain as module
+
+    monkeypatch.setattr(module, "_is_tied", lambda model: True)
+    shutil.copytree(base("llama"), tmp_path / "base")
+    file = tmp_path / "base/model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] * 2}, file, metadata={"format": "pt"})
+    with pytest.raises(TinyTrainerError, match="comes back as another one"):
+        pretrained(tmp_path / "base", tmp_path / "run")
+    assert not (tmp_path / "run/model").exists()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(eos_token_id=2, temperature=0.6, top_p=0.9),
+        dict(eos_token_id=2, num_beams=1, early_stopping=True),
+        dict(eos_token_id=[2, 5], do_sample=True, top_k=7),
+    ],
+    ids=["temperature", "beams", "sampling"],
+)
+def test_pretraining_keeps_a_generation_config_whole(base, tmp_path, config):
+    shutil.copytree(base("llama"), tmp_path / "base")
+    (tmp_path / "base/generation_config.json").write_text(json.dumps(config))
+    assert pretrained(tmp_path / "base", tmp_path / "run").status == "finished"
+    said = json.loads((tmp_path / "run/model/generation_config.json").read_text())
+    assert {name: said.get(name) for name in config} == config
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_run_on_what_was_pretrained_in_the_same_process(base, tmp_path, dtype):
+    "Its base is the files that were written: their names, hashes, tokenizer and rounding"
+    first = pretrained(base("llama"), tmp_path / "first", dtype, learning_rate=3e-3, max_steps=2)
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "first/model", dtype=torch.float32)
+    assert torch.equal(logits(written), logits(first.model))
+    model, rows = first.model.requires_grad_(False), [dict(prompt="Hens?", completion="Two legs.")] * 4
+    few = dict(max_steps=1, batch_size=2, eval_steps=0, save_steps=0, sample_steps=0)
+    second = sft(add_lora(model, LoraArgs(r=2)), first.tokenizer, rows, SFTArgs(out=str(tmp_path / "second"), **few))
+    again, _ = load_model(tmp_path / "second", "none", "fp32", verbose=False)
+    assert (logits(again) - logits(second.model)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("targets", [["input_layernorm"], ["norm"], ["post_attention_layernorm", "q_proj"]])
+def test_norms_with_an_adapter(base, tmp_path, targets):
+    model, tokenizer = load_model(base("llama"), "none", "fp32", verbose=False)
+    report, config = model.load_report, peft.LNTuningConfig(target_modules=targets, **PLAIN)
+    model = peft.get_peft_model(model, config)
+    model.load_report = report
+    rows = [dict(prompt="Hens?", completion="Two legs.")] * 4
+    few = dict(max_steps=1, batch_size=2, eval_steps=0, save_steps=0, sample_steps=0)
+    run = sft(model, tokenizer, rows, SFTArgs(out=str(tmp_path / "run"), **few))
+    assert run.info["fast"]["why"] == "off: a norm has an adapter"
+    assert torch.equal(logits(load_model(tmp_path / "run", verbose=False)[0]), logits(run.model))

@@ -2,6 +2,7 @@
 validates."""
 
 import importlib
+import json
 from dataclasses import fields
 from pathlib import Path
 
@@ -9,7 +10,12 @@ import pytest
 
 from tinytrainer_nb.core import TinyTrainerError
 from tinytrainer_nb.model.arguments import TinyLoraArgs
-from tinytrainer_nb.notebooks import notebook_parameters
+from tinytrainer_nb.notebooks import (
+    check_parameters,
+    find_notebook,
+    notebook_parameters,
+    read_parameters,
+)
 from tinytrainer_nb.recipes.arguments import DPOArgs, GRPOArgs, PPOArgs, SFTArgs
 from tinytrainer_nb.settings import check_value, field_type
 
@@ -117,3 +123,60 @@ def test_a_benchmark_reads_its_lists(side_by_side):
     with pytest.raises(TinyTrainerError, match="modes='' is not allowed: it must name at least 1 of auto, off"):
         side_by_side.listed("modes", "", ["auto", "off"], least=1)
     assert side_by_side.listed("peers", "", ["default"]) == []
+
+
+def notebook_with(tmp_path: Path, source, tags=("parameters",)) -> Path:
+    "A notebook of one cell"
+    file = tmp_path / "one.ipynb"
+    cell = dict(cell_type="code", id="a", execution_count=None, outputs=[], metadata=dict(tags=tags), source=source)
+    file.write_text(json.dumps(dict(cells=[cell], metadata={}, nbformat=4, nbformat_minor=5)))
+    return file
+
+
+YAML = {
+    "5: 3": "5: no such parameter",
+    "null: 3": "None: no such parameter",
+    "steps: 1\nsteps: 2": "steps stands twice",
+    "steps: " + "[" * 3000 + "]" * 3000: "nested too deeply",
+    "steps: &a [*a]": "nested too deeply",
+    "steps: " + "9" * 5000: "not readable",
+    "rate: 1" + "0" * 400: "rate=1",
+    "steps: 1:30": "steps='1:30'",
+}
+
+
+@pytest.mark.parametrize("text", YAML, ids=range(len(YAML)))
+def test_what_no_parameter_can_be_is_one_line(text, tmp_path):
+    file = notebook_with(tmp_path, "steps = 3 # how many\nrate = 0.5")
+    (tmp_path / "values.yaml").write_text(text)
+    with pytest.raises(TinyTrainerError, match=YAML[text]) as raised:
+        check_parameters(file, read_parameters(tmp_path / "values.yaml"))
+    assert "\n" not in str(raised.value)
+
+
+def test_parameters_are_read_as_people_write_them(tmp_path):
+    file = notebook_with(tmp_path, "steps = 3\nlimit: int | None = None\nname: str = 'a'")
+    (tmp_path / "values.yaml").write_text("\ufeffsteps: 010\nlimit: 12\nname: 1:30", encoding="utf-8")
+    expected = dict(steps=10, limit=12, name="1:30")
+    assert check_parameters(file, read_parameters(tmp_path / "values.yaml")) == expected
+    assert check_parameters(file, dict(limit="1e3")) == dict(limit=1000)
+    assert check_parameters(file, dict(limit="none")) == dict(limit=None)
+    for wrong in ("[1]", "x", ""):
+        with pytest.raises(TinyTrainerError, match="limit=.* whole number"):
+            check_parameters(file, dict(limit=wrong))
+
+
+@pytest.mark.parametrize(
+    "source, tags", [("a = 1", 5), (5, ["parameters"]), ("a = " + "-" * 20_000 + "1", ["parameters"])]
+)
+def test_an_odd_notebook_is_one_line(source, tags, tmp_path):
+    with pytest.raises(TinyTrainerError, match="not readable as"):
+        notebook_parameters(notebook_with(tmp_path, source, tags))
+
+
+def test_a_path_is_no_name_of_a_notebook_of_the_project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("my/edited/01_quickstart.ipynb", "quickstart.py", "./quickstart"):
+        with pytest.raises(TinyTrainerError, match="no such notebook"):
+            find_notebook(name)
+    assert find_notebook("quickstart").name == find_notebook("01_quickstart.ipynb").name == "01_quickstart.ipynb"

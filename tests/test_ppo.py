@@ -309,7 +309,8 @@ def test_a_distance_alone_keeps_its_scale():
     small, large = (only_differences([size] * 2, zeros, kl=0.01).advantages for size in (1.0, 10.0))
     assert 0 < small.abs().max() < 0.01
     torch.testing.assert_close(large, small / 10)
-    assert only_differences([0.0, 0.0], zeros, kl=0.01).advantages.equal(small)  # nothing earned: a scale of 1
+    for nothing in ([0.0, 0.0], [1e-6, 2e-6]):  # nothing earned: a scale of 1
+        torch.testing.assert_close(only_differences(nothing, zeros, kl=0.01).advantages, small)
 
 
 def same(prompt, completion):
@@ -324,12 +325,18 @@ def never(prompts, completions):
     return [0.0] * len(prompts)
 
 
+def noise(prompt, completion):
+    return 1e-5 * letters(prompt, completion)
+
+
 @pytest.mark.parametrize(
     "recipe, reward",
     [
         ("ppo", same),
         ("ppo", nearly_the_same),
         ("ppo", never),
+        ("ppo", noise),
+        ("grpo", noise),
         ("ppo, value adapter", nearly_the_same),
         ("grpo", nearly_the_same),
         ("grpo, KL", same),
@@ -358,6 +365,25 @@ def test_rewards_that_hardly_differ_leave_the_policy_as_it_was(tmp_path, recipe,
     for n, p in trainable(model).items():
         assert p.equal(before[n]), n
     assert run.history("kl")[1] == [0, 0] and run.history("no_signal")[1] == [1, 1]
+
+
+@pytest.mark.parametrize("recipe", [ppo, grpo])
+def test_a_reward_that_differs_among_prompts_teaches_ppo_and_not_grpo(tmp_path, recipe):
+    "The journal says of each what it compares, and the alarm with it"
+    model, tokenizer = tiny_policy()
+    before = {n: p.detach().clone() for n, p in trainable(model).items()}
+    prompts = [dict(prompt=f"{n} + 4?", right=n % 2) for n in range(16)]
+    few = dict(
+        batch_size=4, num_generations=2, max_new_tokens=4, warmup_steps=0, max_steps=5, out=str(tmp_path / "run")
+    )
+    args = (PPOArgs if recipe is ppo else GRPOArgs)(**few)
+    run = recipe(model, tokenizer, prompts, lambda prompt, completion, right: float(right), args)
+    moved = any(not p.equal(before[n]) for n, p in trainable(model).items())
+    earned, found = run.history("reward")[1], run.history("no_signal")[1]
+    assert any(0 < r < 1 for r in earned) and moved == (recipe is ppo)
+    assert found == ([float(r in (0, 1)) for r in earned] if recipe is ppo else [1.0] * 5)
+    rung = [e["name"] for e in run.events if e["kind"] == "alarm"]
+    assert ("no_signal" in rung) == (recipe is grpo)
 
 
 def test_a_round_without_differences_after_rounds_with_some(tmp_path):

@@ -2,6 +2,7 @@
 and how its mistakes are told."""
 
 import datetime
+import functools
 import json
 import random
 import re
@@ -26,6 +27,7 @@ from tinytrainer_nb.recipes.preference import encode_pairs, model_reward, reward
 from tinytrainer_nb.recipes.rewards import (
     BUILT_IN,
     Reward,
+    code_hash,
     exact_answer,
     final_answer,
     find_reward,
@@ -37,6 +39,8 @@ from tinytrainer_nb.recipes.rewards import (
     reference_overlap,
     repetition_reward,
     reward_columns,
+    same_reward,
+    silent,
 )
 
 PROMPTS, COMPLETIONS, ROWS = ["Who?", "Where?"], ["Nobody.", "In the park."], [{}, dict(level=2)]
@@ -466,7 +470,7 @@ OURS = dict(prompt="the data's", completion="the data's", prompts=["the data's"]
         lambda prompt, completion, **row: float(prompt == "Who?" and completion == "Nobody."),
         lambda completion, prompt: float(prompt == "Who?" and completion == "Nobody."),
         lambda completion, level: float(completion == "Nobody."),
-        lambda asked, said, **row: float(asked == "Who?" and said == "Nobody."),
+        lambda question, text, **row: float(question == "Who?" and text == "Nobody."),
         lambda asked, said, /: float(asked == "Who?" and said == "Nobody."),
         lambda level, *, prompt, completion: float(prompt == "Who?" and completion == "Nobody."),
     ],
@@ -692,8 +696,379 @@ def test_rewards_that_hardly_differ():
     assert (
         hardly_differ([1.0] * 4) and hardly_differ([0.0] * 4) and hardly_differ([5.0, 5.04]) and hardly_differ([-3.0])
     )
-    assert not hardly_differ([1.0, 0.0]) and not hardly_differ([0.0, 1e-6]) and not hardly_differ([1.0, 1.02])
+    assert not hardly_differ([1.0, 0.0]) and not hardly_differ([0.0, 1e-3]) and not hardly_differ([1.0, 1.02])
+    assert hardly_differ([0.0, 1e-5]) and hardly_differ([-1e-6, 9e-5]) and not hardly_differ([0.0, 2e-4])
     assert hardly_differ([0.5, 0.505], 1.0) and not hardly_differ([0.5, 0.505], 0.1)
+
+
+def test_groups_are_measured_by_a_size_that_no_single_group_decides():
+    "The round's mean size, or less where few groups are far larger than the usual one; noise stays noise"
+    assert silent([[0.0, 1.0], [-1e5, -1e5], [0.5, 0.5]]) == [False, True, True]
+    assert silent([[0.0, 0.0], [0.0, 0.0], [5.0, 5.001]]) == [True, True, True]
+    assert silent([[1.0, 0.0], [0.3, 0.3001], [5.0, 5.001]]) == [False, True, True]
+    assert silent([[-1.0, -2.0], [-3.0, -5.0], [-1e6, -9e5]]) == [False, False, False]
+
+
+# Parameters
+
+SEEN = [dict(messages=TURNS, reference_answer="Nobody.", level=2, question="the data's")]
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda reference_answer, completion: float(reference_answer == "Nobody." and completion == "I."),
+        lambda messages, completion: float(messages == TURNS and completion == "I."),
+        lambda level, completion, **row: float(level == 2 and completion == "I."),
+        lambda level, *, completion: float(level == 2 and completion == "I."),
+        lambda level, completion, reference_answer: float(
+            (level, completion, reference_answer) == (2, "I.", "Nobody.")
+        ),
+        lambda question, completion: float(question == "the data's"),
+        lambda asked, completion: float((asked, completion) == ("Who?", "I.")),
+        lambda asked, /, completion: float((asked, completion) == ("Who?", "I.")),
+        lambda prompt, said: float((prompt, said) == ("Who?", "I.")),
+        lambda said, prompt: float((prompt, said) == ("Who?", "I.")),
+        lambda asked, said: float((asked, said) == ("Who?", "I.")),
+        lambda level, weight=1.0, *, prompt, completion: float((level, prompt, completion) == (2, "Who?", "I.")),
+        lambda **row: float((row["prompt"], row["completion"], row["level"]) == ("Who?", "I.", 2)),
+        lambda prompt, **row: float((prompt, row["completion"], row["level"]) == ("Who?", "I.", 2)),
+        lambda level, **row: float((level, row["prompt"], row["completion"]) == (2, "Who?", "I.")),
+        lambda *texts, **row: float((texts, row["prompt"], row["completion"]) == ((), "Who?", "I.")),
+    ],
+)
+def test_each_parameter_gets_what_its_name_means(f):
+    find_reward(f).check(SEEN)
+    assert find_reward(f)(["Who?"], ["I."], [reward_columns(SEEN[0])])[0] == [1.0]
+
+
+@pytest.mark.parametrize(
+    "f, said",
+    [
+        (lambda response, reference_answer: 0.0, "its parameter response would get the prompt"),
+        (lambda text, reference_answer: 0.0, "its parameter reference_answer would get the completion"),
+        (lambda text, reference_answer="": 0.0, "takes (text, reference_answer='')"),
+        (lambda messages, said: 0.0, "its parameter messages would get the prompt"),
+        (lambda asked, level: 0.0, "its parameter level would get the completion"),
+        (lambda prompt, level: 0.0, "its parameter level would get the completion"),
+        (lambda question, said: 0.0, "its parameter question would get the prompt"),  # or the data's?
+        (lambda answer, completion: 0.0, "asks for answer, which the data has not"),
+        (lambda target, completion: 0.0, "asks for target, which the data has not"),
+        (lambda text: 0.0, "takes (text), and must take prompt and completion"),
+        (lambda text, weight=0.5: 0.0, "takes (text, weight=0.5)"),
+        (lambda *texts: 0.0, "takes (*texts)"),
+        (lambda: 0.0, "takes ()"),
+    ],
+)
+def test_a_parameter_of_unclear_meaning_is_refused_before_the_run(f, said):
+    for call in (find_reward(f).check, lambda rows: find_reward(f)(["Who?"], ["I."], rows)):
+        told = refused(call, SEEN)
+        assert said in told and "reward <lambda>" in told
+
+
+def test_a_column_that_some_rows_lack_is_found_before_the_run():
+    "It is a column in the rows that lack it, too, and never the prompt"
+    f = lambda level, completion: 1.0
+    rows = [dict(level=1, messages=TURNS), dict(messages=TURNS), dict(level=3)]
+    said = refused(find_reward(f).check, rows)
+    assert said.startswith("prompt 2 ('Who?'): ") and "asks for level, which the data has not" in said
+    assert "asks for level" in refused(find_reward(f), ["a", "b"], ["x", "y"], [dict(level=1), {}])
+
+
+def hiding(f):
+    def inner(*args, **kwargs):
+        return f(*args, **kwargs)
+
+    return inner
+
+
+def telling(f):
+    @functools.wraps(f)
+    def inner(first, second, **row):
+        return f(first, second, **row)
+
+    return inner
+
+
+def test_decorators():
+    def plain(prompt, completion, **row):
+        return float((prompt, completion, row) == ("Who?", "I.", dict(level=2)))
+
+    def others(asked, said):
+        return float((asked, said) == ("Who?", "I."))
+
+    def batch(prompts, completions, **columns):
+        return [1.0] * len(prompts)
+
+    rows = [dict(level=2)]
+    for f in (
+        hiding(plain),
+        functools.wraps(plain)(hiding(plain)),
+        telling(others),
+        functools.wraps(batch)(hiding(batch)),
+    ):
+        assert find_reward(f)(["Who?"], ["I."], rows)[0] == [1.0]
+    for f in (hiding(others), hiding(batch)):
+        assert "put @functools.wraps(f) on its inner function" in refused(find_reward(f), ["Who?"], ["I."], rows)
+
+
+async def waits(prompt, completion):
+    return 1.0
+
+
+async def waits_for_all(prompts, completions):
+    return [1.0] * len(prompts)
+
+
+class Waits:
+    async def __call__(self, prompt, completion):
+        return 1.0
+
+
+@pytest.mark.parametrize("f", [waits, waits_for_all, Waits(), partial(waits)])
+def test_an_async_reward_is_refused_before_the_run(f):
+    assert "is async" in refused(find_reward(f).check, SEEN)
+
+
+@pytest.mark.parametrize(
+    "values", [{0: 1.0, 1: 2.0}, {1.0, 2.0}, frozenset([1.0, 2.0]), {1.0: 0, 2.0: 0}.keys(), "12", b"12"]
+)
+def test_trl_form_must_return_values_in_an_order(values):
+    assert "must return a list" in refused(both, lambda prompts, completions: values)
+
+
+@pytest.mark.parametrize(
+    "values", [np.ones((2, 1)), torch.ones(2, 1), torch.ones(2, 1, 1), (1.0, 1.0), {0: 1.0, 1: 1.0}.values()]
+)
+def test_trl_form_may_return_one_number_a_row(values):
+    assert both(lambda prompts, completions: values)[0] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "value", [np.complex64(1), np.array(1 + 0j), torch.tensor(1 + 0j), np.array("1"), np.ma.masked]
+)
+def test_no_number_is_read_into_what_is_none(value):
+    assert "must be a finite number" in refused(both, lambda prompt, completion: value)
+
+
+def test_a_reward_changes_nothing_of_what_was_said():
+    def greedy(prompts, completions, words, **columns):
+        for texts in (prompts, completions, words[0]):
+            texts.clear()
+        return [1.0, 1.0]
+
+    def after(prompt, completion, words, **row):
+        return float(len(words))
+
+    prompts, completions, rows = [*PROMPTS], [*COMPLETIONS], [dict(words=["a"]), dict(words=["b"])]
+    totals, _ = Reward(dict(greedy=(greedy, 1.0), after=(after, 1.0)))(prompts, completions, rows)
+    assert totals == [2.0, 2.0] and (prompts, completions) == (PROMPTS, COMPLETIONS) and rows[0] == dict(words=["a"])
+
+
+@pytest.mark.parametrize(
+    "part", [exact_answer, (exact_answer,), (exact_answer, "1"), ("length", 1.0), (exact_answer, float("nan"))]
+)
+def test_a_part_is_a_function_and_a_weight(part):
+    assert "it must be a function and its weight, such as a=(mine, 1.0)" in refused(Reward, dict(a=part))
+    assert "name a part" in refused(Reward, {})
+
+
+# Modules beside a reward's file
+
+USES = "from helpers import worth\ndef good(prompt, completion): return worth()\n"
+LATE = "def good(prompt, completion):\n    import helpers\n    return helpers.worth()\n"
+ALL = "def good(prompts, completions):\n    from helpers import worth\n    for c in completions: yield worth()\n"
+WORTH = "from numbers_of import VALUE\ndef worth(): return VALUE\n"
+
+
+def value_of(file):
+    return find_reward(f"{file}:good")(["Who?"], ["I."], [{}])[0][0]
+
+
+@pytest.mark.parametrize("source", [USES, LATE, ALL])
+@pytest.mark.parametrize("package", ["helpers.py", "helpers/__init__.py", "helpers/worth.py"])
+def test_a_file_imports_what_stands_beside_it(tmp_path, source, package):
+    "Two files with helpers of the same name, changed in between; nothing is left in the interpreter or in the folder"
+    before, path = dict(sys.modules), [*sys.path]
+    if package == "helpers/worth.py":
+        source = source.replace("helpers import worth", "helpers.worth import worth")
+        source = source.replace("import helpers\n", "import helpers.worth as helpers\n")
+    judges = {}
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        written(tmp_path / name / package, WORTH)
+        written(tmp_path / name / "numbers_of.py", f"VALUE = {value}\n")
+        judges[value] = find_reward(f"{written(tmp_path / name / 'mine.py', source)}:good")
+    for _ in range(2):
+        assert all(judge(["Who?"], ["I."], [{}])[0] == [value] for value, judge in judges.items())
+    written(tmp_path / "a" / "numbers_of.py", "VALUE = 3.0\n")
+    assert value_of(tmp_path / "a" / "mine.py") == 3.0
+    assert sys.path == path and not {"helpers", "numbers_of"} & sys.modules.keys() - before.keys()
+    assert not list(tmp_path.rglob("__pycache__")) and sys.modules["json"] is json
+
+
+def test_a_module_of_the_notebook_keeps_its_place(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "helpers", json)
+    written(tmp_path / "helpers.py", "def worth(): return 5.0\n")
+    (tmp_path / "numpy").mkdir()  # a folder of an installed module's name is not the module
+    written(tmp_path / "numpy" / "notes.py", "")
+    file = written(tmp_path / "mine.py", "import numpy\nnumpy.ones(1)\n" + USES)
+    assert value_of(file) == 5.0 and sys.modules["helpers"] is json and sys.modules["numpy"] is np
+
+
+def test_a_name_that_is_no_function_is_told(tmp_path):
+    file = written(tmp_path / "mine.py", "x = 3\ndef good(prompt, completion): return 1.0\n")
+    assert f"x of {file} is no function" in refused(find_reward, f"{file}:x")
+    assert "Did you mean good?" in refused(find_reward, f"{file}:goood")
+
+
+# The same reward
+
+
+class Judge:
+    def __init__(self, sign, words=("a",)):
+        self.sign, self.words, self.asked = sign, list(words), []
+
+    def helped(self):
+        return self.sign
+
+    def __call__(self, prompt, completion, **row):
+        self.asked.append(prompt)
+        return self.helped() * float(len(completion))
+
+    def score(self, prompt, completion, **row):
+        return self(prompt, completion)
+
+
+class Stricter(Judge):
+    def helped(self):
+        return 2 * self.sign
+
+
+def closed(sign, words=("a",)):
+    words = list(words)
+    return lambda prompt, completion: sign * float(len(completion)) + len(words)
+
+
+def default(value):
+    def mine(prompt, completion, sign=value, *, other=value):
+        return sign
+
+    return mine
+
+
+def scaled(factor):
+    def decorate(f):
+        @functools.wraps(f)
+        def inner(prompt, completion, **row):
+            return factor * f(prompt, completion)
+
+        return inner
+
+    return decorate
+
+
+def by_length(prompt, completion):
+    return float(len(completion))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Judge,
+        lambda sign: Judge(1, ["a"] * sign),
+        lambda sign: (Judge, Stricter)[sign - 1](1),
+        lambda sign: Judge(sign).score,
+        lambda sign: partial(Judge(sign)),
+        lambda sign: partial(default(0), sign=sign),
+        lambda sign: partial(default(0), sign={"a", "b", "c", sign}),
+        closed,
+        lambda sign: closed(1, ["a"] * sign),
+        lambda sign: closed(Judge(sign)),
+        default,
+        lambda sign: scaled(sign)(by_length),
+        lambda sign: scaled(2)(default(sign)),
+        lambda sign: functools.lru_cache(default(sign)),
+        lambda sign: closed(np.array([1, sign])),
+        lambda sign: closed(torch.tensor([1, sign])),
+        lambda sign: closed(dict(a=[sign])),
+        lambda sign: closed(Decimal(sign)),
+    ],
+)
+def test_another_value_makes_another_reward(make):
+    assert code_hash(make(1)) == code_hash(make(1)) != code_hash(make(2))
+    record = find_reward(make(1)).record
+    same_reward(record, make(1))
+    assert "has changed since" in refused(same_reward, record, make(2))
+    same_reward(record, make(2), accepted=True)
+
+
+def test_what_a_reward_keeps_in_memory_is_no_change():
+    judge, counted = Judge(1), []
+
+    def counts(prompt, completion):
+        counted.append(completion)
+        return float(len(counted))
+
+    for f in (judge, judge.score, counts, lambda prompt, completion: judge(prompt, completion)):
+        record = find_reward(f).record
+        both(f)
+        same_reward(record, f)
+    assert judge.asked and counted
+    record, judge.sign = find_reward(judge).record, -1
+    assert "has changed since" in refused(same_reward, record, judge)
+
+
+LIMIT, WORDS = 3, ["a"]
+
+
+def helper(completion):
+    return len(completion) < LIMIT
+
+
+def uses_globals(prompt, completion):
+    return float(helper(completion)) + len(WORDS)
+
+
+def test_variables_and_helpers_count(monkeypatch):
+    record = find_reward(uses_globals).record
+    same_reward(record, uses_globals)
+    other = dict(LIMIT=4, WORDS=["b"], helper=lambda completion: True)
+    for name, value in other.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.modules[__name__], name, value)
+            assert "has changed since" in refused(same_reward, record, uses_globals), name
+    same_reward(record, uses_globals)
+
+
+def test_a_changed_file_beside_a_reward_file_is_noticed(tmp_path):
+    "A module that it imports, late or through another one, and a file that it reads when it is executed"
+    reads = "from pathlib import Path\nW = float((Path(__file__).parent / 'w.txt').read_text())\n"
+    for source in (USES, LATE, ALL, reads + "def good(prompt, completion): return W\n"):
+        for name, text in {
+            "mine.py": source,
+            "helpers.py": WORTH,
+            "numbers_of.py": "VALUE = 1\n",
+            "w.txt": "1",
+        }.items():
+            written(tmp_path / name, text)
+        spec = f"{tmp_path / 'mine.py'}:good"
+        record = find_reward(spec).record
+        written(tmp_path / "numbers_of.py", "VALUE = 1 # one\n")
+        same_reward(record, spec)
+        for name in ("numbers_of.py", "w.txt"):
+            written(tmp_path / name, "VALUE = 2\n" if name.endswith("py") else "2")
+        assert "the code of good has changed since" in refused(same_reward, record, spec)
+
+
+def test_a_fingerprint_counts_if_it_is_a_text():
+    class Named(Judge):
+        fingerprint = "first"
+
+    class Method(Judge):
+        def fingerprint(self):
+            return "x"
+
+    assert code_hash(Named(1)) == code_hash(Named(2)) and code_hash(Method(1)) != code_hash(Method(2))
 
 
 def test_a_reward_model_reads_the_text_that_it_learned_on(tmp_path, monkeypatch):

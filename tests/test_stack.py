@@ -4,6 +4,7 @@ taken for the reference as one."""
 import math
 import time
 
+import peft
 import pytest
 import torch
 from peft import PeftModel
@@ -228,6 +229,29 @@ def test_a_stack_needs_something_below():
         TinyTrainerError, match="Its linear layers: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
     ):
         stack_adapter(add_lora(base()[0], LoraArgs(r=2)), LoraArgs(target_modules="q_prj"))
+
+
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        (dict(modules_to_save=["lm_head"]), "brings a whole linear module or some tokens' embeddings"),
+        (dict(trainable_token_indices=[3, 10]), "brings a whole linear module or some tokens' embeddings"),
+    ],
+    ids=str,
+)
+def test_what_peft_cannot_save_in_a_stack_is_refused(config, said):
+    model = peft.get_peft_model(base()[0], peft.LoraConfig(r=2, target_modules=["q_proj"], **config))
+    with pytest.raises(TinyTrainerError, match=said):
+        stack_adapter(model)
+
+
+def test_another_kind_below_is_named():
+    config = peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[])
+    with pytest.raises(TinyTrainerError, match="this model has one of the kind IA3. Merge it first"):
+        stack_adapter(peft.get_peft_model(base()[0], config))
+    named = peft.get_peft_model(base()[0], peft.LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="math")
+    with pytest.raises(TinyTrainerError, match="the adapter in use is called math"):
+        stack_adapter(named)
 
 
 PAIRS = [dict(prompt=f"How much is {i} and {i}?", chosen=f"It is {2 * i}.", rejected="No idea.") for i in range(12)]

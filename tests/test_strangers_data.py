@@ -13,17 +13,19 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from live import adapter
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BloomConfig,
     GPT2Config,
     LlamaConfig,
     OPTConfig,
 )
 
 from tinytrainer_nb.core import TinyTrainerError, data_file
-from tinytrainer_nb.data.formats import load_examples, load_prompts
+from tinytrainer_nb.data.formats import data_origin, load_examples, load_prompts
 from tinytrainer_nb.data.rows import encode_rows, held_numbers, hold_out, read_examples
 from tinytrainer_nb.data.tokens import encode_chat, ensure_template, pack_row
 from tinytrainer_nb.model.arguments import LoraArgs
@@ -613,9 +615,14 @@ def notes(run) -> str:
     return " ".join(e.get("message", "") for e in run.events if e["kind"] == "note")
 
 
-def test_the_context_is_a_limit_where_positions_are_learned(bases):
+def test_the_context_is_what_the_config_states(bases):
     found = {name: context_length(loaded(base)[0]) for name, base in bases.items()}
-    assert found == dict(gpt2=CONTEXT, opt=CONTEXT, llama=None)
+    assert found == dict(gpt2=CONTEXT, opt=CONTEXT, llama=CONTEXT)
+    bloom = BloomConfig(hidden_size=32, n_layer=1, n_head=2, **FEW)  # a bias by distance, for any length
+    assert context_length(AutoModelForCausalLM.from_config(bloom)) is None
+
+
+def test_a_text_beyond_the_table_of_positions_cannot_be_computed(bases):
     for name in ("gpt2", "opt"):
         model = AutoModelForCausalLM.from_pretrained(bases[name])
         assert (
@@ -625,7 +632,7 @@ def test_the_context_is_a_limit_where_positions_are_learned(bases):
             model(torch.ones(1, CONTEXT + 1, dtype=torch.long))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama"])
 def test_rows_beyond_the_context_are_left_out_in_sft(bases, name, tmp_path, capsys):
     model, own = loaded(bases[name])
     often = dict(batch_size=4, eval_steps=1, save_steps=1, sample_steps=1, sample_tokens=8)
@@ -662,15 +669,16 @@ def test_a_resumed_run_leaves_out_the_same_rows(bases, recipe, Args, tmp_path, m
     assert again.status == "finished" and adapter(again) == adapter(whole)
 
 
-def test_texts_are_cut_to_the_context(bases, tmp_path):
-    model, own = loaded(bases["gpt2"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_texts_are_cut_to_the_context(bases, name, tmp_path):
+    model, own = loaded(bases[name])
     table = load_examples([dict(text=TALE)] * 3)
     rows, reading = encode_rows(own, table, 512, context=context_length(model))
     assert {len(r["input_ids"]) for r in rows[:-1]} >= {CONTEXT} and max(len(r["input_ids"]) for r in rows) == CONTEXT
     assert reading.windows and reading.left_out == {} and reading.learned == sum(n - 1 for n in reading.lengths)
     none = dict(eval_steps=0, save_steps=0, sample_steps=0)
     assert sft(model, own, table, SFTArgs(max_steps=1, out=str(tmp_path / "s"), **none)).status == "finished"
-    model, own = loaded(bases["gpt2"], lora=False)
+    model, own = loaded(bases[name], lora=False)
     args = PretrainArgs(max_steps=2, eval_steps=1, save_steps=0, sample_steps=1, out=str(tmp_path / "p"), batch_size=4)
     run = pretrain(model, own, [TALE] * 3, args)
     assert (
@@ -679,8 +687,9 @@ def test_texts_are_cut_to_the_context(bases, tmp_path):
     )
 
 
-def test_the_loss_is_evaluated_on_rows_that_fit(bases, capsys):
-    model, own = loaded(bases["opt"], lora=False)
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_the_loss_is_evaluated_on_rows_that_fit(bases, name, capsys):
+    model, own = loaded(bases[name], lora=False)
     found = evaluate(model, own, LONG + SHORT, "loss")
     assert found.n == 14 and found.score == pytest.approx(evaluate(model, own, SHORT, "loss").score, abs=1e-5)
     assert "left out: 6 longer than the model's context of 32 tokens" in capsys.readouterr().err
@@ -688,14 +697,15 @@ def test_the_loss_is_evaluated_on_rows_that_fit(bases, capsys):
     assert "6 longer than the model's context" in why and "Shorten the rows" in why and "max_length" not in why
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
 @pytest.mark.parametrize("recipe, Args", [(dpo, DPOArgs), (reward_model, RewardModelArgs)])
-def test_pairs_beyond_the_context_are_left_out(bases, recipe, Args, tmp_path):
+def test_pairs_beyond_the_context_are_left_out(bases, recipe, Args, name, tmp_path):
     pairs = [dict(prompt=r["prompt"], chosen=r["completion"], rejected="no") for r in LONG + SHORT]
     args = Args(max_steps=1, batch_size=4, eval_steps=1, save_steps=0, sample_steps=0, out=str(tmp_path / "run"))
-    model, own = loaded(bases["gpt2"])
+    model, own = loaded(bases[name])
     run = recipe(model, own, pairs, args)
     assert run.status == "finished" and "6 longer than the model's context of 32 tokens" in notes(run)
-    why = refused(recipe, *loaded(bases["gpt2"]), pairs[:6], args)
+    why = refused(recipe, *loaded(bases[name]), pairs[:6], args)
     assert "6 longer than the model's context" in why and "Shorten the pairs" in why and "max_length" not in why
     if recipe is reward_model:
         reward = model_reward(run.folder)
@@ -720,3 +730,272 @@ def test_the_filling_of_a_packed_row_has_no_positions_of_its_own():
     packed = pack_row([encode_chat(tokenizer, TALK)])
     length = packed["document_lengths"][0]
     assert packed["position_ids"][0].tolist() == [*range(length), *[0] * (packed["input_ids"].shape[1] - length)]
+
+
+# What marks an answer as bad
+
+NO = dict(false=False, text="False", zero=0, zero_text="0", zero_float=0.0)
+
+
+def unlearned(table) -> list[bool]:
+    return [bool(m) and m[-1].get("weight") == 0 for m in table["messages"]]
+
+
+@pytest.mark.parametrize("column", ["label", "weight", "train"])
+@pytest.mark.parametrize("value", NO)
+def test_a_row_that_says_no_is_not_learned(column, value, capsys):
+    rows = [
+        dict(PAIR, **{column: True if value == "false" else 1}),
+        dict(PAIR, completion="bad", **{column: NO[value]}),
+    ]
+    table = load_examples(rows)
+    said_no = f"1 of 2 rows: the answer is not learned, as column {column} says"
+    assert unlearned(table) == [False, True] and said_no in capsys.readouterr().err
+    learned_rows, reading = encode_rows(tokenizer, table, 64)
+    assert len(learned_rows) == 1 and reading.left_out == {"nothing to learn": [2]}
+    assert [r["reference_answer"] for r in load_prompts(rows)] == ["a", None]
+
+
+def test_other_labels_are_no_marks(capsys):
+    kinds = (
+        [dict(PAIR, label=n) for n in (0, 1, 2)],
+        [dict(PAIR, label="spam"), dict(PAIR, label="0")],
+        [dict(text="plain", label=0)],
+        [dict(PAIR, label=None), dict(PAIR, label=True)],
+        [dict(prompt="q", label=False)],
+    )
+    for rows in kinds:
+        table = load_examples(rows)
+        assert not any(t.get("weight") == 0 for m in dict(table[:]).get("messages", []) for t in m or [])
+    assert capsys.readouterr().err == ""
+    load_examples([dict(PAIR, weight=0.5), dict(PAIR, weight=1)])
+    assert "1 of 2 rows: column weight is not used: an answer is learned or not" in capsys.readouterr().err
+    load_examples([dict(text="plain", train=False, label=0)])
+    assert "column train is not used: a text is learned whole" in capsys.readouterr().err
+
+
+def test_bad_answers_of_turns_and_of_csv_files(tmp_path):
+    path = tmp_path / "kto.csv"
+    path.write_text("prompt,completion,label\nq,good,True\nq,bad,False\n")
+    assert unlearned(load_examples(path)) == [False, True]
+    talks = [dict(prompt=[user("q")], completion=[said(t)], label=t == "good") for t in ("good", "bad")]
+    assert unlearned(load_examples(talks)) == [False, True]
+    assert unlearned(load_examples([dict(messages=TALK, train=False), dict(messages=TALK)])) == [True, False]
+
+
+@pytest.mark.parametrize("mark", [dict(train=0), dict(training=0.0), dict(loss=False), dict(weight=False)])
+def test_every_mark_of_a_turn_says_no_alike(mark):
+    assert load_examples([dict(messages=[user("q"), said("a", **mark)])])["messages"][0][-1]["weight"] == 0
+    nothing = dict.fromkeys(mark, None)
+    assert load_examples([dict(messages=[user("q"), said("a", **nothing)])])["messages"][0] == TALK
+
+
+@pytest.mark.parametrize("mark", [dict(train="false"), dict(training=2), dict(weight="0"), dict(loss="no")])
+def test_marks_of_turns_that_are_not_known_are_refused(mark):
+    why = refused(load_examples, [dict(messages=[user("q"), said("a", **mark)])])
+    ((name, value),) = mark.items()
+    assert f"row 1, field 'messages': a turn's {name} {value!r} is not known" in why
+
+
+@pytest.mark.parametrize(
+    "field", [dict(mask=True), dict(train_on=False), dict(train_detail=[1]), dict(name="Bob"), dict(loss=0.3)]
+)
+def test_other_fields_of_turns_are_said(field, capsys):
+    for column, row in dict(
+        messages=dict(messages=[user("q"), said("a", **field)]),
+        completion=dict(prompt="q", completion=[said("a", **field)]),
+        chosen=dict(prompt="q", chosen=said("a", **field), rejected="b"),
+    ).items():
+        load_examples([row])
+        assert f"field {next(iter(field))} of turns is not used" in capsys.readouterr().err, column
+    load_examples([dict(messages=[user("q"), said("a", name=None, tool_calls=[], mask="")])])
+    assert capsys.readouterr().err == ""
+
+
+# Columns that mean something and are not used
+
+UNREAD = [
+    (dict(instruction="i", output="o"), "Input", "--columns input=Input reads it as input"),
+    (dict(instruction="i", output="o"), "inputs", "--columns input=inputs reads it as input"),
+    (dict(instruction="i", response="o"), "Context", "--columns context=Context reads it as context"),
+    (dict(PAIR), "System", "--columns system=System reads it as system"),
+    (dict(PAIR), "system_instruction", "--columns system=system_instruction reads it as system"),
+    (dict(messages=TALK), "developer", "--columns system=developer reads it as system"),
+    (dict(question="q", answer="a"), "Context", "the data are read as question/answer"),
+    (dict(question="q", answer="a"), "instruction", "the data are read as question/answer"),
+    (dict(PAIR), "instruction", "the data are read as prompt/completion"),
+    (dict(PAIR), "input", "the data are read as prompt/completion"),
+    (dict(PAIR), "Completion", "the data are read as prompt/completion"),
+    (dict(messages=TALK), "tools", "no chat template is shown it"),
+    (dict(messages=TALK), "images", "texts alone are read"),
+]
+
+
+@pytest.mark.parametrize("row, column, why", UNREAD)
+def test_a_column_that_means_something_and_is_not_used_is_said(row, column, why, capsys):
+    load_examples([row, row | {column: "LOST"}])
+    err = capsys.readouterr().err
+    assert f"1 of 2 rows: column {column} is not used: " in err and why in err and len(err.splitlines()) == 1
+    load_examples([row | {column: empty} for empty in ("", None, " ")])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_blank_before_a_name_loses_nothing_in_silence(capsys):
+    load_examples([{"instruction": "i", " input": "LOST", "output": "o"}])
+    assert "column input is not used: columns={'input': ' input'} reads it as input" in capsys.readouterr().err
+    table = load_examples([{"instruction": "i", " input": "x", "output": "o"}], columns={"input": " input"})
+    assert table["messages"][0][0]["content"] == "i\nx" and capsys.readouterr().err == ""
+
+
+def test_columns_that_repeat_the_conversation_are_quiet(capsys):
+    rows = [
+        dict(prompt="q", messages=TALK, chosen=TALK, rejected=[user("q"), said("b")]),
+        dict(instruction="i", input="x", output="o", text="Below is i, then x.\ni\nx\nSay: o"),
+        dict(prompt=[user("q")], question="q", answer="4"),
+        dict(question="q", answer="a", label="x", id=3, topic="t"),
+        dict(PAIR, answer="7", tools="[]"),
+    ]
+    for row in rows:
+        load_examples([row])
+        assert capsys.readouterr().err == "", row
+
+
+# Answers that repeat the question
+
+
+def hh(n: int, **more) -> dict:
+    asked = f"\n\nHuman: hi {n}\n\nAssistant:"
+    return dict(prompt=asked, chosen=f"{asked} a{n}", rejected=f"{asked} b{n}") | more
+
+
+def test_a_question_before_every_answer_is_taken_off(capsys):
+    table = load_examples([hh(1), hh(2)])
+    assert table["chosen"][:] == ["a1", "a2"] and table["rejected"][:] == ["b1", "b2"]
+    assert "2 of 2 rows: the answers begin with the whole question, which is taken off" in capsys.readouterr().err
+    asked = dict(instruction="Name it", input="by day")
+    table = load_examples([asked | dict(chosen="Name it\nby day: sun", rejected="Name it\nby day: ?")])
+    assert table["chosen"][:] == [": sun"] and table["messages"][0] == [user("Name it\nby day")]
+    (asked_again,) = load_examples([dict(question="Who is it?", chosen="Who is it? Mia", rejected="Who is it? Max")])
+    assert asked_again["chosen"] == "Mia"
+
+
+def test_a_question_before_some_answers_is_said_and_stays(capsys):
+    table = load_examples([hh(1), dict(prompt="Who is it?", chosen="Mia", rejected="Max")])
+    assert table["chosen"][0] == hh(1)["chosen"]
+    assert "1 of 2 rows: the answers begin with the whole question, which is learned" in capsys.readouterr().err
+    load_examples([dict(prompt="What is 2?", completion="What is 2? It is two")])
+    assert "the answers begin with the whole question, which is learned" in capsys.readouterr().err
+    assert load_examples([dict(prompt="Hi", chosen="Hi Mia", rejected="Hi.")])["chosen"][:] == ["Hi Mia"]
+    assert load_examples([dict(PAIR)])["messages"][0] == TALK and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("write", [json.dumps, str])
+def test_turns_written_as_text_are_turns(write, capsys):
+    bad = [user("q"), said("b")]
+    plain = dict(prompt="q", chosen=TALK, rejected=bad)
+    assert load_examples([plain | dict(chosen=write(TALK), rejected=write(bad))]).to_list() == [
+        dict(messages=[user("q")], chosen="a", rejected="b")
+    ]
+    assert load_examples([dict(messages=write(TALK))])["messages"][:] == [TALK]
+    assert load_examples([dict(conversations=write([human("q"), gpt("a")]))])["messages"][:] == [TALK]
+    assert load_examples([dict(prompt=write([user("q")]), completion=write(said("a")))])["messages"][:] == [TALK]
+    assert capsys.readouterr().err == ""
+
+
+def test_what_only_looks_like_turns_is_a_text(capsys):
+    odd = '[{"role": "nobody", "content": "?"}]'
+    assert load_examples([dict(prompt="q", completion=odd)])["messages"][0][-1]["content"] == odd
+    assert "column completion looks like turns, but they cannot be read" in capsys.readouterr().err
+    json_answer = '[{"name": "Mia"}]'
+    assert load_examples([dict(prompt="q", completion=json_answer)])["messages"][0][-1]["content"] == json_answer
+    assert capsys.readouterr().err == ""
+    assert load_examples([dict(prompt="q", completion="[" * 5000)]).num_rows == 1
+
+
+# Nothing, as pandas has it
+
+NAN = float("nan")
+
+
+def test_nan_is_nothing(capsys):
+    rows = [dict(instruction="i", input=v, output="o") for v in (NAN, "x", None)]
+    assert [m[0]["content"] for m in load_examples(rows)["messages"]] == ["i", "i\nx", "i"]
+    table = load_examples([dict(PAIR, system=NAN), dict(PAIR, system="S")])
+    assert [len(m) for m in table["messages"]] == [2, 3]
+    table = load_examples([dict(prompt="q", response="r"), dict(prompt="q2", response=NAN)])
+    assert table["messages"][:] == [[user("q"), said("r")], [user("q2")]]
+    load_examples([dict(PAIR, history=NAN, tools=NAN, weight=NAN, label=NAN)])
+    assert capsys.readouterr().err == ""
+    assert "field 'output': expected text" in refused(load_examples, [dict(instruction="i", output=NAN)])
+
+
+# Hints that can be copied
+
+
+def test_a_hint_is_quoted_and_names_both_columns():
+    ask = lambda row, **how: refused(encode_rows, tokenizer, load_examples([row], **how), 64)
+    assert ask({"prompt": "q", "$(touch pwn) x": "text"}).endswith("--columns 'completion=$(touch pwn) x'.")
+    comma = ask({"prompt": "q", "a,b=c": "text"})
+    assert "columns={'completion': 'a,b=c'}" in comma and "terminal" not in comma
+    blank = refused(load_examples, [{" Prompt": "q", "Completion ": "a"}])
+    assert "Yours differ by case or blanks: columns={'prompt': ' Prompt', 'completion': 'Completion '}." in blank
+    for columns, flag in (
+        (("question", "context", "answers"), "prompt=question,completion=answers"),
+        (("user", "assistant"), "prompt=user,completion=assistant"),
+        (("query", "note"), "prompt=query,completion=your_answer"),
+        (("note", "reply"), "prompt=your_question,completion=reply"),
+    ):
+        why = refused(load_examples, [dict.fromkeys(columns, "x")])
+        assert why.endswith(f"in a terminal --columns {flag}."), why
+
+
+def test_names_that_no_flag_can_say_are_not_noted_as_one(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines({"a,b": "q", "c": "a"}))
+    columns = {"prompt": "a,b", "completion": "c"}
+    assert "asked" not in data_origin(load_examples(path, columns=columns))
+    path.write_bytes(lines({"a": "q", "c": "a"}))
+    asked = data_origin(load_examples(path, columns={"prompt": "a", "completion": "c"}))["asked"]
+    assert asked["columns"] == "prompt=a,completion=c"
+
+
+# Folders
+
+
+@pytest.mark.parametrize("name", ["heldout", "held_out", "hold-out", "holdout"])
+def test_what_is_held_out_is_not_trained_on(name, tmp_path):
+    for file, row in (("data", PAIR), (name, dict(prompt="held", completion="a"))):
+        (tmp_path / f"{file}.jsonl").write_bytes(lines(row))
+    assert load_examples(tmp_path)["messages"][:] == [TALK]
+    assert load_examples(tmp_path, split="heldout")["messages"][0][0] == user("held")
+
+
+def test_a_file_and_the_same_packed_are_read_once(tmp_path, capsys):
+    folder(tmp_path / "rows", train_dot_jsonl=lines(PAIR), train_dot_jsonl_dot_gz=gzip.compress(lines(PAIR)))
+    folder(tmp_path / "texts", a_dot_txt=b"one", a_dot_txt_dot_bz2=bz2.compress(b"one"), b_dot_txt=b"two")
+    folder(
+        tmp_path / "two", a_dot_csv_dot_gz=gzip.compress(b"text\none\n"), a_dot_csv_dot_xz=lzma.compress(b"text\none\n")
+    )
+    assert [load_examples(tmp_path / name).num_rows for name in ("rows", "texts", "two")] == [1, 2, 1]
+    assert "1 of 2 files left out (train.jsonl.gz)" in capsys.readouterr().err
+
+
+def test_a_folder_that_datasets_saved_is_read(tmp_path):
+    table = Dataset.from_list([PAIR, dict(prompt="q2", completion="a2")])
+    table.save_to_disk(tmp_path / "one")
+    DatasetDict(train=table, test=table.select([1])).save_to_disk(tmp_path / "parts")
+    DatasetDict(train_sft=table, train_gen=table).save_to_disk(tmp_path / "named")
+    load_examples([dict(PAIR, calls=[dict(a=1), dict(b="x")])]).save_to_disk(tmp_path / "own")
+    assert [load_examples(tmp_path / name).num_rows for name in ("one", "parts")] == [2, 2]
+    assert load_examples(tmp_path / "parts", split="test")["messages"][0] == [user("q2"), said("a2")]
+    assert load_examples(tmp_path / "named", split="train_gen").num_rows == 2
+    assert load_examples(tmp_path / "own")["calls"][0] == [dict(a=1), dict(b="x")]
+    files = data_origin(load_examples(tmp_path / "one"))["files"]
+    assert [Path(f).suffix for f in files] == [".arrow"]
+    assert "several parts may be meant by the split 'train'" in refused(load_examples, tmp_path / "named")
+    assert "its files are of test, train" in refused(load_examples, tmp_path / "parts", split="validation")
+    assert "no file of the split 'test'" in refused(load_examples, tmp_path / "one", split="test")
+    (arrow,) = (tmp_path / "one").glob("*.arrow")
+    assert "Of what save_to_disk wrote, give the folder." in refused(load_examples, arrow)
+    arrow.write_bytes(b"cut")
+    assert "not readable as what save_to_disk wrote" in refused(load_examples, tmp_path / "one")

@@ -1,13 +1,16 @@
 """What ends a turn ends it everywhere; what people write is text; what a template does to a text is noticed."""
 
+import datetime
 import json
 import re
 from types import SimpleNamespace
 
 import pytest
 import torch
+from live import adapter
 from small import small_base
 from tokenizers import (
+    AddedToken,
     Regex,
     Tokenizer,
     decoders,
@@ -17,20 +20,28 @@ from tokenizers import (
     processors,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 from tinytrainer_nb.all import (
+    DPOArgs,
     GenerateArgs,
+    GRPOArgs,
+    Run,
     SFTArgs,
     TinyTrainerError,
     data_file,
+    dpo,
     evaluate,
     generate,
+    grpo,
+    length_reward,
     load_examples,
     load_model,
     save_merged,
     sft,
 )
 from tinytrainer_nb.compute.generate import end_tokens, stream
+from tinytrainer_nb.data import tokens
 from tinytrainer_nb.data.rows import encode_rows
 from tinytrainer_nb.data.tokens import (
     encode_chat,
@@ -44,6 +55,7 @@ from tinytrainer_nb.model.arguments import LoraArgs
 from tinytrainer_nb.model.lora import add_lora
 from tinytrainer_nb.recipes.preference import encode_answer, encode_pairs
 from tinytrainer_nb.recipes.pretrain import token_stream
+from tinytrainer_nb.recipes.trainer import RunTrainer
 
 
 def user(text: str) -> dict:
@@ -408,3 +420,121 @@ def test_blanks_at_the_ends_may_go():
     tokenizer = with_template(turns("{{ m.role }}:\n{{ m.content | trim }}</s>\n", "assistant:\n"))
     row = encode_chat(tokenizer, [user(" How many? \n"), answer("\n seven ")])
     assert said(tokenizer, row) == ["seven</s>"]
+
+
+def test_a_template_that_asks_otherwise_than_it_writes_says_so():
+    "As those of DeepSeek-R1 and QwQ, which open a thought where they ask and write none before an answer"
+    tokenizer = with_template(CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n"))
+    for talk in (TALK[:2], TALK, [dict(role="system", content="Be short."), *TALK[:2]]):
+        with pytest.raises(TinyTrainerError, match=r"asks for an answer with '<think>\\n', which it does not write"):
+            encode_chat(tokenizer, talk)
+    assert tokenizer.decode(prompt_ids(tokenizer, TALK[:1])).endswith("<think>\n")
+    moved = with_template("{{ messages | length }}" + CHATML)
+    with pytest.raises(TinyTrainerError, match="rewrites earlier turns"):
+        encode_chat(moved, TALK[:2])
+
+
+# Special tokens that swallow the blanks beside them
+
+SWALLOWING = dict(  # template, what swallows, the answers' runs of learned tokens
+    phi3=(turns("<|{{ m.role }}|>\n{{ m.content }}<|end|>\n", "<|assistant|>\n"), dict(rstrip=True)),
+    line_before=(turns("<|{{ m.role }}|>\n{{ m.content }}\n<|end|>\n", "<|assistant|>\n"), dict(lstrip=True)),
+    both=(turns("<|{{ m.role }}|> {{ m.content }} <|end|> \n", "<|assistant|> "), dict(lstrip=True, rstrip=True)),
+)
+
+
+@pytest.mark.parametrize("content", ["first words", "first <|end|> words"])
+@pytest.mark.parametrize("kind", SWALLOWING)
+def test_an_end_token_that_swallows_blanks_is_learned(kind, content):
+    template, swallows = SWALLOWING[kind]
+    tokenizer = AutoTokenizer.from_pretrained(data_file("tiny"))
+    words = [AddedToken(f"<|{w}|>", special=True, normalized=False, **swallows) for w in ("user", "assistant", "end")]
+    tokenizer.add_special_tokens(dict(additional_special_tokens=words))
+    tokenizer.chat_template = template
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    row = encode_chat(tokenizer, [TALK[0], answer(content), *TALK[2:]])
+    assert row["labels"].count(end) == 2 and row["input_ids"].count(end) == 4
+    assert [text.split("<|end|>")[-1].strip() for text in said(tokenizer, row)] == ["", ""]
+    user_ids = {tokenizer.convert_tokens_to_ids(f"<|{w}|>") for w in ("user", "assistant")}
+    assert not user_ids & set(row["labels"])
+    ids, _ = encode_answer(tokenizer, TALK[:1], content)
+    assert ids[-1] == end
+
+
+# A template that writes the date
+
+DATED = "{{ strftime_now('%d %b %Y %H') }}\n" + turns(
+    "### {{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}\n", "### assistant: "
+)
+
+
+def test_a_run_writes_one_date(tmp_path, monkeypatch):
+    "Rows, samples and evaluations of a run, also where it goes on a week later"
+
+    class Day(datetime.datetime):
+        today = 1
+
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2026, 11, cls.today, 12)
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Day)
+    monkeypatch.setattr(tokens, "datetime", Day, raising=False)
+    train_step = RunTrainer.training_step
+    rows = [dict(prompt=f"How many {n}?", completion=f"{n} hens") for n in range(24)]
+
+    def train(out: str, step=train_step):
+        Day.today = 1
+        model, tokenizer = load_model(small_base(), "none", "fp32", verbose=False)
+        tokenizer.chat_template = DATED
+        args = SFTArgs(max_steps=4, batch_size=4, save_steps=2, eval_steps=2, sample_steps=2, out=str(tmp_path / out))
+        monkeypatch.setattr(RunTrainer, "training_step", step)
+        try:
+            return sft(add_lora(model, LoraArgs(r=2)), tokenizer, rows, args)
+        finally:
+            monkeypatch.setattr(RunTrainer, "training_step", train_step)
+
+    def die(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            raise OSError("no power")
+        return train_step(self, *args, **kwargs)
+
+    whole = train("whole")
+    with pytest.raises(OSError):
+        train("cut", die)
+    Day.today = 9
+    assert adapter(Run.open(tmp_path / "cut").resume()) == adapter(whole)
+    losses = [e["loss"] for e in Run.open(tmp_path / "cut").events if e["kind"] == "evaluation"]
+    assert losses == [e["loss"] for e in whole.events if e["kind"] == "evaluation"] and len(losses) == 2
+
+
+@pytest.mark.parametrize("recipe", ["sft", "dpo", "grpo"])
+def test_no_recipe_reads_the_clock(recipe, tmp_path, monkeypatch):
+    class Never(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            raise AssertionError("the clock was read")
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Never)
+    monkeypatch.setattr(tokens, "datetime", Never, raising=False)
+    model, tokenizer = load_model(small_base(), "none", "fp32", verbose=False)
+    tokenizer.chat_template = DATED
+    model, few = (
+        add_lora(model, LoraArgs(r=2)),
+        dict(max_steps=1, batch_size=2, save_steps=0, out=str(tmp_path / "run")),
+    )
+    rows = [dict(prompt=f"Say {n}", completion=str(n)) for n in range(20)]
+    pairs = [dict(prompt=f"Say {n}", chosen=str(n), rejected="no") for n in range(20)]
+    looks = dict(eval_steps=1, sample_steps=1)
+    if recipe == "sft":
+        run = sft(model, tokenizer, rows, SFTArgs(**few, **looks))
+    elif recipe == "dpo":
+        run = dpo(model, tokenizer, pairs, DPOArgs(**few, **looks))
+    else:
+        run = grpo(model, tokenizer, rows, length_reward, GRPOArgs(num_generations=2, max_new_tokens=4, **few, **looks))
+    assert run.status == "finished"
+    began = datetime.datetime.fromtimestamp(run.info["created"], datetime.timezone.utc)
+    with tokens.one_moment(run.info["created"]):
+        assert render(tokenizer, TALK[:1]).startswith(f"{began:%d %b %Y %H}\n")
+    with pytest.raises(TinyTrainerError, match="refuses this conversation"):
+        render(tokenizer, TALK[:1])  # outside of a run the clock counts

@@ -8,14 +8,14 @@ __all__ = ['COMMANDS', 'Parser', 'add_settings', 'read_settings', 'with_config',
            'quiet_libraries', 'quiet_bars', 'main']
 
 # %% ../nbs/91_cli.ipynb #6dbdfd67
-import argparse, contextlib, difflib, glob, json, logging, os, sys, time, warnings
+import argparse, contextlib, difflib, glob, json, logging, os, re, sys, time, warnings
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from . import __version__
 from .core import TinyTrainerError, local_path, one_line, read_json, say
 from .core import shell_line, shipped_notebooks
-from .settings import allowed, as_text, field_type, parse_value, suggestion
+from .settings import allowed, as_text, field_type, from_text, parse_value, suggestion
 from .data.arguments import DataArgs
 from .model.arguments import LoadArgs, LoraArgs, need_base
 from .recipes.table import RECIPES, Recipe
@@ -32,6 +32,7 @@ class Parser(argparse.ArgumentParser):
         def layout(prog): return argparse.HelpFormatter(prog, max_help_position=28, width=100)
         super().__init__(prog=f"tinytrainer {command}".strip(), description=description, formatter_class=layout,
                          allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        self._negative_number_matcher = re.compile(r"^-(\d|\.\d|inf|nan)") # -1e-4, too, is a value and no flag
 
     def error(self, message: str):
         "Say what is wrong, in one line, and exit with status 2."
@@ -86,8 +87,12 @@ def with_config(parser: Parser, given: dict) -> dict:
     if "config" not in given: return given
     file = local_path(given["config"])
     if not file.is_file():
-        raise TinyTrainerError(f"{file}: no such file. --config takes a JSON file of values by flag name.")
-    values, known = read_json(file), {a.dest for a in parser._actions} - {"help", "config"}
+        what = "no such file" if not file.exists() else "is no file"
+        raise TinyTrainerError(f"{file}: {what}. --config takes a JSON file of values by flag name.")
+    try: values = read_json(file, once=True)
+    except TinyTrainerError as e:
+        raise TinyTrainerError(str(e).replace("Restore it or remove it.", "Correct it there.")) from None
+    known = {a.dest for a in parser._actions} - {"help", "config"}
     if not isinstance(values, dict):
         raise TinyTrainerError(f"{file}: expected a JSON object, such as {{\"max_steps\": 50}}.")
     for name in values:
@@ -112,8 +117,12 @@ def recipe_flags(recipe: Recipe, parser: Parser) -> None:
 
 # %% ../nbs/91_cli.ipynb #4de41d0e
 def read_data_settings(values: dict) -> DataArgs:
-    "Which data the flags name. Columns may come from a configuration as an object."
+    """Which data the flags name. Columns may come from a configuration as an object.
+    Raises `TinyTrainerError` for a value that is not allowed."""
     columns = values.get("columns", "")
+    if values.get("data") == "": # an empty variable of the shell
+        raise TinyTrainerError(
+            "data='' is not allowed: it must be a file, a folder or a Hub id. Without data, the project's own is used.")
     if isinstance(columns, dict): columns = ",".join(f"{new}={old}" for new, old in columns.items())
     return read_settings(DataArgs, values | dict(columns=columns))
 
@@ -141,14 +150,15 @@ def _next(run) -> str:
     if run.info["recipe"] != "reward_model": return shell_line("tinytrainer", "chat", run.folder)
     return f"in Python, PPO or GRPO with the reward model_reward({str(run.folder)!r})"
 
-def _begun_here(out: Path):
-    "The run at `out`, or beside it, that this process began; None if there is none."
+def _begun_here(out: Path, since: float): # since: seconds since 1970
+    "The unfinished run at `out`, or beside it, that this process began; None if there is none."
     from tinytrainer_nb.runs.run import Run
     folders = (out, *out.parent.glob(f"{glob.escape(out.name)}-*"))
     found = []
     for run in (Run(folder) for folder in folders if (folder / "run.json").exists()):
         with contextlib.suppress(TinyTrainerError): # a damaged one is not ours
-            if run.info["process"].get("pid") == os.getpid(): found.append(run)
+            mine = run.info["process"].get("pid") == os.getpid() and run.info.get("created", 0) >= since
+            if mine and run.status != "finished": found.append(run)
     return max(found, key=lambda run: run.info.get("created", 0), default=None)
 
 # %% ../nbs/91_cli.ipynb #c1dc4e79
@@ -161,7 +171,7 @@ def _trained(recipe: Recipe, args, load: LoadArgs, data: DataArgs, lora: LoraArg
 
 def train_command(recipe: Recipe, parser: Parser, given: dict) -> int: # exit status
     "Train by a recipe. Raises `TinyTrainerError` for settings, data or bases that cannot work."
-    values = with_config(parser, given)
+    values, began = with_config(parser, given), int(time.time())
     args, load = read_settings(recipe.settings_class, values), read_settings(LoadArgs, values)
     data, lora = read_data_settings(values), read_settings(LoraArgs, values, "lora_")
     out = local_path(args.out)
@@ -170,12 +180,12 @@ def train_command(recipe: Recipe, parser: Parser, given: dict) -> int: # exit st
     _need(load, data)
     try: report(_trained(recipe, args, load, data, lora, values.get("reward", "exact_answer")))
     except TinyTrainerError as e:
-        run = _begun_here(out)
+        run = _begun_here(out, began)
         if not run: raise e from None
         so_far = f"The run so far is {run.folder}: {run.how_to_resume()} goes on with it."
         raise TinyTrainerError(f"{e} {so_far}") from None
     except KeyboardInterrupt:
-        run = _begun_here(out)
+        run = _begun_here(out, began)
         left = f": {run.how_to_resume()} goes on." if run else " before the run began."
         say("", f"interrupted{left}", error=True)
         return 130
@@ -213,8 +223,17 @@ def resume_command(parser: Parser, given: dict) -> int: # exit status
 # %% ../nbs/91_cli.ipynb #9fe5dda0
 def _count(text: str) -> int:
     "A number of things, for argparse."
-    if not text.isdecimal(): raise argparse.ArgumentTypeError(f"{text!r} must be a whole number at least 0")
-    return int(text)
+    return _whole_from(0, text)
+
+def _tokens(text: str) -> int:
+    "A number of tokens, for argparse."
+    return _whole_from(1, text)
+
+def _whole_from(least: int, text: str) -> int:
+    "A whole number, as settings take it."
+    with contextlib.suppress(ValueError):
+        if (number := from_text(text, int)) >= least: return number
+    raise argparse.ArgumentTypeError(f"{text!r} must be a whole number at least {least}")
 
 def _evaluate_flags(parser: Parser) -> None:
     add_settings(parser, LoadArgs, "the model")
@@ -225,7 +244,7 @@ def _evaluate_flags(parser: Parser) -> None:
                                        "tasks such as piqa,arc_easy or commonsense (default exact_answer)")
     parser.add_argument("--limit", type=_count, metavar="N",
                         help="only the first N rows, of each task (default 0: all)")
-    parser.add_argument("--max_new_tokens", type=_count, metavar="N",
+    parser.add_argument("--max_new_tokens", type=_tokens, metavar="N",
                         help="longest answer (default 256 tokens; of a public task its own)")
     parser.add_argument("--run_code", action="store_true", help="run the programs that the model writes for humaneval, "
                                                                 "each in a process of its own with limits")
@@ -269,7 +288,7 @@ def _chat_flags(parser: Parser) -> None:
     add_settings(parser, LoadArgs, "the model", without=("base",))
     parser.add_argument("--system", help="what the model is told once, before everything else")
     parser.add_argument("--temperature", type=float, metavar="T", help="0: always the likeliest token (default 0)")
-    parser.add_argument("--max_new_tokens", type=int, metavar="N", help="longest answer (default 256 tokens)")
+    parser.add_argument("--max_new_tokens", type=_tokens, metavar="N", help="longest answer (default 256 tokens)")
 
 def chat_command(parser: Parser, given: dict) -> int: # exit status
     "Talk to a model. Raises `TinyTrainerError` for a model that cannot be read."
@@ -408,6 +427,32 @@ def _one_speaks():
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         yield
 
+# %% ../nbs/91_cli.ipynb #9ee58d05
+class _Stream:
+    "A standard stream; once its reader has gone, what is written to it is lost, and no run ends for that."
+    def __init__(self, stream): self._stream = stream
+
+    def __getattr__(self, name: str): return getattr(self._stream, name)
+
+    def write(self, text: str) -> int: return self._kept_up(self._stream.write, text) or len(text)
+
+    def flush(self) -> None: self._kept_up(self._stream.flush)
+
+    def _kept_up(self, act, *args):
+        try: return act(*args)
+        except OSError: # a closed pipe, or a full disk behind it; what is still held back goes the same way
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+@contextlib.contextmanager
+def _without_readers():
+    "Inside, a closed pipe behind stdout or stderr ends nothing."
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(_Stream, before)
+    try: yield
+    finally:
+        for stream in (sys.stdout, sys.stderr): stream.flush()
+        sys.stdout, sys.stderr = before
+
 # %% ../nbs/91_cli.ipynb #af72bf03
 def _complain(error: Exception) -> None:
     "One line on stderr, from whichever process."
@@ -424,9 +469,11 @@ def _command(argv: list[str]) -> int: # exit status
     add_flags(parser)
     given = parser.parse(argv[1:])
     try: return call(parser, given)
-    except TinyTrainerError as e:
-        _complain(e)
-        return 2
+    except TinyTrainerError as e: _complain(e)
+    except OSError as e:
+        if not e.strerror: raise
+        _complain(f"{e.filename}: {e.strerror}." if e.filename else f"{e.strerror}.")
+    return 2
 
 def main(
     argv: list[str] | None = None, # None: what the shell gave
@@ -436,7 +483,7 @@ def main(
     for stream in (sys.stdout, sys.stderr): # a terminal without UTF-8 shows ? and goes on
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
     try:
-        with quiet_libraries(), _one_speaks(): return _command(argv)
+        with _without_readers(), quiet_libraries(), _one_speaks(): return _command(argv)
     except SystemExit as e: return e.code or 0
     except KeyboardInterrupt:
         print("\ninterrupted.", file=sys.stderr)

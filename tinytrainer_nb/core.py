@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['LARGEST', 'PLAIN', 'BUILDING', 'TinyTrainerError', 'MissingFile', 'processes', 'share', 'gathered', 'patiently',
            'where_possible', 'sync_file', 'sync_folder', 'hidden_beside', 'write_whole', 'plain', 'write_json',
-           'need_flat', 'need_file', 'read_json', 'is_number', 'unfit', 'read_typed', 'need_fit', 'same_file',
-           'file_hash', 'need_no_link', 'remove_whole', 'whole_folder', 'visible', 'one_line', 'say', 'Markup',
-           'escaped', 'inert', 'shell_line', 'may_be_on_hub', 'local_path', 'is_there', 'shipped', 'data_file',
-           'short_name', 'shipped_notebooks', 'in_notebook', 'progress', 'quiet', 'builds', 'patch_to',
+           'need_flat', 'need_file', 'each_once', 'read_json', 'is_number', 'unfit', 'read_typed', 'need_fit',
+           'same_file', 'file_hash', 'need_no_link', 'remove_whole', 'whole_folder', 'visible', 'one_line', 'say',
+           'Markup', 'escaped', 'inert', 'shell_line', 'may_be_on_hub', 'local_path', 'is_there', 'shipped',
+           'data_file', 'short_name', 'shipped_notebooks', 'in_notebook', 'progress', 'quiet', 'builds', 'patch_to',
            'repeated_share']
 
 # %% ../nbs/00_core.ipynb #a2756417
@@ -86,7 +86,7 @@ def write_whole(
     content: str | bytes, # text is written as UTF-8 with newline "\n"
 ) -> Path:                # the file
     "Write a file whole or not at all: beside the target, synced, then renamed over it."
-    path = Path(path)
+    named, path = Path(path), Path(path).absolute() # the current folder may change meanwhile
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = hidden_beside(path, f"{os.getpid()}.partial")
     beside.unlink(missing_ok=True) # whatever stands there, a link too, is not written through
@@ -96,7 +96,7 @@ def write_whole(
         sync_file(f)
     patiently(os.replace, beside, path)
     sync_folder(path.parent)
-    return path
+    return named
 
 # %% ../nbs/00_core.ipynb #baa9de4b
 def plain(value):
@@ -120,7 +120,7 @@ def need_flat(value, deepest: int = 100): # levels
     level = [value]
     for _ in range(deepest):
         inner = (v.values() if isinstance(v, dict) else v for v in level if isinstance(v, (dict, list)))
-        level = [part for parts in inner for part in parts]
+        level = {id(part): part for parts in inner for part in parts}.values() # YAML can name a list many times
         if not level: return value
     raise RecursionError
 
@@ -131,9 +131,22 @@ def need_file(path: Path | str) -> Path:
     if path.exists(): raise TinyTrainerError(f"{path}: is not a file, but one must be here. Restore it or remove it.")
     raise MissingFile(f"{path}: no such file. Restore it from where the folder came from.")
 
-def read_json(path: Path | str):
+def each_once(pairs: list[tuple]) -> dict:
+    "A JSON object, for `object_pairs_hook`; raises ValueError if a field stands twice."
+    row = dict(pairs)
+    if len(row) == len(pairs): return row
+    names = [name for name, _ in pairs]
+    raise ValueError(f"the field {next(n for n in names if names.count(n) > 1)!r:.80} stands twice")
+
+def read_json(
+    path: Path | str,    # in UTF-8, also with the mark that Windows puts in front
+    once: bool = False,  # refuse an object in which a field stands twice
+):
     "Read a JSON file. Raises `TinyTrainerError` if it is not valid JSON, and `MissingFile` if it is not there."
-    try: return need_flat(json.loads(patiently(need_file(path).read_text, encoding="utf8")))
+    hook = each_once if once else None
+    try:
+        text = patiently(need_file(path).read_text, encoding="utf-8-sig")
+        return need_flat(json.loads(text, object_pairs_hook=hook))
     except RecursionError: why = "its brackets are nested too deeply"
     except ValueError as e: why = str(e)
     except FileNotFoundError: raise
@@ -241,6 +254,7 @@ def remove_whole(folder: Path) -> None:
 @contextlib.contextmanager
 def whole_folder(target: Path):
     "A context with a folder to fill, which takes the name `target` whole or not at all and replaces an older one."
+    target = target.absolute() # the current folder may change meanwhile
     staging = hidden_beside(target, f"{os.getpid()}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -354,8 +368,14 @@ def local_path(
     try: found = Path(path).expanduser()
     except RuntimeError: raise TinyTrainerError(f"{path}: whose home folder this is, is not known here.") from None
     if "\0" in str(found): raise TinyTrainerError(f"{str(path)!r:.80} is no path: it holds a NUL character.")
-    if any(len(os.fsencode(part)) > 255 for part in found.parts):
+    try: parts = [len(part.encode()) for part in found.parts]
+    except UnicodeEncodeError:
+        raise TinyTrainerError(
+            f"{one_line(str(path)):.80}: this path is not UTF-8, so no file of a run could name it.") from None
+    if max(parts, default=0) > 255:
         raise TinyTrainerError(f"{str(path)[:80]}...: a file's name has at most 255 bytes, and this one has more.")
+    if sum(parts) + len(parts) > 4000: # Linux ends at 4,096, the folder in which we are included
+        raise TinyTrainerError(f"{str(path)[:80]}...: a path has at most 4,096 bytes, and this one has more.")
     return found
 
 def is_there(path: Path | str) -> bool:

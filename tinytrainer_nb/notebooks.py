@@ -14,7 +14,8 @@ import nbformat
 import papermill
 import tinytrainer_nb
 import yaml
-from .core import TinyTrainerError, is_there, local_path, one_line, shipped_notebooks, short_name
+from .core import TinyTrainerError, is_there, local_path, need_flat, one_line
+from .core import shipped_notebooks, short_name
 from .runs.run import free_sibling
 from .views.terminal import Watch
 from nbclient.exceptions import DeadKernelError
@@ -26,8 +27,8 @@ from .settings import NOTHING, TRUTH, from_text
 def find_notebook(name: str | Path) -> Path:
     "The notebook with this path or short name. Raises `TinyTrainerError` that lists the known ones."
     if Path(name).suffix == ".ipynb" and is_there(name): return local_path(name)
-    shipped = shipped_notebooks()
-    if short_name(name) in shipped: return shipped[short_name(name)]
+    shipped, bare = shipped_notebooks(), Path(name).name == str(name) and Path(name).suffix in ("", ".ipynb")
+    if bare and short_name(name) in shipped: return shipped[short_name(name)]
     near = difflib.get_close_matches(short_name(name), shipped, n=1)
     question = f" Did you mean {near[0]}?" if near else ""
     raise TinyTrainerError(f"{name}: no such notebook.{question} "
@@ -40,25 +41,34 @@ class Parameter:
     name: str
     default: object # a plain Python value
     help: str       # the comment behind it
+    kind: type | None = None # of its values, if it is annotated; None: that of the default
+
+def _annotated(node: ast.AST) -> type | None:
+    "The plain type that an annotation such as `int | None` names; None if it names none, or several."
+    words = re.findall(r"\w+", ast.unparse(node.annotation)) if isinstance(node, ast.AnnAssign) else []
+    named = [kind for kind in (bool, int, float, str) if kind.__name__ in words]
+    return named[0] if len(named) == 1 and not {"list", "dict"} & set(words) else None
 
 def notebook_parameters(path: Path | str) -> dict[str, Parameter]:
     "A notebook's parameters by name; none without a cell tagged `parameters`. Raises `TinyTrainerError` if unreadable."
-    try: cells = nbformat.read(path, as_version=4).cells
+    try:
+        cells = nbformat.read(path, as_version=4).cells
+        source = "".join(next((c.source for c in cells if "parameters" in c.metadata.get("tags", [])), ""))
     except Exception as e:
-        why = str(e).strip().splitlines()[0]
+        why = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise TinyTrainerError(f"{path}: not readable as a notebook ({why:.120}).") from None
-    source = next((c.source for c in cells if "parameters" in c.metadata.get("tags", [])), "")
     try: lines = ast.parse(source).body
-    except SyntaxError as e:
-        raise TinyTrainerError(f"{path}: its parameters cell is not readable as Python (line {e.lineno}).") from None
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as e:
+        where = f" (line {e.lineno})" if isinstance(e, SyntaxError) else ""
+        raise TinyTrainerError(f"{path}: its parameters cell is not readable as Python{where}.") from None
     found = {}
     for node in lines:
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
         if not isinstance(target, ast.Name): continue
         try: default = ast.literal_eval(node.value)
-        except (ValueError, TypeError): continue # computed, so it cannot be given from outside
+        except (ValueError, TypeError, MemoryError, RecursionError): continue # computed: not given from outside
         comment = source.splitlines()[node.end_lineno - 1].partition("#")[2].strip()
-        found[target.id] = Parameter(target.id, default, comment)
+        found[target.id] = Parameter(target.id, default, comment, _annotated(node))
     return found
 
 # %% ../nbs/90_notebooks.ipynb #ebfda4b0
@@ -75,11 +85,12 @@ def _from_text(text: str, kind: type):
 
 def parameter_value(parameter: Parameter, value):
     "`value` in the type of the parameter's default. Raises `TinyTrainerError` that says what is allowed."
-    kind, new = type(parameter.default), value
+    kind, new = parameter.kind or type(parameter.default), value
+    if parameter.default is None and (value is None or str(value).lower() in (*NOTHING, "null")): return None
     if isinstance(value, str):
         try: new = _from_text(value, kind)
         except ValueError: new = None
-    elif kind is float and type(value) is int: new = float(value)
+    elif kind is float and type(value) is int: new = float(value) if abs(value) < 1e300 else None
     if kind in _KINDS and type(new) is not kind:
         raise TinyTrainerError(f"parameter {parameter.name}={value!r} is not allowed: "
                                f"it must be {_KINDS[kind]}, such as {parameter.default!r}.")
@@ -88,18 +99,38 @@ def parameter_value(parameter: Parameter, value):
 def check_parameters(path: Path, values: dict) -> dict: # by name, in their types
     "Values for a notebook's parameters. Raises `TinyTrainerError` for wrong values and for unknown names."
     known = notebook_parameters(path)
-    if unknown := [name for name in values if name not in known]:
+    if unknown := [one_line(str(name)) for name in values if name not in known]:
         listed = ", ".join(f"{p.name} ({p.default!r})" for p in known.values())
         raise TinyTrainerError(f"{', '.join(unknown)}: no such parameter in {Path(path).name}. Known, with their "
                                f"defaults: {listed or 'none (no cell of it is tagged `parameters`)'}.")
     return {name: parameter_value(known[name], value) for name, value in values.items()}
 
 # %% ../nbs/90_notebooks.ipynb #dd9ba9f8
+class _PlainLoader(yaml.SafeLoader):
+    "YAML with numbers as people write them: 010 is ten and 1:30 is a text; and each name stands once."
+    def once(self, node):
+        names = [key.value for key, _ in node.value]
+        if double := next((name for name in names if names.count(name) > 1), None):
+            raise yaml.YAMLError(f"{double} stands twice")
+        yield from self.construct_yaml_map(node)
+
+    def whole(self, node) -> int | str:
+        text = self.construct_scalar(node)
+        if ":" in text: return text
+        return int(text) if re.fullmatch(r"[-+]?0\d+", text) else self.construct_yaml_int(node)
+
+    def number(self, node) -> float | str:
+        return self.construct_scalar(node) if ":" in node.value else self.construct_yaml_float(node)
+
+for _kind, _read in dict(map=_PlainLoader.once, int=_PlainLoader.whole, float=_PlainLoader.number).items():
+    _PlainLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _read)
+
 def read_parameters(path: Path | str) -> dict:
     "Values by name from a YAML or JSON file. Raises `TinyTrainerError` if it holds none."
-    try: values = yaml.safe_load(local_path(path).read_text(encoding="utf8"))
+    try: values = need_flat(yaml.load(local_path(path).read_text(encoding="utf-8-sig"), _PlainLoader))
     except OSError as e: raise TinyTrainerError(f"{path}: cannot be read ({e.strerror}).") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except RecursionError: raise TinyTrainerError(f"{path}: its lists and objects are nested too deeply.") from None
+    except (yaml.YAMLError, ValueError) as e: # a number of too many digits is a ValueError
         raise TinyTrainerError(f"{path}: not readable as YAML or JSON ({str(e).splitlines()[0]}).") from None
     if isinstance(values, dict): return values
     raise TinyTrainerError(f"{path}: expected names with values, such as `max_steps: 50`.")

@@ -9,7 +9,7 @@ __all__ = ['LARGEST_SEED', 'OTHER_NAMES', 'TRUTH', 'NOTHING', 'setting', 'field_
 # %% ../nbs/01_settings.ipynb #4d712558
 import contextlib, dataclasses, difflib, math, operator, types, typing
 from dataclasses import fields
-from .core import LARGEST, TinyTrainerError, inert, local_path
+from .core import LARGEST, TinyTrainerError, inert, is_number, local_path
 
 # %% ../nbs/01_settings.ipynb #a315afd2
 def setting(
@@ -73,7 +73,7 @@ def _is_a(value, kind: type) -> bool:
 
 def _in_range(field: dataclasses.Field, value) -> bool:
     "Whether a value of the right type is finite, one of the choices and within the bounds."
-    if type(value) is float and not math.isfinite(value): return False
+    if type(value) is float and not is_number(value): return False # as run.json takes it
     if type(value) is int and abs(value) > LARGEST: return False
     if field.metadata.get("choices") and value not in field.metadata["choices"]: return False
     return all(holds(value, field.metadata[k]) for k, (_, holds) in _BOUNDS.items() if k in field.metadata)

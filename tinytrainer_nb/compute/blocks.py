@@ -97,6 +97,8 @@ def why_not(
     parts = [getattr(owner, name) for owner in owners for name in PARTS if hasattr(owner, name)]
     adapted = any(isinstance(part, BaseTunerLayer) for part in parts)
     if adapted and any(map(_trains_whole, parts)): return "whole weights are trained beside adapters"
+    norms = [m for name, m in base.model.named_modules() if name.rpartition(".")[2].endswith("norm")]
+    if any(isinstance(norm, BaseTunerLayer) for norm in norms): return "a norm has an adapter"
     return next(filter(None, map(_why_not, parts)), "")
 
 def _trains_whole(layer: nn.Module) -> bool: return plain_layer(layer).weight.requires_grad

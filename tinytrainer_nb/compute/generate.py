@@ -6,7 +6,7 @@
 __all__ = ['Rollouts', 'draw', 'Spoken', 'end_tokens', 'prompt_room', 'fitting', 'generate', 'stream']
 
 # %% ../../nbs/compute/07_generate.ipynb #d56d3005
-import contextlib
+import contextlib, math
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
@@ -101,6 +101,9 @@ def _end_to_end(rows: list[list[int]], device) -> dict: # tensors (1, T)
     return dict(input_ids=torch.tensor([tokens], device=device), position_ids=torch.tensor([positions], device=device))
 
 # %% ../../nbs/compute/07_generate.ipynb #ba1de061
+_NO_NUMBER = ("the probability of the next token is no number (NaN): a weight of the base or of the adapter is NaN or "
+              "infinite, or its products overflow. Load the model again, or with dtype='fp32'.")
+
 class Spoken:
     "What the rows of a batch have said so far."
     def __init__(self, tokenizer, count: int, ends: set[int], stop: tuple[str, ...]): # rows, end tokens, stop texts
@@ -111,7 +114,8 @@ class Spoken:
         self.look_back = longest + 8 # tokens, each at least a byte; 8 more for what the last one brings beside the stop
 
     def add(self, row: int, token: int, logprob: float) -> bool: # whether the row goes on
-        "One more token."
+        "One more token. Raises `TinyTrainerError` if its probability is no number."
+        if not math.isfinite(logprob): raise TinyTrainerError(_NO_NUMBER)
         self.tokens[row].append(token)
         self.logprobs[row].append(logprob)
         self.finished[row] = token in self.ends or bool(self.stop) and self._stopped(row)

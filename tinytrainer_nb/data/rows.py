@@ -10,7 +10,7 @@ import hashlib, random
 from dataclasses import dataclass, field
 from datasets import Dataset
 from ..core import TinyTrainerError, progress
-from .formats import SAID, empty_rows
+from .formats import SAID, empty_rows, how_to_name, _listed
 from .tokens import control_words, encode_chat, encode_text
 
 # %% ../../nbs/data/04_rows.ipynb #4bbc5f43
@@ -159,10 +159,10 @@ def _unused(examples: Dataset) -> str:
     columns = [c for c in examples.column_names if c not in ("messages", "text", "reference_answer")]
     if not columns: return ""
     sizes = {c: sum(len(v) for v in examples[c] if isinstance(v, str)) for c in columns}
-    answer, unused = max(columns, key=sizes.get), f". Columns that were not used: {', '.join(columns)}"
+    answer, unused = max(columns, key=sizes.get), f". Columns that were not used: {_listed(columns)}"
     if not sizes[answer]: return f"{unused}; none of them holds texts, which answers have to be"
-    return (f"{unused}; if {answer} holds the answers, read the data with "
-            f"columns={{'completion': '{answer}'}}, in a terminal --columns completion={answer}")
+    named = how_to_name(dict(completion=answer))
+    return f"{unused}; if {_listed([answer])} holds the answers, read the data with {named}"
 
 # %% ../../nbs/data/04_rows.ipynb #3d0d0f1b
 def held_rows(total: int, rows: int, seed: int) -> list[int]: # numbers from 0

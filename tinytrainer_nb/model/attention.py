@@ -138,28 +138,33 @@ class SharedCache:
         self.layers = {}    # tensors of each layer
         self.reading = None # (first, last + 1) of the prompts that are being read
         self.stored = 0     # tokens in each slot before the present one
+        self.called = set() # (layer, `reading`) that have attended to the present tokens
         width = _rounded_up(max(lengths), 32)
         self.unseen = torch.arange(width) >= torch.tensor(lengths)[:, None] # where a prompt's part holds nothing (P, W)
 
 # %% ../../nbs/model/02_attention.ipynb #d16f955c
 @patch_to(SharedCache)
-def _allot(self, key: Tensor) -> tuple[Tensor, ...]: # key: of the first token (1, heads, T, D)
+def _allot(
+    self,
+    key: Tensor,    # of the first tokens (1, heads, T, D)
+    value: Tensor,  # (1, heads, T, V); V is D but for latent attention, as in DeepSeek-V3
+) -> tuple[Tensor, ...]:
     "Room for one layer: keys and values of prompts and slots, or of slots alone."
-    (P, W), (_, heads, _, D) = self.unseen.shape, key.shape
+    (P, W), (_, heads, _, D), V = self.unseen.shape, key.shape, value.shape[-1]
     slots, capacity = P * self.n, self.capacity
     self.unseen, self.dtype = self.unseen.to(key.device), key.dtype
-    self.spread = slots * W * heads * D <= self.few
+    self.spread = slots * W * heads * max(D, V) <= self.few
     if self.spread:
         keys = key.new_zeros(slots, heads, D, W + capacity)
-        return keys, key.new_zeros(slots, heads, W + capacity, D)
-    prompt, slot = (P, heads, W, D), (slots, heads, capacity, D)
-    return tuple(key.new_zeros(shape) for shape in (prompt, prompt, slot, slot))
+        return keys, key.new_zeros(slots, heads, W + capacity, V)
+    prompts, own = [(P, heads, W, width) for width in (D, V)], [(slots, heads, capacity, width) for width in (D, V)]
+    return tuple(key.new_zeros(shape) for shape in (*prompts, *own))
 
 # %% ../../nbs/model/02_attention.ipynb #0a356256
 @patch_to(SharedCache)
 def advance(self, stored: int) -> None: # tokens in each slot
     "The next token follows `stored` others."
-    self.stored, self.end = stored, _rounded_up(stored + 1, 32)
+    self.stored, self.end, self.called = stored, _rounded_up(stored + 1, 32), set()
     own = torch.arange(self.end, device=self.unseen.device) > stored
     hidden = torch.cat([self.unseen, own.expand(len(self.lengths), -1)], dim=1)
     hidden = hidden[:, None, None, None]                                # (P, 1, 1, 1, W + end)
@@ -174,11 +179,18 @@ def attend(
     layer: int,      # number of the layer
     query: Tensor,   # of prompts end to end, or of one token in every slot (1, heads, T, head_dim)
     key: Tensor,     # (1, key_value_heads, T, head_dim)
-    value: Tensor,   # (1, key_value_heads, T, head_dim)
+    value: Tensor,   # (1, key_value_heads, T, width of a value)
     scaling: float,  # of the scores
-) -> Tensor:         # (1, T, heads, head_dim)
-    "Store keys and values, and attend to everything that the tokens may see."
-    if layer not in self.layers: self.layers[layer] = self._allot(key)
+) -> Tensor:         # (1, T, heads, width of a value)
+    """Store keys and values, and attend to everything that the tokens may see.
+
+    Raises `TinyTrainerError` for a layer that does so twice for the same tokens."""
+    if (layer, self.reading) in self.called:
+        raise TinyTrainerError(
+            f"layer {layer} of this model attends twice to the same tokens, as DiffLlama's do, and the cache keeps one "
+            f"pair of key and value a token, so it cannot generate here. {_OTHER_MODEL}")
+    self.called.add((layer, self.reading))
+    if layer not in self.layers: self.layers[layer] = self._allot(key, value)
     step = _read if self.reading else _decode
     return step(self, self.layers[layer], query, key, value, scaling)
 
@@ -202,7 +214,7 @@ def _decode(cache: SharedCache, store: tuple, query: Tensor, key: Tensor, value:
     own_key[:, :, cache.stored] = key[0].transpose(0, 1)
     own_value[:, :, cache.stored] = value[0].transpose(0, 1)
     own_key, own_value = (x[:, :, :cache.end] for x in (own_key, own_value))
-    P, n, groups, (W, D) = len(cache.lengths), cache.n, key.shape[1], prompt_key.shape[2:]
+    P, n, groups, (W, D) = len(cache.lengths), cache.n, key.shape[1], prompt_key.shape[2:] # D: of keys
 
     query = (query[0] * scaling).view(groups, -1, P, n, D).permute(2, 0, 3, 1, 4) # (P, groups, n, heads / groups, D)
     shared = (query.flatten(2, 3) @ prompt_key.transpose(2, 3)).view(*query.shape[:4], W)
@@ -211,9 +223,9 @@ def _decode(cache: SharedCache, store: tuple, query: Tensor, key: Tensor, value:
     scores = torch.cat([shared, own], dim=-1).add_(cache.veil)          # (P, groups, n, heads / groups, W + end)
     weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
 
-    from_prompt = (weights[..., :W].flatten(2, 3) @ prompt_value).view(query.shape).transpose(1, 2)
+    from_prompt = (weights[..., :W].flatten(2, 3) @ prompt_value).view(*query.shape[:-1], -1).transpose(1, 2)
     from_own = (weights[..., W:].transpose(1, 2).flatten(0, 1) @ own_value).view(from_prompt.shape)
-    return (from_prompt + from_own).reshape(1, P * n, -1, D)
+    return (from_prompt + from_own).reshape(1, P * n, -1, value.shape[-1])
 
 # %% ../../nbs/model/02_attention.ipynb #bab083e9
 def _decode_spread(
@@ -228,7 +240,7 @@ def _decode_spread(
     query = query.reshape(slots, key.shape[1], -1, query.shape[2])      # (slots, groups, heads / groups, D)
     scores = (query @ keys[..., :seen]).add_(cache.veil)
     weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
-    return (weights @ values[:, :, :seen]).view(1, slots, -1, query.shape[3])
+    return (weights @ values[:, :, :seen]).view(1, slots, -1, value.shape[-1])
 
 # %% ../../nbs/model/02_attention.ipynb #4e87b208
 @patch_to(SharedCache)
@@ -272,6 +284,25 @@ def _longest_text(key: Tensor, lengths: list | None, cache) -> int: # tokens
     if not lengths: return key.shape[2]
     return max(n[0] + max(n[1:]) if isinstance(n, tuple) else n for n in lengths)
 
+# %% ../../nbs/model/02_attention.ipynb #867f9e62
+_MORE = dict( # arguments of an attention that is more than causal, and what it does with them
+    s_aux="adds to its attention scores", sinks="adds to its attention scores", # sinks of GPT-OSS and others
+    position_bias="adds to its attention scores", # a bias by distance
+    indices="chooses the tokens that it sees", block_indices="chooses the tokens that it sees", # sparse attention
+    attention_mask="hides tokens by a mask of its own",
+)
+
+def _need_no_more(module: torch.nn.Module, given: set[str]) -> None: # given: names from `_MORE`
+    "Raise `TinyTrainerError`, which names the attention layer, if it was given any of these."
+    if not given: return
+    name = min(given)
+    raise TinyTrainerError(f"{type(module).__name__} {_MORE[name]} ({name}), which is not supported. {_OTHER_MODEL}")
+
+@dataclass(frozen=True)
+class _Window:
+    "Stands for the mask of a layer that sees the last tokens alone, or those of its chunk."
+    tokens: int
+
 # %% ../../nbs/model/02_attention.ipynb #9bc99c60
 def packed_attention(
     module: torch.nn.Module,        # the attention layer
@@ -287,13 +318,12 @@ def packed_attention(
     """Attention within each document of a row, or with a cache; else that of `transformers` (SDPA).
 
     Raises `TinyTrainerError` for a model whose attention is not plain."""
-    scaling = scaling or query.shape[-1] ** -0.5
-    for name in ("s_aux", "position_bias"): # sinks of GPT-OSS and others, a bias by distance
-        if kwargs.get(name) is None: continue
-        raise TinyTrainerError(
-            f"{type(module).__name__} adds to its attention scores ({name}), which is not supported. {_OTHER_MODEL}")
-    softcap, window = kwargs.get("softcap"), kwargs.get("sliding_window")
-    need_plain_attention(module, softcap, window, key, document_lengths, shared_cache)
+    scaling, window = scaling or query.shape[-1] ** -0.5, kwargs.get("sliding_window")
+    if isinstance(attention_mask, _Window): window, attention_mask = attention_mask.tokens, None
+    more = {name for name in _MORE if kwargs.get(name) is not None}
+    if attention_mask is not None and (document_lengths or shared_cache): more.add("attention_mask")
+    _need_no_more(module, more)
+    need_plain_attention(module, kwargs.get("softcap"), window, key, document_lengths, shared_cache)
     if shared_cache is not None:
         return shared_cache.attend(module.layer_idx, query, key, value, scaling), None
     if document_lengths is not None:
@@ -301,10 +331,11 @@ def packed_attention(
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 # %% ../../nbs/model/02_attention.ipynb #c484448d
-def _packed_mask(batch_size, q_length, kv_length, *args, attention_mask=None, **kwargs):
-    "The mask of the usual path, or None where none is needed."
-    if attention_mask is None and q_length in (1, kv_length): return None
-    return sdpa_mask(batch_size, q_length, kv_length, *args, attention_mask=attention_mask, **kwargs)
+def _packed_mask(batch_size, q_length, kv_length, *args, attention_mask=None, local_size=None, **kwargs):
+    "The mask of the usual path, or None where none is needed; a window's length where the model has one."
+    if attention_mask is None and q_length in (1, kv_length): return _Window(local_size) if local_size else None
+    kwargs.update(attention_mask=attention_mask, local_size=local_size)
+    return sdpa_mask(batch_size, q_length, kv_length, *args, **kwargs)
 
 AttentionInterface.register("packed", packed_attention)
 AttentionMaskInterface.register("packed", _packed_mask)

@@ -16,18 +16,25 @@ from ..core import TinyTrainerError, file_hash, processes, quiet, read_json, say
 from ..hardware import DTYPES, default_device, dtype_name, free_memory, hardware, num_threads
 from ..hardware import probe_dtype, versions
 from .arguments import SHAPES, known_shape
-from .layers import keep_gradients
+from .layers import keep_gradients, quantization_of
 from . import attention # noqa: F401, registers "packed"
 from .attention import _OTHER_MODEL
 from .cache import base_hash, cache_limit, files_of, find_tensors, keep_tensors
 import transformers
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, LlamaConfig
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from safetensors import safe_open
 
 # %% ../../nbs/model/05_base.ipynb #94a5371d
 def _without_memory(config) -> nn.Module: # config: of `transformers`
-    "The model that `config` describes, its tensors not allocated."
-    with torch.device("meta"): return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    "The model that `config` describes, its tensors not allocated. Raises `TinyTrainerError` if it describes none."
+    try:
+        with torch.device("meta"): return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as e: # whatever an odd setting makes of the architecture's code
+        raise TinyTrainerError(
+            f"{config._name_or_path}: its config.json describes no model that can be built "
+            f"({type(e).__name__}: {str(e).strip():.160}). Restore it.") from None
 
 def count_parameters(config) -> int: # config: of `transformers`
     "Parameters of the architecture that `config` describes."
@@ -107,6 +114,7 @@ def _no_code(path: str) -> None: # folder or Hub id
 
 def _pretrained(kind, path: str, **kwargs):
     "`kind.from_pretrained`, without code of the model's own; a failure becomes a `TinyTrainerError` of one line."
+    _no_pointers(path)
     _no_code(path)
     try:
         with quiet(): return kind.from_pretrained(path, trust_remote_code=False, **kwargs)
@@ -118,9 +126,20 @@ def _pretrained(kind, path: str, **kwargs):
             "Without a network, use 'tiny' or a model's folder.")
         raise TinyTrainerError(f"{path}: cannot be loaded ({lines[0]:.200}).{hint}") from None
 
+# %% ../../nbs/model/05_base.ipynb #a9e8ed7e
+def _no_pointers(path: str | Path) -> None: # folder or Hub id
+    "Raise `TinyTrainerError` for a folder that was cloned without Git LFS, so that it holds names of files instead."
+    for file in sorted(Path(path).glob("*")) if Path(path).is_dir() else []:
+        if not file.is_file() or file.stat().st_size > 1000: continue
+        with contextlib.suppress(OSError), open(file, "rb") as f:
+            if not f.read(30).startswith(b"version https://git-lfs."): continue
+            raise TinyTrainerError(f"{file}: this is a pointer of Git LFS, not the file. `git lfs pull` in its folder "
+                                   "brings it.")
+
 # %% ../../nbs/model/05_base.ipynb #5efd2f1b
 def _no_pickle(path: str) -> None: # folder or Hub id
     "Raise `TinyTrainerError` for a folder that holds its weights as a pickle alone."
+    _no_pointers(path)
     folder = Path(path)
     if not folder.is_dir() or list(folder.glob("*.safetensors")): return
     pickled = [f.name for kind in ("*.bin", "*.pt", "*.pth") for f in sorted(folder.glob(kind))]
@@ -130,9 +149,13 @@ def _no_pickle(path: str) -> None: # folder or Hub id
             "and is not read. Convert them to safetensors, or take another model.")
 
 def _need_causal(name: str, config) -> None: # name: of the base, for the error
-    """Raise `TinyTrainerError` for a model that does not write from left to right, for attention without
-    `transformers`' interface, and for a state from token to token."""
+    """Raise `TinyTrainerError` for a model that does not write from left to right or does not only read text, for
+    attention without `transformers`' interface, and for a state from token to token."""
     kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if _has_senses(config, kind):
+        raise TinyTrainerError(
+            f"{name}: a model of the type {config.model_type} takes pictures or sound beside text, which is not "
+            f"supported. {_OTHER_MODEL}")
     if kind and (kind._is_stateful or not kind._supports_attention_backend):
         raise TinyTrainerError(
             f"{kind.__name__} has an attention, or a state, of its own, which is not supported. {_OTHER_MODEL}")
@@ -140,6 +163,15 @@ def _need_causal(name: str, config) -> None: # name: of the base, for the error
         raise TinyTrainerError(
             f"{name}: a model of the type {config.model_type} does not write from left to right, as a causal language "
             f"model does, so it cannot be trained here. {_OTHER_MODEL}")
+
+# %% ../../nbs/model/05_base.ipynb #a25c7f9e
+_SENSES = ("vision_config", "audio_config", "vq_config", "audio_encoder") # parts that read something else than text
+
+def _has_senses(config, kind) -> bool: # kind: of model; None where no causal one has such a config
+    "Whether a model takes pictures or sound, too."
+    if any(getattr(config, part, None) for part in _SENSES): return True
+    takes = getattr(kind, "input_modalities", "text")
+    return bool({*([takes] if isinstance(takes, str) else takes)} - {"text"}) and config.get_text_config() is not config
 
 # %% ../../nbs/model/05_base.ipynb #0ae05b22
 def stored_form(
@@ -175,9 +207,14 @@ def _few(names: list) -> str:
     more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
 
+_LEFT_OVER = (".attn.masked_bias", ".attention.masked_bias", ".rotary_emb.inv_freq") # of older versions: no weights
+_WRAPPERS = ("_orig_mod", "module", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_HEADS = ("score.", "classifier.", "qa_outputs.", "v_head.", "value_head.", "regression_head.")
+
 def _need_all_weights(path: str, told: dict) -> None: # told: what `transformers` says of a load
     "Raise `TinyTrainerError` for weights that are not in the files, are not the model's or have another shape."
-    missing, unknown = sorted(told["missing_keys"]), sorted(told["unexpected_keys"])
+    missing = sorted(told["missing_keys"])
+    unknown = sorted(name for name in told["unexpected_keys"] if not name.endswith(_LEFT_OVER))
     other = [f"{name} ({list(file)} instead of {list(model)})" for name, file, model in sorted(told["mismatched_keys"])]
     found = [
         f"they lack {_few(missing)}" if missing else "",
@@ -185,10 +222,74 @@ def _need_all_weights(path: str, told: dict) -> None: # told: what `transformers
         f"another shape has {_few(other)}" if other else "",
     ]
     if not any(found): return
-    prefix = next((p for p in ("_orig_mod.", "module.") if unknown and all(n.startswith(p) for n in unknown)), "")
-    cure = (f"All begin with {prefix}, which a wrapper around the model adds: save the model inside it."
-            if prefix else "Take the config.json that belongs to these weights, or download them again.")
-    raise TinyTrainerError(f"{path}: its files are not this model's weights: {'; '.join(filter(None, found))}. {cure}")
+    raise TinyTrainerError(
+        f"{path}: its files are not this model's weights: {'; '.join(filter(None, found))}. {_cure(missing, unknown)}")
+
+# %% ../../nbs/model/05_base.ipynb #9f045a48
+def _cure(missing: list[str], unknown: list[str]) -> str: # names
+    "What to do about weights that are not there and weights that are nobody's."
+    if part := unknown and _wrapper(missing, unknown):
+        where = "begin with" if all(name.startswith(part) for name in unknown) else "hold"
+        return f"All {where} {part}, which a wrapper around the model adds: save the model inside it."
+    if unknown and all(name.startswith(_HEADS) for name in unknown):
+        return "They are of a reward model or a classifier, which scores texts and writes none. Take a language model."
+    return "Take the config.json that belongs to these weights, or download them again."
+
+def _wrapper(missing: list[str], unknown: list[str]) -> str: # names
+    "What all names have in them that are nobody's, and the model's own have not; empty if there is no such thing."
+    for part in _WRAPPERS:
+        if all(part in name.split(".") for name in unknown): return part + "."
+    fronts = [unknown[0].removesuffix(name) for name in missing if unknown[0].endswith("." + name)]
+    return next((p for p in fronts if all(name.startswith(p) for name in unknown)), "")
+
+# %% ../../nbs/model/05_base.ipynb #585e9471
+_ELSEWHERE = { # what a folder may hold instead of a model's weights, and what makes such of it
+    "consolidated*.safetensors": "Take the same model in the form that transformers reads, or convert it",
+    "*.safetensors": "Rename it to model.safetensors, if it holds the whole model",
+    "*.gguf": "Take the model's safetensors files",
+    "*.onnx": "Take the model's safetensors files", "onnx": "Take the model's safetensors files",
+    "*.h5": "Convert it to safetensors", "*.msgpack": "Convert it to safetensors",
+    "global_step*": "That is DeepSpeed's checkpoint: zero_to_fp32.py, which lies beside it, makes a model of it",
+    "pytorch_model_fsdp*": "That is FSDP's checkpoint: `accelerate merge-weights` makes a model of it",
+    "*.distcp": "That is FSDP's checkpoint: `accelerate merge-weights` makes a model of it",
+}
+
+def _need_weights(path: str, config) -> None: # path: folder or Hub id; config: of the model
+    "Raise `TinyTrainerError` for a folder without weights that can be read, with what it holds instead."
+    folder = Path(path)
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.exists() and index.exists():
+        _say_once(f"note: {folder}: {whole.name} is read, and not the files that {index.name} names. "
+                  "Remove those that are not wanted.")
+    if not folder.is_dir() or whole.exists() or getattr(config, "transformers_weights", None): return
+    if index.exists(): return _need_index(index)
+    for pattern, cure in _ELSEWHERE.items():
+        if found := sorted(f.name for f in folder.glob(pattern)):
+            raise TinyTrainerError(f"{path}: no model.safetensors is here, but {_few(found)}. {cure}.")
+    raise TinyTrainerError(f"{path}: no model.safetensors is here, so there are no weights to load. Restore them.")
+
+# %% ../../nbs/model/05_base.ipynb #e2a79c27
+def _need_index(index: Path) -> None:
+    "Raise `TinyTrainerError` for an index that does not say which file holds which weight."
+    said = read_json(index)
+    named = said.get("weight_map") if isinstance(said, dict) else None
+    if not isinstance(named, dict) or not named or not all(isinstance(f, str) for f in named.values()):
+        raise TinyTrainerError(f"{index}: names no files of weights (weight_map). Restore it.")
+
+def _need_form(path: str, model, stored: str) -> None: # stored: how the config says that the files are quantized
+    "Raise `TinyTrainerError` for weights in another form than the config says, which would be taken for others."
+    for name, m in model.named_modules():
+        if stored != "none" and isinstance(m, (Linear4bit, Linear8bitLt)) and quantization_of(m) == "none":
+            raise TinyTrainerError(
+                f"{path}: its config.json says that the weights are in {stored}, and {name}.weight is not. "
+                "Take quantization_config out of config.json.")
+    for file in sorted(files_of(path).glob("model*.safetensors")) if stored == "none" else []:
+        with safe_open(file, "pt") as f:
+            kinds = {n: f.get_slice(n).get_dtype() for n in f.keys() if n.endswith("weight")}
+        if whole := [n for n, kind in kinds.items() if kind[0] in "IU"]:
+            raise TinyTrainerError(
+                f"{file}: {whole[0]} is stored in whole numbers ({kinds[whole[0]]}), and config.json does not say how "
+                "they were made (quantization_config). Take the model's 16-bit weights.")
 
 # %% ../../nbs/model/05_base.ipynb #1afb84c1
 def _quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None: # None: 16 bits
@@ -200,12 +301,16 @@ def _quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesC
 
 def _quantized(path: str, config, quantization: str, dtype: torch.dtype, device: str):
     "A model from its files, quantized on the way or before. Raises `TinyTrainerError` if they do not hold all of it."
-    how = dict(dtype=dtype, device_map={"": _own(device)}, use_safetensors=True)
-    if stored_form(path, config) != "none": how["config"] = _computing_in(dtype, config)
+    how = dict(dtype=dtype, device_map={"": _own(device)}, use_safetensors=True, attn_implementation="eager")
+    stored = stored_form(path, config)
+    _need_weights(path, config)
+    if stored != "none": how["config"] = _computing_in(dtype, config)
     elif quantization != "none": how["quantization_config"] = _quantization_config(quantization, dtype)
     model, told = _pretrained(
         AutoModelForCausalLM, path, **how, output_loading_info=True, ignore_mismatched_sizes=True)
     _need_all_weights(path, told)
+    _need_form(path, model, stored)
+    _in_bytes(model)
     if quantization != "none": _leave_file(model)
     return model
 
@@ -221,6 +326,13 @@ def _leave_file(model) -> None:
     "Copy the tensors that were not quantized: views of the weight file, each of which keeps all of it in memory."
     for p in model.parameters():
         if p.device.type == "cpu" and p.is_floating_point(): p.data = p.data.clone()
+
+def _in_bytes(model) -> None:
+    "See 4-bit weights that were stored as if they were 16-bit numbers (for FSDP) as the bytes that they are."
+    for layer in model.modules():
+        if not isinstance(layer, Linear4bit) or layer.weight.dtype == torch.uint8: continue
+        layer.weight.data = layer.weight.data.view(torch.uint8).reshape(-1, 1)
+        layer.weight.quant_storage = layer.quant_storage = torch.uint8
 
 def _own(device: str) -> str | torch.device:
     "Of several processes, each takes its own GPU."
@@ -339,22 +451,51 @@ def _behind(model, first: list[int], start: int, second: list[int]) -> torch.Ten
     logits = model(**row, document_lengths=[len(first), len(second)], use_cache=False).logits
     return logits[0, len(first):].float()
 
-@torch.no_grad()
+def _by_itself(model, ids: list[int]) -> torch.Tensor: # (len(ids), V)
+    "Logits of a document alone, with the attention that `transformers` has for the model."
+    row, packed = torch.tensor([ids], device=next(model.parameters()).device), model.config._attn_implementation
+    model.config._attn_implementation = "eager"
+    try: return model(input_ids=row, use_cache=False).logits[0].float()
+    finally: model.config._attn_implementation = packed
+
+# %% ../../nbs/model/05_base.ipynb #3b18ce98
+@contextlib.contextmanager
+def _tried(name: str, model, dtype: torch.dtype): # name: of the base, for the error
+    "For passes that try a model: a failure inside becomes a `TinyTrainerError` of one line."
+    try:
+        with torch.no_grad(), compute_context(model, dtype), quiet(): yield
+    except TinyTrainerError: raise
+    except Exception as e:
+        why = (str(e).strip().splitlines() or [""])[0]
+        raise TinyTrainerError(
+            f"{name}: a model of the type {model.config.model_type} cannot be computed without padding "
+            f"({type(e).__name__}: {why:.150}), so it cannot be trained here. {_OTHER_MODEL}") from None
+
+def _need_own(name: str, kind: str, packed: torch.Tensor, own: torch.Tensor, most: float) -> None: # (n, V) each
+    "Raise `TinyTrainerError` if logits differ by more than this share of the largest one."
+    apart = ((packed - own).abs().max() / own.abs().max()).item()
+    if apart > most:
+        raise TinyTrainerError(
+            f"{name}: a model of the type {kind} has an attention that is more than causal (without it, logits are off "
+            f"by {apart:.0%} of the largest one), so it cannot be trained here. {_OTHER_MODEL}")
+
 def _need_apart(name: str, model, dtype: torch.dtype) -> None: # name: of the base, for the error
-    "Raise `TinyTrainerError` if documents in one row see each other."
+    "Raise `TinyTrainerError` if documents in one row see each other, or are computed otherwise than by themselves."
     config = model.config.get_text_config()
     if config.model_type in _KEEP_APART and not _moving_positions(config): return
     first, other, second = ([(7 * i + shift) % config.vocab_size for i in range(12)] for shift in (3, 5, 9))
     longest = getattr(config, "max_position_embeddings", None) or 0
     far = 2 * longest if _moving_positions(config) else max(0, longest - len(first))
-    with compute_context(model, dtype), quiet():
+    with _tried(name, model, dtype):
         alone, moved = _behind(model, first, 0, second), _behind(model, other, far, second)
+        own = _by_itself(model, second)
     # The same numbers go through the same products. Only experts share all tokens of a row anew, in other roundings.
     experts = any(getattr(config, kind, None) for kind in ("num_experts", "num_local_experts", "n_routed_experts"))
     if (alone - moved).abs().max() > (0.01 if experts else 1e-5) * alone.abs().max():
         raise TinyTrainerError(
             f"{name}: in a model of the type {config.model_type} documents that share a row see each other, so it "
             f"cannot be trained here. {_OTHER_MODEL}")
+    _need_own(name, config.model_type, alone, own, 1e-3 if dtype == torch.float32 else 0.3 if experts else 0.1)
 
 # %% ../../nbs/model/05_base.ipynb #470bec50
 def _load_weights(
@@ -441,6 +582,7 @@ class LoadRecord:
     sha256: str = ""           # of the weight files
     files: dict = field(default_factory=dict) # hashes of the `DECISIVE` files beside them
     commit: str = ""           # of a Hub id
+    vocabulary: str = ""       # hash of the tokenizer as it was loaded
     quantization: str = "none" # none, nf4 or int8
     dtype: str = "fp32"        # bf16, fp16 or fp32: what products are computed in
     device: str = "cpu"        # cpu or cuda
@@ -449,12 +591,19 @@ class LoadRecord:
     adapter_from: dict | None = None  # how it came about: the settings and seed of a fresh one, or a run's folder
     chat_template: str | None = None  # in which form the model is asked
     decoding: dict | None = None      # the form of each weight while decoding
+    beside: str = field(default="", repr=False) # where the base is if it was moved together with the run
 
     @classmethod
-    def of(cls, info: dict) -> "LoadRecord": # info: a run.json
+    def of(
+        cls,
+        info: dict,                  # a run.json
+        folder: Path | None = None,  # where the run is
+    ) -> "LoadRecord":
         "The record in a run.json; empty where there is none."
         said = info.get("load", {})
-        return cls(**{f.name: said[f.name] for f in fields(cls) if f.name in said})
+        found = cls(**{f.name: said[f.name] for f in fields(cls) if f.name in said})
+        if folder and said: found.beside = _beside(found.base, info["settings"].get("out", ""), folder)
+        return found
 
     @property
     def torch_dtype(self) -> torch.dtype: return DTYPES[self.dtype]
@@ -462,6 +611,14 @@ class LoadRecord:
     @property
     def source(self) -> str:
         "A name that finds these weights: that of the embedded or a new base, the folder where they are, or the Hub id."
-        has_a_name = self.base == "tiny" or self.base.startswith("new:")
-        moved_back = not Path(self.path).is_dir() and Path(self.base).is_dir()
-        return self.base if has_a_name or moved_back else self.path
+        if self.base == "tiny" or self.base.startswith("new:"): return self.base
+        here = [place for place in dict.fromkeys((self.path, self.beside, self.base)) if place and Path(place).is_dir()]
+        same = [place for place in here if len(here) > 1 and base_hash(place) == self.sha256]
+        return next(iter(same or here), self.path)
+
+def _beside(base: str, out: str, folder: Path) -> str: # base, out: as they were asked for; folder: where the run is now
+    "The path of a base seen from a run's folder, if both were named from the same place; else empty."
+    asked, named = Path(base), Path(out)
+    if asked.is_absolute() or named.is_absolute() or ".." in named.parts: return ""
+    above = [folder.resolve(), *folder.resolve().parents][len(named.parts):]
+    return str(above[0] / asked) if above else ""

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LINEAR', 'quantization_of', 'written_out', 'rows_of', 'has_adapter', 'plain_model', 'plain_layer', 'adapter_layers',
-           'linear_layers', 'linear_names', 'trainable', 'count_trainable', 'context_length', 'keep_gradients',
-           'unpacked']
+           'linear_layers', 'odd_layers', 'linear_names', 'trainable', 'count_trainable', 'context_length',
+           'keep_gradients', 'unpacked']
 
 # %% ../../nbs/model/03_layers.ipynb #c06b1b4e
 import contextlib, copy
@@ -74,13 +74,20 @@ def adapter_layers(model: nn.Module) -> list[BaseTunerLayer]:
 # %% ../../nbs/model/03_layers.ipynb #ae766943
 def linear_layers(
     model: nn.Module,
-    kinds: tuple = (nn.Linear, Conv1D), # GPT-2 and its kin have the second: a linear layer, stored the other way round
+    kinds: tuple = (*LINEAR, Conv1D), # GPT-2 and its kin have the last: a linear layer, stored the other way round
 ) -> list[str]:
-    "Whole names of the linear layers inside the model's blocks, which are numbered, whatever their list is called."
-    in_block = lambda name: any(part.isdigit() for part in name.split(".")) and ".lora_" not in name
-    return [name for name, module in model.named_modules() if isinstance(module, kinds) and in_block(name)]
+    """Whole names of the linear layers inside the model's blocks, which are numbered, whatever their list is called.
 
-def linear_names(model: nn.Module, kinds: tuple = (nn.Linear, Conv1D)) -> list[str]: # kinds: of layers
+    A subclass, such as a router that returns scores and choices, is none."""
+    in_block = lambda name: any(part.isdigit() for part in name.split(".")) and ".lora_" not in name
+    return [name for name, module in model.named_modules() if type(module) in kinds and in_block(name)]
+
+def odd_layers(model: nn.Module) -> list[str]:
+    "Whole names of layers that PEFT takes for linear ones, but that are subclasses with results of their own."
+    modules = plain_model(model).named_modules()
+    return [name for name, m in modules if isinstance(m, nn.Linear) and type(m) not in LINEAR]
+
+def linear_names(model: nn.Module, kinds: tuple = (*LINEAR, Conv1D)) -> list[str]: # kinds: of layers
     "The last parts of their names, each once, as an adapter's settings name its targets."
     last = [name.removesuffix(".base_layer").rpartition(".")[2] for name in linear_layers(model, kinds)]
     return [name for name in dict.fromkeys(last) if not name.isdigit()]
@@ -105,8 +112,10 @@ def _position_tables(model: nn.Module) -> list[int]: # tokens
     return learned + [len(table) for table in fixed if isinstance(table, torch.Tensor)]
 
 def context_length(model: nn.Module) -> int | None: # tokens
-    "The longest text that `model` can take; None if its positions have no end."
-    return min(_position_tables(plain_model(model)), default=None)
+    "The longest text that `model` is made for; None if it states no length."
+    plain = plain_model(model)
+    stated = getattr(plain.config.get_text_config(), "max_position_embeddings", None)
+    return min([*_position_tables(plain), *([stated] if stated else [])], default=None)
 
 # %% ../../nbs/model/03_layers.ipynb #1c77e9eb
 def keep_gradients(model: nn.Module) -> nn.Module:

@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['KIND', 'VAGUE', 'FEW', 'truncated_svd', 'TinyConfig', 'subspace', 'TinyLoraLayer', 'TinyLoraModel', 'base_marks',
-           'check_base', 'add_tinylora', 'trained_vector', 'few_numbers', 'adapter_config', 'adapter_line', 'from_line']
+           'check_base', 'add_tinylora', 'trained_vector', 'few_numbers', 'adapter_config', 'need_ending',
+           'adapter_line', 'from_line']
 
 # %% ../../nbs/model/07_tinylora.ipynb #0aa978ab
-import base64, dataclasses, hashlib, math, re
+import base64, dataclasses, hashlib, json, math, re, subprocess, sys
 from dataclasses import dataclass
 from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core import TinyTrainerError, builds, patch_to, progress, quiet, read_typed
+from ..core import TinyTrainerError, builds, patch_to, progress, quiet, read_json, read_typed
 from .arguments import TinyLoraArgs
-from .layers import has_adapter, linear_layers, linear_names, written_out
+from .layers import LINEAR, has_adapter, linear_layers, linear_names, written_out
 from peft import PeftConfig, TinyLoraConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners._buffer_dict import BufferDict
@@ -276,12 +277,12 @@ def add_tinylora(
             "this model has an adapter already. Train that one, or merge it first: save_merged(run, folder), "
             "then load_model(folder).")
     report, (base, quantization) = getattr(model, "load_report", None), base_marks(model)
-    layers = len(linear_layers(model, (nn.Linear,))) # Conv1D stores its weight the other way round
+    layers = len(linear_layers(model, LINEAR)) # Conv1D stores its weight the other way round
     if not layers:
         raise TinyTrainerError("TinyLoRA moves nn.Linear layers, and this model has none in its blocks. Use LoRA.")
     config = TinyConfig(
         r=args.r, u=args.u, n_tie=args.n_tie, weight_tying=1 - math.ceil(layers / args.n_tie) / layers,
-        projection_seed=seed, parametrization=args.parametrization, target_modules=linear_names(model, (nn.Linear,)),
+        projection_seed=seed, parametrization=args.parametrization, target_modules=linear_names(model, LINEAR),
         base=base, quantization=quantization, task_type="CAUSAL_LM")
     with quiet(): model = get_peft_model(model, config)
     model.load_report, config.base_model_name_or_path = report, report.base
@@ -303,6 +304,17 @@ def few_numbers(model) -> list[float]:
     return [float(f"{x:.6g}") for x in v.flatten().tolist()]
 
 # %% ../../nbs/model/07_tinylora.ipynb #b43d2e99
+def _need_readable(folder, said: dict) -> None: # said: by adapter_config.json
+    "Raise `TinyTrainerError` for a kind of adapter that PEFT does not know, and for numbers that are none."
+    if (kind := said.get("peft_type")) not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise TinyTrainerError(
+            f"{folder}: its adapter_config.json names the kind {kind!r:.60}, which the installed PEFT does not know. "
+            "Update peft, or take a LoRA adapter.")
+    inner = [found.items() for found in said.values() if isinstance(found, dict)] # such as alpha_pattern
+    for name, value in [*said.items(), *(pair for pairs in inner for pair in pairs)]:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise TinyTrainerError(f"{folder}: its adapter_config.json says {name}={value}, which is no number.")
+
 def adapter_config(
     folder,          # of a saved adapter
 ) -> PeftConfig:     # for a folder of PEFT's own TinyLoRA, ours in PEFT's parametrization
@@ -310,7 +322,11 @@ def adapter_config(
     said = read_typed(Path(folder) / "adapter_config.json", dict(peft_type="text", base_model_name_or_path="text?"))
     if said.get("megatron_config"): # PEFT would import a module that the file names
         raise TinyTrainerError(f"{folder}: this adapter is for Megatron's layers, which are not supported here.")
-    config = PeftConfig.from_pretrained(folder)
+    _need_readable(folder, said)
+    try: config = PeftConfig.from_pretrained(folder)
+    except (ValueError, TypeError, KeyError, AttributeError) as e: # a setting that PEFT does not take
+        why = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        raise TinyTrainerError(f"{folder}: its adapter_config.json does not fit PEFT ({why:.200}).") from None
     if config.peft_type != "TINYLORA": return config
     plain = dict(tinylora_dropout=0.0, bias="none", modules_to_save=None, fan_in_fan_out=False)
     odd = {name: found for name, value in plain.items() if (found := getattr(config, name)) != value}
@@ -319,6 +335,38 @@ def adapter_config(
             f"{folder}: this TinyLoRA adapter was made with {odd}, which is not supported here. "
             "Load it with PEFT alone.")
     return TinyConfig(**dataclasses.asdict(config) | dict(parametrization="peft", save_projection=True))
+
+# %% ../../nbs/model/07_tinylora.ipynb #6fd9d88d
+_TRY = """
+import json, re, sys
+patterns, layers = json.load(sys.stdin)
+for pattern in patterns:
+    for layer in layers: re.fullmatch(pattern, layer), re.match(rf"(.*\\.)?({pattern})$", layer)
+"""
+
+def _patterns(said: dict) -> list[str]: # said: by adapter_config.json
+    "The patterns by which an adapter names layers; plain names are none."
+    found = [said.get(name) for name in ("target_modules", "exclude_modules", "layers_pattern")]
+    listed = [part for value in found for part in (value if isinstance(value, list) else [value])]
+    listed += [key for name in ("rank_pattern", "alpha_pattern") for key in said.get(name) or {}]
+    return [p for p in listed if isinstance(p, str) and not re.fullmatch(r"[\w.-]*", p)]
+
+def need_ending(
+    folder,            # of a saved adapter
+    layers: list[str], # names of all layers of its base
+    longest: float = 5, # seconds
+) -> None:
+    "Raise `TinyTrainerError` for an adapter that names layers by a pattern that takes too long, or is none."
+    patterns = _patterns(read_json(Path(folder) / "adapter_config.json"))
+    if not patterns: return
+    try: tried = subprocess.run([sys.executable, "-I", "-c", _TRY], input=json.dumps([patterns, layers]),
+                                text=True, capture_output=True, timeout=longest)
+    except subprocess.TimeoutExpired: why = "takes too long"
+    else:
+        if not tried.returncode: return
+        why = "cannot be read"
+    raise TinyTrainerError(f"{folder}: its adapter_config.json names layers by a pattern that {why} "
+                           f"({patterns[0]:.80}). Write the names of the layers instead.")
 
 # %% ../../nbs/model/07_tinylora.ipynb #87b7c156
 def _check(line: str) -> str: # eight hexadecimal digits

@@ -9,7 +9,7 @@ __all__ = ['ROUNDS', 'LIMITS', 'round_figures', 'Alarm', 'find_alarms', 'new_ala
 from dataclasses import dataclass
 from math import isnan, nan
 from ..core import repeated_share
-from .rewards import hardly_differ, mean_size
+from .rewards import silent
 
 # %% ../../nbs/recipes/10_alarms.ipynb #901a65d5
 def round_figures(
@@ -28,9 +28,8 @@ def round_figures(
     answers = [[tuple(completion_ids[i]) for i in group] for group in groups]
     repeated = sum(repeated_share(ids, 4) for ids in completion_ids)
     identical = sum(group.count(ids) > 1 for group in answers for ids in group)
-    size = mean_size(rewards)
-    silent = sum(hardly_differ([rewards[i] for i in group], size) for group in groups)
-    return dict(repetition=repeated / count, identical=identical / count, no_signal=silent / len(groups),
+    without = sum(silent([[rewards[i] for i in group] for group in groups]))
+    return dict(repetition=repeated / count, identical=identical / count, no_signal=without / len(groups),
                 unfinished=1 - sum(finished) / count)
 
 # %% ../../nbs/recipes/10_alarms.ipynb #bb938e0c

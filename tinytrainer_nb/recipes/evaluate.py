@@ -139,6 +139,10 @@ def _askable(model, tokenizer, found: list[dict], prompt_format: str | None, new
     "Prompts that leave room for `new` tokens, and how each is asked. Raises `TinyTrainerError` if none does."
     asked = [prompt_format.format(p["messages"][-1]["content"]) if prompt_format else p["messages"] for p in found]
     room = prompt_room(model, new)
+    if room <= 0:
+        raise TinyTrainerError(
+            f"max_new_tokens={new} is not allowed: the model's context of {room + new:,} tokens would have no room "
+            "for a prompt. Choose a smaller number.")
     kept = [i for i, short in enumerate(fitting(model, tokenizer, asked, room)) if short]
     if not kept:
         raise TinyTrainerError(f"no prompt is left to answer: all {len(found)} are longer than {room} tokens, "
@@ -374,7 +378,8 @@ def evaluate(
 ) -> Evaluation | Scores:        # `Scores` of public tasks
     """Score `model` on `data`, greedily and without changing it. Raises `TinyTrainerError` for an unknown task, a
     reward that fails, prompts of which none fits, and missing files."""
-    if limit < 0: raise TinyTrainerError(f"limit={limit} is not allowed: it must be a number of rows, or 0 for all.")
+    if type(limit) is not int or limit < 0:
+        raise TinyTrainerError(f"limit={limit!r:.40} is not allowed: it must be a whole number at least 0 (0: all).")
     public = public_names(task)
     if public: return _evaluate_tasks(model, tokenizer, data, public, limit, max_new_tokens, run_code)
     if task == "bits_per_byte": return bits_per_byte(model, tokenizer, _texts(data, limit))

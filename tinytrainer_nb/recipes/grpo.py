@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from ..core import patch_to
 from .arguments import GRPOArgs
-from .rewards import hardly_differ, mean_size
+from .rewards import silent
 from .rounds import Policy, RolloutTrainer, Round, built_rounds, kl_estimate, learn, policy_loss
 from .rounds import read_back # noqa: F401, a part of every recipe
 from ..runs.run import Run
@@ -24,8 +24,7 @@ def group_advantages(
     "Reward minus the group's mean, over the spread of the group or of all (arXiv 2402.03300, section 4.1.2)."
     rewards = torch.as_tensor(rewards, dtype=torch.float32)
     groups = rewards.view(-1, n)
-    size = mean_size(rewards.tolist())
-    differs = rewards.new_tensor([[not hardly_differ(group, size)] for group in groups.tolist()]) # (B / n, 1)
+    differs = ~torch.tensor(silent(groups.tolist()), device=rewards.device)[:, None] # (B / n, 1)
     better = differs * (groups - groups.mean(1, keepdim=True))
     if scale == "none": return better.flatten()
     spread = groups.std(1, keepdim=True) if scale == "group" else rewards.std()

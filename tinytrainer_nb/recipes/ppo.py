@@ -16,7 +16,7 @@ from ..hardware import seed_everything
 from ..model.layers import trainable
 from ..model.lora import save_adapter, train_last, using_adapters
 from .arguments import PPOArgs
-from .rewards import hardly_differ, mean_size
+from .rewards import LEAST, hardly_differ, mean_size
 from .rounds import Policy, RolloutTrainer, Round, built_rounds, kl_estimate, learn, policy_loss
 from .rounds import read_back # noqa: F401, a part of every recipe
 from ..runs.run import Run
@@ -148,7 +148,8 @@ class PPOTrainer(RolloutTrainer):
         s, mask = self.settings, batch.mask
         scores = above_mean(batch.scores)
         rewards = token_rewards(scores, batch.logprobs, batch.ref_logprobs, mask, s.kl_coef, s.kl_estimator)
-        floor = FLOOR * (mean_size(batch.scores.tolist()) or 1.0) # nothing earned yet says nothing about the scale
+        size = mean_size(batch.scores.tolist())
+        floor = FLOOR * (size if size > LEAST else 1.0) # nothing earned yet says nothing about the scale
         known = trusted(batch.values, rewards, mask, s.gamma)
         batch.advantages = whiten(gae(rewards, known, mask, s.gamma, s.lam), mask, floor)
         batch.returns = gae(rewards, batch.values, mask, s.gamma, s.lam) + batch.values * mask
@@ -171,7 +172,8 @@ def gather(self, prompts: list[dict], step: int) -> tuple[Round, dict]:
     counted = batch.mask.bool()
     residual, total = (batch.returns - batch.values)[counted], batch.returns[counted] # (K,)
     explained = 1 - residual.var() / total.var() if total.var() > 1e-8 else torch.zeros(()) # nothing to explain
-    return batch, figures | dict(explained_variance=explained.item())
+    silent = float(hardly_differ(batch.scores.tolist())) # in place of the share of prompts: the round is the group
+    return batch, figures | dict(explained_variance=explained.item(), no_signal=silent)
 
 @patch_to(PPOTrainer)
 def training_step(self, *args, **kwargs):

@@ -17,17 +17,17 @@ import torch.nn.functional as F
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from ..core import TinyTrainerError, patch_to, read_json, whole_folder, write_json
+from ..core import TinyTrainerError, need_file, patch_to, read_json, whole_folder, write_json
 from ..settings import may_change
 from ..compute.arguments import GenerateArgs
 from ..compute.logprobs import need_plain_logits, token_logprobs
 from ..compute.generate import fitting, generate, prompt_room
 from ..data.formats import as_examples, data_origin, empty_rows, load_prompts
-from ..data.tokens import encode_chat, ensure_template, micro_batches, pack_row
+from ..data.tokens import encode_chat, ensure_template, micro_batches, moment, one_moment, pack_row
 from ..data.rows import Reading, beyond_context, held_note, held_numbers, hold_out
 from ..model.layers import context_length, plain_model, trainable
 from ..model.base import LoadRecord, compute_context
-from ..model.load import result_hashes
+from ..model.load import result_hashes, _fitting, _need_as_saved
 from ..model.lora import freeze_reference, save_adapter, saved_adapters, using_adapters
 from .arguments import DPOArgs, PairArgs, RewardModelArgs
 from .trainer import RunTrainer
@@ -227,6 +227,7 @@ def _no_pair(total: int, left_out: dict, args: PairArgs) -> TinyTrainerError:
     cure = ", or ".join(found)
     return TinyTrainerError(f"no pair is left of {total}: {reasons}{limit}. {cure[:1].upper()}{cure[1:]}.")
 
+@one_moment()
 def _begin(recipe: str, model, tokenizer, data, args: PairArgs, live: bool) -> Run:
     "Prepare the run and start it. Raises `TinyTrainerError` for data or settings that cannot work."
     examples = _pairs_of(data)
@@ -242,7 +243,7 @@ def _begin(recipe: str, model, tokenizer, data, args: PairArgs, live: bool) -> R
     if not pairs: raise _no_pair(len(train), left_out, args)
     tokens = sum(2 * len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in pairs)
     about = dict(load=describe(model, tokenizer), data=data_origin(examples), may_change=may_change(args))
-    with Run.prepare(args.out, recipe, args, **about) as run:
+    with Run.prepare(args.out, recipe, args, created=moment(), **about) as run:
         _keep(run, train=train, heldout=held)
         begin(run, model, tokenizer)
         kept = held_note(len(examples), wanted, len(held), "pairs", held_numbers(examples, wanted, args.seed))
@@ -437,14 +438,16 @@ def reward_model(
 
 # %% ../../nbs/recipes/09_preference.ipynb #562ca2f6
 def _trained_scorer(run: Run) -> tuple: # (scorer, tokenizer)
-    "The reward model that a run has trained."
+    "The reward model that a run has trained. Raises `TinyTrainerError` if its files are not as they were saved."
+    _need_as_saved(run)
     policy, tokenizer = at_start(run)
     scorer, folder = Scorer(policy), run.folder / "adapter"
-    saved = load_file(folder / "adapter_model.safetensors")
-    with torch.no_grad(): scorer.score.weight.copy_(saved.pop(SCORE))
-    set_peft_model_state_dict(policy, saved)
-    for name in saved_adapters(folder)[1:]:
-        set_peft_model_state_dict(policy, load_file(folder / name / "adapter_model.safetensors"), name)
+    with _fitting(folder):
+        saved = load_file(need_file(folder / "adapter_model.safetensors"))
+        with torch.no_grad(): scorer.score.weight.copy_(saved.pop(SCORE))
+        set_peft_model_state_dict(policy, saved)
+        for name in saved_adapters(folder)[1:]:
+            set_peft_model_state_dict(policy, load_file(folder / name / "adapter_model.safetensors"), name)
     return scorer, tokenizer
 
 def model_reward(

@@ -22,17 +22,17 @@ from ..data.tokens import control_words, text_ids
 from ..model.arguments import LoadArgs, LoraArgs
 from ..model.layers import context_length, has_adapter
 from ..model.base import LoadRecord, model_preset, new_model
-from ..model.load import load_model
+from ..model.load import load_model, vocabulary_hash
 from ..compute.arguments import GenerateArgs
 from ..compute.generate import generate, prompt_room
-from ..model.cache import base_hash
+from ..model.cache import base_hash, file_hashes
 from ..model.export import write_generation_config
 from .arguments import PretrainArgs
 from .trainer import RunTrainer
 from .start import describe, need_heldout, start, tell
 from ..runs.run import Run
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast, Trainer
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast, Trainer
 
 # %% ../../nbs/recipes/06_pretrain.ipynb #c20e1080
 PIECES = r"\d| [-+*/=] | ?[A-Za-z]+|\n+|#+ ?| ?[^\sA-Za-z\d]+|\s" # a digit, an operator with its spaces, a word, ...
@@ -115,23 +115,47 @@ class PretrainTrainer(RunTrainer, Trainer):
 
     def save_result(self) -> None:
         "The model in the compute format, with its tokenizer, as `transformers` reads it."
-        target = self.run.folder / "model"
+        target = self.run.place / "model"
         with whole_folder(target) as folder: save_base(self.model, self.tokenizer, folder, self.dtype)
         path = str(target.resolve()) # a later adapter belongs to these weights, not to those training started from
-        self.model.load_report = replace(self.model.load_report, base=path, path=path, sha256=base_hash(path))
+        self.model.load_report = replace(
+            self.model.load_report, base=path, path=path, sha256=base_hash(path), files=file_hashes(path), commit="",
+            seed=None, vocabulary=vocabulary_hash(self.tokenizer))
+        with torch.no_grad():
+            for p in self.model.parameters(): p.copy_(p.to(self.dtype)) # as they were written
 
 def save_base(model, tokenizer, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    "Write weights (safetensors, `dtype`), configs and tokenizer."
+    """Write weights (safetensors, `dtype`), configs and tokenizer.
+
+    Raises `TinyTrainerError` if other weights come back from the files."""
     weights = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    config, how = copy.deepcopy(model.config), copy.deepcopy(model.generation_config)
-    config.use_cache = how.use_cache = True # the trainer had switched it off; without it decoding is ten times slower
-    config.pad_token_id = how.pad_token_id = tokenizer.pad_token_id
+    config = copy.deepcopy(model.config)
+    config.use_cache = True # the trainer had switched it off; without it decoding is ten times slower
+    config.pad_token_id = tokenizer.pad_token_id
+    if not _is_tied(model): config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     saved = type(model)(config).to(dtype)
-    saved.generation_config = how
     saved.load_state_dict(weights)
+    saved.generation_config = GenerationConfig() # one that `transformers` would refuse to save is written below
     saved.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_generation_config(model, tokenizer, folder)
+    del saved
+    _need_written(weights, folder, dtype)
+
+# %% ../../nbs/recipes/06_pretrain.ipynb #b676fde3
+def _is_tied(model) -> bool:
+    "Whether the head is the embeddings; a config may say so of a model whose files hold both."
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return head is not None and head.weight is embeddings.weight
+
+def _need_written(weights: dict, folder: Path, dtype: torch.dtype) -> None:
+    "Raise `TinyTrainerError` if a model's folder does not give back these weights."
+    again = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False).state_dict()
+    same = lambda name, w: name in again and torch.allclose(again[name], w.cpu(), rtol=0, atol=0, equal_nan=True)
+    if others := [name for name, w in weights.items() if not same(name, w)]:
+        raise TinyTrainerError(
+            f"the trained model cannot be written as a model of its own: {others[0]} comes back as another one. "
+            "Its weights are in the run's checkpoints.")
 
 # %% ../../nbs/recipes/06_pretrain.ipynb #27dd7f53
 def _block_length(model, args: PretrainArgs) -> int: # tokens

@@ -70,7 +70,7 @@ def _reward_of(run: Run) -> list[str]:
 # %% ../../nbs/recipes/19_reproduce.ipynb #3730f83f
 def _model_of(run: Run, args: Settings) -> tuple[LoadArgs, LoraArgs]:
     "Its base as it was loaded, and its adapter if that was a fresh one. Raises `TinyTrainerError` for other adapters."
-    record = LoadRecord.of(run.info)
+    record = LoadRecord.of(run.info, run.folder)
     if find_recipe(run.info["recipe"]).whole: return LoadArgs(record.source, "auto", record.dtype), LoraArgs()
     made = record.adapter_from or {}
     if "run" in made: return LoadArgs(made["run"], record.quantization, record.dtype), LoraArgs()

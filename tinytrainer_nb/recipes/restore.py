@@ -11,23 +11,31 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from ..core import TinyTrainerError
+from ..core import TinyTrainerError, read_typed
 from ..runs.lock import is_me
 from ..runs.run import Run
 from ..model.layers import trainable
 from ..model.base import LoadRecord, new_model, _pretrained
 from ..model.lora import saved_adapters
-from ..model.load import load_recorded, with_adapter
+from ..model.load import load_recorded, need_start, with_adapter
 from transformers import AutoTokenizer
 from peft import set_peft_model_state_dict
 
 # %% ../../nbs/recipes/02_restore.ipynb #043eb794
 def at_start(run: Run) -> tuple: # (model, tokenizer)
     "A run's model as it was when the run began, and its tokenizer. Raises `TinyTrainerError` if the base has changed."
-    record, start = LoadRecord.of(run.info), run.folder / "start"
+    record, start = LoadRecord.of(run.info, run.folder), run.folder / "start"
+    need_start(run)
     if not (start / "adapter_config.json").exists(): return _whole_at_start(record, start)
     model, tokenizer = load_recorded(record, changed=start / "tokenizer")
-    return with_adapter(model, start), tokenizer
+    return _trained_as_then(with_adapter(model, start), start / "trained.json"), tokenizer
+
+def _trained_as_then(model, path: Path): # path: of the names that `begin` has kept
+    "`model`, with the parameters trained that were trained when it was handed over."
+    if not path.exists(): return model # an older version's run
+    names = set(read_typed(path, ["text"]))
+    for name, p in model.named_parameters(): p.requires_grad_(name in names)
+    return model
 
 def _whole_at_start(record: LoadRecord, start: Path) -> tuple:
     "A model of which all weights are trained, in fp32: drawn again from its seed, or loaded."

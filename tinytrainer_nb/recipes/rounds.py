@@ -23,7 +23,7 @@ from ..compute.decode import Decoder, choose_forms
 from ..compute.generate import fitting, generate, prompt_room
 from ..data.formats import data_origin, load_prompts
 from ..data.rows import held_note
-from ..data.tokens import ensure_template, micro_trees, pack_trees
+from ..data.tokens import ensure_template, micro_trees, moment, one_moment, pack_trees
 from ..model.base import LoadRecord, compute_context
 from ..model.lora import freeze_reference, save_adapter, using_adapters
 from .arguments import RolloutArgs
@@ -173,7 +173,7 @@ def prepare(
     digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
     data = data_origin(found) | dict(rows=len(prompts), sha256=digest)
     about = dict(load=load, data=data, may_change=may_change(args), reward=judge.record)
-    with Run.prepare(args.out, recipe, args, **about) as run:
+    with Run.prepare(args.out, recipe, args, created=moment(), **about) as run:
         write_json(run.folder / "data" / "prompts.json", prompts)
         begin(run, model, tokenizer)
         wanted, held = args.eval_rows if args.eval_steps else 0, held_out(prompts, args)
@@ -225,13 +225,18 @@ def judge(self, prompts: list[dict], rollouts) -> tuple[list[float], dict]: # of
     """Rewards of the completions, and their parts. A completion that did not end is charged `missing_end_penalty`.
     A reward that fails ends the run with `TinyTrainerError`, and a checkpoint of what was trained."""
     rows = [reward_columns(p) for p in prompts for _ in range(self.settings.num_generations)]
+    scores, parts = self._rewarded(rollouts, rows)
+    penalty = self.settings.missing_end_penalty
+    return [score - penalty * (not ended) for score, ended in zip(scores, rollouts.finished)], parts
+
+@patch_to(RolloutTrainer)
+def _rewarded(self, rollouts, rows: list[dict]) -> tuple[list[float], dict]:
+    "What the reward says, in a round or in an evaluation; if it fails, what was trained before is saved."
     questions = [p[-1]["content"] for p in rollouts.prompts]
-    try: scores, parts = self.reward(questions, rollouts.completions, rows)
+    try: return self.reward(questions, rollouts.completions, rows)
     except TinyTrainerError:
         if self.state.global_step and processes()[1] == 1: self._save_checkpoint(self.model, None)
         raise
-    penalty = self.settings.missing_end_penalty
-    return [score - penalty * (not ended) for score, ended in zip(scores, rollouts.finished)], parts
 
 # %% ../../nbs/recipes/11_rounds.ipynb #aaac26e8
 @patch_to(RolloutTrainer)
@@ -475,17 +480,17 @@ def heldout(self) -> tuple[dict, float]: # figures by name, and the one that sho
     args = GenerateArgs(max_new_tokens=self.settings.max_new_tokens, temperature=0.0)
     conversations = [p["messages"] for p in self.heldout_prompts]
     rollouts = generate(self.model.policy, self.tokenizer, conversations, args, quiet=True, decoder=self.decoder)
-    questions = [p[-1]["content"] for p in rollouts.prompts]
-    scores, parts = self.reward(questions, rollouts.completions, [reward_columns(p) for p in self.heldout_prompts])
+    scores, parts = self._rewarded(rollouts, [reward_columns(p) for p in self.heldout_prompts])
     means = {f"reward/{name}": _mean(values) for name, values in parts.items()}
     return dict(reward=_mean(scores)) | means, _mean(scores)
 
 @patch_to(RolloutTrainer)
 def save_result(self) -> None:
     "The policy's adapter, in PEFT's format."
-    with whole_folder(self.run.folder / "adapter") as folder: save_adapter(self.model.policy, folder)
+    with whole_folder(self.run.place / "adapter") as folder: save_adapter(self.model.policy, folder)
 
 # %% ../../nbs/recipes/11_rounds.ipynb #788e8ce1
+@one_moment()
 def learn(
     recipe: str,         # its name
     built,               # the recipe's: a context that gives its trainer

@@ -17,7 +17,7 @@ from ..compute.generate import fitting, generate, prompt_room
 from ..compute.lower_states import Hidden, UpperCollator, announce_hidden
 from ..compute.lower_states import first_trained_layer, starting_at
 from ..data.formats import as_examples, data_origin, empty_rows
-from ..data.tokens import Collator, ensure_template
+from ..data.tokens import Collator, ensure_template, moment, one_moment
 from ..data.rows import Reading, encode_rows, held_note, held_numbers, hold_out, read_examples
 from .arguments import SFTArgs
 from .trainer import RunTrainer
@@ -54,6 +54,7 @@ def _fitting(model, tokenizer, questions: list, args: SFTArgs, count: int = 2) -
     return [q for q, fits in zip(questions, fitting(model, tokenizer, questions, room)) if fits][:count]
 
 # %% ../../nbs/recipes/05_sft.ipynb #7a0bff9a
+@one_moment()
 def sft(
     model,                  # with an adapter: `add_lora(model)`
     tokenizer,              # its tokenizer
@@ -73,7 +74,7 @@ def sft(
     rows, reading = encode_rows(tokenizer, train, args.max_length, args.train_on_all, context_length(model))
     if empty := empty_rows(examples): reading.left_out = {"empty text": empty} | reading.left_out
     told = dict(load=describe(model, tokenizer), data=data_origin(examples), may_change=may_change(args))
-    with Run.prepare(args.out, "sft", args, **told) as run:
+    with Run.prepare(args.out, "sft", args, created=moment(), **told) as run:
         _keep_data(run, train, held)
         begin(run, model, tokenizer)
         numbers = held_numbers(examples, wanted, args.seed)

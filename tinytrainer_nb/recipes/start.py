@@ -7,28 +7,35 @@ __all__ = ['need_trainable', 'need_heldout', 'describe', 'begin', 'kept_rows', '
 
 # %% ../../nbs/recipes/03_start.ipynb #c06b1b4e
 from contextlib import ExitStack, nullcontext, suppress
-from ..core import TinyTrainerError, read_typed, say, whole_folder
+from ..core import TinyTrainerError, read_typed, say, whole_folder, write_json
 from ..hardware import random_kept, seed_everything
 from ..runs.lock import released
 from ..runs.run import Run
 from ..runs.worker import launch
+from ..data.tokens import one_moment
 from ..model.arguments import LoadArgs, LoraArgs
 from ..model.layers import adapter_layers, has_adapter, trainable
-from ..model.lora import adapter_settings, add_lora, save_adapter
-from ..model.load import load_model, need_whole_vocabulary, vocabulary_hash
+from ..model.lora import adapter_settings, add_lora, need_lasting, need_names, save_adapter
+from ..model.load import load_model, need_as_loaded, need_finite, need_whole_vocabulary
+from ..model.load import start_hashes, vocabulary_hash
 from .arguments import TrainArgs
 from peft import PeftModel
 
 # %% ../../nbs/recipes/03_start.ipynb #cb07ceef
 def need_trainable(model) -> None:
-    "Raises `TinyTrainerError` if nothing is trained."
+    "Raises `TinyTrainerError` if nothing is trained, or nothing that has an effect, or if a trained number is none."
     if adapter_layers(model) and not isinstance(model, PeftModel):
         raise TinyTrainerError(
             "the adapter is on the model's layers, but this is still the bare model. "
             "Take what add_lora gives back: model = add_lora(model, LoraArgs(r=16)).")
+    if any(getattr(layer, "merged", False) for layer in adapter_layers(model)):
+        raise TinyTrainerError(
+            "the adapter is merged into the weights (merge_adapter), where it is not trained. Load the model anew; "
+            "or save it with model.merge_and_unload().save_pretrained(FOLDER), and load that.")
     if not trainable(model):
         raise TinyTrainerError(
             "nothing of this model is trained. Put an adapter on it first: model = add_lora(model, LoraArgs(r=16)).")
+    need_finite(trainable(model), "this model", "Load it again, or put a fresh adapter on it.")
 
 # %% ../../nbs/recipes/03_start.ipynb #63851b48
 def need_heldout(
@@ -44,20 +51,25 @@ def need_heldout(
 # %% ../../nbs/recipes/03_start.ipynb #043eb794
 def describe(model, tokenizer) -> dict:
     """The part of run.json about the model.
-    Raises `TinyTrainerError` for a model that `load_model` did not load, or a tokenizer with tokens that it lacks."""
+    Raises `TinyTrainerError` for a model that a run could not load again, or a tokenizer with tokens that it lacks."""
     report = getattr(model, "load_report", None)
     if report is None:
         raise TinyTrainerError("this model was not loaded by load_model(), so the run could not be resumed. "
                                "Load it with load_model(folder).")
     need_whole_vocabulary(report.base, tokenizer, model.config)
+    if has_adapter(model):
+        need_names(model)
+        for name in model.active_adapters: need_lasting(report.base, model.peft_config[name])
+    need_as_loaded(model)
     adapter = dict(adapter=adapter_settings(model), adapter_from=getattr(model, "adapter_from", None))
     return report.__dict__ | adapter | dict(chat_template=tokenizer.chat_template)
 
 # %% ../../nbs/recipes/03_start.ipynb #5de2d199
 def begin(run: Run, model, tokenizer) -> None:
-    "Keep the adapter as it was handed over, and the tokenizer if it is not the base's own any more."
+    "Keep adapter, names of what is trained, and the tokenizer if it is not the base's own any more."
     with whole_folder(run.folder / "start") as folder:
         save_adapter(model, folder)
+        write_json(folder / "trained.json", list(trainable(model))) # somebody may have frozen a part by hand
         if vocabulary_hash(tokenizer) != model.load_report.vocabulary: tokenizer.save_pretrained(folder / "tokenizer")
 
 _TURNS = [dict(role="text", content="text"), "?"] # a conversation, or null; sorts as in `core.unfit`
@@ -108,13 +120,17 @@ def start(
 ) -> Run:
     "Build a run's trainer and train. Raises `TinyTrainerError` if another run is being trained in this process."
     run.model, run.tokenizer = model, tokenizer
-    with run.failing(), random_kept(), ExitStack() as stack:
+    with run.failing():
+        if "start" not in run.info: run.update_info(start=start_hashes(run.folder))
+    begun = run.info.get("created") # chat templates that write the date write that of the run, also tomorrow
+    with run.failing(), random_kept(), one_moment(begun), ExitStack() as stack:
         seed_everything(args.seed)
         trainer = stack.enter_context(built(run, model, tokenizer, args, **material))
         model.adapter_from = None # from now on it is neither a fresh one nor that of an earlier run
         built_here = stack.pop_all()
     def work():
-        with released(run.lock), built_here, run.failing(), nullcontext() if live else random_kept():
+        kept = nullcontext() if live else random_kept()
+        with released(run.lock), built_here, run.failing(), one_moment(begun), kept:
             if not live: seed_everything(args.seed) # a reward may draw; other cells draw beside a live run
             trainer.fit()
         model.adapter_from = dict(run=str(run.folder))

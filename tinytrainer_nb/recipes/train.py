@@ -9,9 +9,10 @@ __all__ = ['read_data', 'train']
 import contextlib
 from ..core import TinyTrainerError, data_file, patch_to, say, share, write_json
 from ..settings import Settings
+from ..hardware import random_kept
 from ..data.arguments import DataArgs
 from ..runs.lock import TURN
-from ..runs.run import Run
+from ..runs.run import Run, disk_error
 from ..model.arguments import LoadArgs, LoraArgs
 from .restore import at_start
 from .start import start
@@ -63,7 +64,7 @@ def _go_on(run: Run, live: bool, reward, accept) -> Run:
         raise TinyTrainerError(f"{run.folder}: a run of {recipe.name} has no reward. Leave it out.")
     given = dict(judge=_judge(run, reward, accept)) if recipe.rounds else {}
     if run.leads: run._tell_resume(run.info)
-    model, tokenizer = at_start(run)
+    with random_kept(): model, tokenizer = at_start(run)
     return start(run, model, tokenizer, args, module.built, live, **module.read_back(run, tokenizer, args), **given)
 
 # %% ../../nbs/recipes/18_train.ipynb #8056b54d
@@ -100,11 +101,12 @@ def resume(
 def _given_back(self, before: dict): # of run.json
     "A context that takes the lock into the training; if that does not begin, lock and run.json are as before."
     try: yield
-    except BaseException:
+    except BaseException as e:
         if self.worker is None or self.worker.done.is_set(): # else its thread has the lock
-            if self.lock.is_mine and self.info["status"] == "running": write_json(self.folder / "run.json", before)
+            with contextlib.suppress(OSError): # the disk may be full
+                if self.lock.is_mine and self.info["status"] == "running": write_json(self.place / "run.json", before)
             self.lock.release()
-        raise
+        raise disk_error(self.folder, e) or e
 
 @patch_to(Run)
 def _tell_resume(self, info: dict) -> None: # info: of run.json
@@ -113,4 +115,4 @@ def _tell_resume(self, info: dict) -> None: # info: of run.json
     step = self.last_checkpoint()[1]
     where = f"goes on after step {step} of" if step else "has no checkpoint and starts over, steps:"
     say(f"{self.folder}: {where} {info['settings'].get('max_steps')}", error=True)
-    write_json(self.folder / "run.json", info | dict(status="running", process=self.lock.me()))
+    write_json(self.place / "run.json", info | dict(status="running", process=self.lock.me()))

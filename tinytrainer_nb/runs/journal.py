@@ -16,7 +16,7 @@ from ..core import is_number, unfit, write_whole
 class Journal:
     "An append-only file of events; reading is incremental, so asking often costs little."
     def __init__(self, path: Path):
-        self.path, self._lock = Path(path), threading.Lock()
+        self.path, self._lock = Path(path).absolute(), threading.Lock() # the current folder may change
         self._forget()
 
     def append(self, kind: str, step: int, **values) -> dict:

@@ -7,6 +7,7 @@ __all__ = ['in_worker', 'Worker', 'launch']
 
 # %% ../../nbs/runs/04_worker.ipynb #656b54f6
 import atexit, contextlib, threading
+from pathlib import Path
 from ..core import TinyTrainerError, say
 from .lock import TURN
 from .run import Run
@@ -54,7 +55,8 @@ def launch(
 
 def _end_with(run) -> None:
     "A process that ends while its thread trains stops the run and waits for its step."
-    done, thread, folder = run.worker.done, run.worker.thread, run.folder # not the run, which holds on to its model
+    done, thread = run.worker.done, run.worker.thread # not the run, which holds on to its model
+    folder = Path(run.folder).absolute() # the current folder may change
     def end():
         if not done.is_set():
             say(f"{folder}: this process ends, so the run is stopped after its step. "

@@ -94,11 +94,15 @@ def chat_loop(
     chat = Chat(model, tokenizer, **settings)
     write("An empty line or Ctrl-D ends, /reset begins a new conversation.")
     try:
-        while text := read("you> ").strip(): _turn(chat, text, write)
-    except EOFError: write("")
+        while text := _readable(read("you> ")).strip(): _turn(chat, text, write)
+    except (EOFError, RuntimeError): write("") # a RuntimeError where stdin was closed from the start
     return chat
 
 # %% ../../nbs/views/03_chat.ipynb #52f1c0b8
+def _readable(text: str) -> str:
+    "A line in which ? stands for bytes that are not UTF-8."
+    return text.encode("utf-8", "replace").decode()
+
 def _spoken(piece: str) -> str:
     "A piece of an answer for the terminal: its lines are moved in, so that none can pass for a line of the program."
     return visible(piece).replace("\n", "\n       ")

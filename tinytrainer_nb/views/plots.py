@@ -366,7 +366,8 @@ def figure(self):
 @patch_to(Run)
 def save_figure(self) -> Path:
     "Write the curves to figure.png in the run's folder."
-    return write_whole(self.folder / "figure.png", self.figure().png(dpi=110))
+    picture = self.figure().png(dpi=110)
+    return write_whole(self.folder / "figure.png", picture)
 
 @patch_to(Run)
 def _repr_html_(self) -> Markup:
