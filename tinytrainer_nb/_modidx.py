@@ -2154,6 +2154,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                       'tinytrainer_nb/recipes/evaluate.py'),
                                                  'tinytrainer_nb.recipes.evaluate._need_alike': ( 'recipes/evaluate.html#_need_alike',
                                                                                                   'tinytrainer_nb/recipes/evaluate.py'),
+                                                 'tinytrainer_nb.recipes.evaluate._need_own_words': ( 'recipes/evaluate.html#_need_own_words',
+                                                                                                      'tinytrainer_nb/recipes/evaluate.py'),
                                                  'tinytrainer_nb.recipes.evaluate._need_speaker': ( 'recipes/evaluate.html#_need_speaker',
                                                                                                     'tinytrainer_nb/recipes/evaluate.py'),
                                                  'tinytrainer_nb.recipes.evaluate._need_texts': ( 'recipes/evaluate.html#_need_texts',

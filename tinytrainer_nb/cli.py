@@ -260,6 +260,9 @@ def _to_score(data: DataArgs, task: str, run_code: bool) -> tuple: # the data an
     from tinytrainer_nb.recipes.rewards import find_reward
     from tinytrainer_nb.recipes.tasks import need_tasks
     if public := public_names(task):
+        if data != DataArgs(data.data):
+            raise TinyTrainerError(f"columns and split are not allowed with {public[0]}: a public task has its own. "
+                                   "Leave them out.")
         need_tasks(public, data.data or None, run_code)
         return data.data or None, task
     if data.data: need_data(data.data)

@@ -9,16 +9,19 @@ __all__ = ['reading', 'continuation_logprobs', 'windows']
 import contextlib
 import torch
 from torch import Tensor
-from ..core import progress
+from ..core import TinyTrainerError, progress
 from .decode import Decoder
+from .generate import NO_NUMBER
 from ..data.tokens import micro_trees, pack_trees
+from ..model.layers import context_length
 
 # %% ../../nbs/compute/12_likelihoods.ipynb #3a208a7d
-def _row(group: list[dict]) -> dict:
+def _row(group: list[dict], context: int | None) -> dict: # context: tokens that the model is made for
     "A row of trees; one with a single branch is a document."
     packed = pack_trees(group)
     lengths = [sum(n) if isinstance(n, tuple) and len(n) == 2 else n for n in packed["document_lengths"]]
-    return packed | dict(document_lengths=lengths)
+    places = packed["position_ids"].clamp(max=(context or 2**31) - 1) # nothing is read of a branch's last token
+    return packed | dict(document_lengths=lengths, position_ids=places)
 
 def _rows(requests: list[tuple[list[int], list[int]]], most: int) -> list[list[dict]]:
     "Requests in groups of at most `most` tokens, the longest first; those of one context side by side."
@@ -44,7 +47,9 @@ def _told(
     return torch.cat(logprobs), torch.cat(likeliest)
 
 def _sums(group: list[dict], logprobs: Tensor, likeliest: Tensor) -> dict: # (K,), (K,)
-    "By a request's number: log-likelihood, and whether greedy decoding would say it."
+    """By a request's number: log-likelihood, and whether greedy decoding would say it.
+    Raises `TinyTrainerError` if a probability is no number."""
+    if logprobs.isnan().any(): raise TinyTrainerError(NO_NUMBER)
     sizes = [len(row["completion"]) for row in group]
     parts = zip(group, logprobs.double().split(sizes), likeliest.split(sizes))
     return {row["index"]: (own.sum().item(), greedy.all().item()) for row, own, greedy in parts}
@@ -75,7 +80,7 @@ def _device(row: dict, model) -> dict:
 
 def _alone(row: dict, context: list[int], continuation: list[int]) -> dict: # row: what `_row` made of it
     "The same document for a model with an attention of its own: without filling, and without the packed row's words."
-    ids = torch.tensor([context + continuation])
+    ids = torch.tensor([(context + continuation)[:-1]])
     return dict(input_ids=ids, logits_to_keep=row["logits_to_keep"], shift_labels=row["shift_labels"])
 
 def continuation_logprobs(
@@ -85,13 +90,15 @@ def continuation_logprobs(
     most: int = 2048,           # tokens in a row; fewer for a large vocabulary
     quiet: bool = False,        # no progress bar
 ) -> list[tuple[float, bool]]:  # log-likelihood in nats, and whether greedy decoding would say the same
-    "Log-likelihood of each continuation behind its context. No request may be longer than the model's context."
+    """Log-likelihood of each continuation behind its context; the last token of a request may stand beyond the model's
+    context. Raises `TinyTrainerError` for weights with which a probability is no number."""
     found, most = {}, max(256, min(most, 2**26 // model.config.get_text_config().vocab_size))
+    context = context_length(model)
     with reading(model, dtype) as share, progress(total=len(requests), desc="likelihoods", quiet=quiet) as bar:
         groups = _rows(requests, most)
         if not share: groups = [[row] for group in groups for row in group]
         for group in groups:
-            row = _row(group)
+            row = _row(group, context)
             if not share: row = _alone(row, group[0]["prompt"], group[0]["completion"])
             row = _device(row, model)
             labels = row.pop("shift_labels")

@@ -96,7 +96,7 @@ class Evaluation:
     @property
     def interval(self) -> tuple[float, float] | None:
         "95 % interval: Wilson's if each reward is 0 or 1, else normal; by documents with weights; else None."
-        if not self.rewards or self.weights and self.n < 2: return None
+        if not self.rewards or self.weights and self.n < 2: return None # one document says nothing
         if self.weights: return bootstrap(self.rewards, self.weights)[:2]
         if _right_or_wrong(self.rewards): return wilson(self.score, self.n)
         half = Z * math.sqrt(sum((r - self.score) ** 2 for r in self.rewards)) / self.n
@@ -110,11 +110,12 @@ class Evaluation:
     def to_dict(self) -> dict:
         "Task, score and n; for a reward also the interval and the means of the other parts."
         found = dict(task=self.task, score=self.score, n=self.n)
-        if self.interval: found |= dict(interval=list(self.interval), also=self.also)
+        if ends := self.interval: found |= dict(interval=list(ends), also=self.also)
         return found | self.figures | (dict(how=self.how) if self.how else {})
 
     def __repr__(self) -> str:
-        sure = "" if self.interval is None else f" (95 %: {self.interval[0]:.3f} to {self.interval[1]:.3f})"
+        ends = self.interval
+        sure = "" if ends is None else f" (95 %: {ends[0]:.3f} to {ends[1]:.3f})"
         also = [f"{name}: {mean:.4f}" for name, mean in self.also.items()]
         also += [f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value:,}"
                  for name, value in self.figures.items()]
@@ -218,7 +219,7 @@ def bits_per_byte(
 ) -> Evaluation:       # score: bits a byte of all texts; `rewards` those of each, `weights` its bytes
     "How well a model predicts texts. Raises `TinyTrainerError` for what is no text, or a window of no use."
     texts, first = _need_texts(texts), _first_token(tokenizer)
-    length = min(max_length, getattr(plain_model(model).config, "max_position_embeddings", None) or max_length)
+    length = min(max_length, context_length(model) or max_length)
     stride = stride or max(1, length // 2)
     if not 1 <= stride <= length:
         raise TinyTrainerError(f"stride={stride} is not allowed: a window has {length} tokens, so it must be 1 to "
@@ -307,9 +308,9 @@ def _score_rows(scores: Scores) -> list[list[str]]:
     "The table of public tasks, its head first."
     rows = [["task", "metric", "score", "95 % interval", "rows", "shots", *PUBLISHED]]
     for name, e in scores.tasks.items():
-        low, high = (100 * end for end in e.interval or (math.nan, math.nan))
+        sure = " to ".join(f"{100 * end:.1f}" for end in e.interval or ())
         of = f"{e.n} of {e.how['rows']}" if "members" not in e.how and e.n < e.how["rows"] else str(e.n)
-        rows.append([name, e.how["metric"], f"{100 * e.score:.2f}", f"{low:.1f} to {high:.1f}", of,
+        rows.append([name, e.how["metric"], f"{100 * e.score:.2f}", sure, of,
                      str(e.how["shots"]), *_published(name, e)])
     if len(scores.tasks) > 1:
         mean = _published("average") if set(scores.tasks) == set(COMMONSENSE) else [""] * len(PUBLISHED)
@@ -351,6 +352,12 @@ def public_names(task) -> list[str]:
     likely = [name for name in unknown if near_task(name) and not suggestion(name, BUILT_IN)]
     return task_names(task) if public or likely else []
 
+def _need_own_words(names: list[str], prompt_format: str | None) -> None: # names: of public tasks
+    "Raise `TinyTrainerError` for a form of the question that is not the task's."
+    if prompt_format is None: return
+    raise TinyTrainerError(f"prompt_format={prompt_format!r:.40} is not allowed with {names[0]}: a public task asks in "
+                           "its own words. Leave it out.")
+
 def _need_speaker(model, tokenizer) -> None:
     "Raise `TinyTrainerError` for a model that does not predict tokens, or a tokenizer without an end token."
     ensure_template(copy.copy(tokenizer))
@@ -380,12 +387,14 @@ def evaluate(
     reward that fails, prompts of which none fits, and missing files."""
     if type(limit) is not int or limit < 0:
         raise TinyTrainerError(f"limit={limit!r:.40} is not allowed: it must be a whole number at least 0 (0: all).")
-    public = public_names(task)
-    if public: return _evaluate_tasks(model, tokenizer, data, public, limit, max_new_tokens, run_code)
+    new = GenerateArgs(max_new_tokens=256 if max_new_tokens is None else max_new_tokens).max_new_tokens
+    if public := public_names(task):
+        _need_own_words(public, prompt_format)
+        return _evaluate_tasks(model, tokenizer, data, public, limit, max_new_tokens and new, run_code)
     if task == "bits_per_byte": return bits_per_byte(model, tokenizer, _texts(data, limit))
     ensure_template(tokenizer)
     if task == "loss": return _evaluate_loss(model, tokenizer, data, limit, max_length, _dtype(model))
-    return _evaluate_reward(model, tokenizer, data, task, limit, max_new_tokens or 256, prompt_format, _dtype(model))
+    return _evaluate_reward(model, tokenizer, data, task, limit, new, prompt_format, _dtype(model))
 
 # %% ../../nbs/recipes/16_evaluate.ipynb #4436f33c
 class Table(str):

@@ -29,10 +29,10 @@ class Answerer:
     "What the harness asks a model for, answered in this package's own way. Joined with its class by `harness_model`."
     backend, max_gen_toks = "causal", 256
 
-    def __init__(self, model, tokenizer, dtype: torch.dtype, silent: bool): # silent: no progress bars
+    def __init__(self, model, tokenizer, dtype: torch.dtype):
         from lm_eval.models.utils import resolve_max_length
         super().__init__()
-        self.model, self.tokenizer, self.dtype, self.silent = model, tokenizer, dtype, silent
+        self.model, self.tokenizer, self.dtype = model, tokenizer, dtype
         self.max_length = resolve_max_length(plain_model(model).config, tokenizer)
         self.shortened = 0 # texts that lost their beginning
         self.plain = copy.copy(tokenizer)
@@ -56,7 +56,11 @@ class Answerer:
 
 # %% ../../nbs/recipes/15_tasks.ipynb #a28216e4
 def _kept_end(asker: Answerer, context: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
-    "A context without so much of its beginning that the answer fits behind it. Raises `TinyTrainerError` if none does."
+    """A context without so much of its beginning that the answer fits behind it.
+    Raises `TinyTrainerError` if it does not fit, or if either is empty."""
+    if not context:
+        raise TinyTrainerError("a question is empty, and this tokenizer puts no token in front of it, so its answer has "
+                               "nothing to stand behind: this task cannot be asked of this model.")
     if not 0 < len(answer) <= asker.max_length:
         raise TinyTrainerError(f"an answer has {len(answer)} tokens, and the model reads 1 to {asker.max_length}: "
                                "this task cannot be asked of this model.")
@@ -70,7 +74,7 @@ class _Likelihoods(Answerer):
 
     def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
         pairs = [_kept_end(self, context, answer) for _, context, answer in requests]
-        return continuation_logprobs(self.model, pairs, self.dtype, quiet=self.silent)
+        return continuation_logprobs(self.model, pairs, self.dtype)
 
     def loglikelihood_rolling(self, requests, **kwargs) -> list[float]:
         "Log-likelihoods of whole texts, cut as the harness cuts them."
@@ -102,7 +106,7 @@ class _Answers(_Likelihoods):
         ids = [self.tok_encode(text) for text in texts]
         self.shortened += sum(len(row) > room for row in ids)
         args = GenerateArgs(max_new_tokens=settings["max_gen_toks"], temperature=0.0, stop=[s for s in stop if s])
-        said = generate(self.model, self.plain, [row[-room:] for row in ids], args, dtype=self.dtype, quiet=self.silent)
+        said = generate(self.model, self.plain, [row[-room:] for row in ids], args, dtype=self.dtype)
         found = [self.tokenizer.decode(row, skip_special_tokens=True) for row in said.completion_ids]
         return [postprocess_generated_text(text, stop, None) for text in found]
 
@@ -110,11 +114,10 @@ def harness_model(
     model,              # from `load_model`, trained or not
     tokenizer,          # its tokenizer
     dtype: torch.dtype, # that is computed in
-    silent: bool = False, # no progress bars
 ):
     "The model as an object that lm-eval's own functions take."
     from lm_eval.api.model import TemplateLM
-    return type("HarnessModel", (_Answers, TemplateLM), {})(model, tokenizer, dtype, silent)
+    return type("HarnessModel", (_Answers, TemplateLM), {})(model, tokenizer, dtype)
 
 # %% ../../nbs/recipes/15_tasks.ipynb #3cf45300
 @dataclass(frozen=True)
