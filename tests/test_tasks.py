@@ -465,7 +465,7 @@ def test_files_that_are_missing_are_named(tmp_path, tiny, lm_eval):
         ("piqa/valid.jsonl", lines(PIQA), "valid-labels.lst is not beside it"),
         ("arc_easy/test.jsonl", lines(ARC[:1] + [dict(question="?", choices=None, answerKey="A")]), "row 2: it lacks"),
         ("bbh/boolean_expressions.json", "[]", "no row of bbh"),
-        ("mmlu/test/anatomy_test.csv", "a,b,c\n", "row 1: 3 cells"),
+        ("mmlu/test/anatomy_test.csv", "a,b,c\n", "line 1: 3 cells"),
     ],
 )
 def test_files_of_another_kind_are_refused(name, content, said, tmp_path, tiny, lm_eval):

@@ -8,7 +8,7 @@ __all__ = ['COMMONSENSE', 'ALIASES', 'GROUPS', 'INSTRUCTEVAL', 'LONGEST_PROMPT',
            'need_harness', 'members', 'task_rows', 'Made', 'make_tasks', 'TaskRows', 'need_tasks', 'ask_tasks']
 
 # %% ../../nbs/recipes/15_tasks.ipynb #22926d71
-import contextlib, copy, csv, json, logging, random
+import contextlib, copy, json, logging, random
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from ..core import TinyTrainerError, local_path, one_line, quiet, read_json, say
 from ..settings import suggestion
 from ..hardware import dtype_name, random_kept, versions
-from ..data.formats import read_rows
+from ..data.formats import _csv_lines, _read_text, read_rows
 from ..data.tokens import prompt_ids
 from ..model.layers import plain_model
 from ..compute.arguments import GenerateArgs
@@ -364,14 +364,13 @@ def _missing(task: PublicTask, split: str, folder: Path, alone: bool) -> TinyTra
 
 # %% ../../nbs/recipes/15_tasks.ipynb #38bb2037
 def _cells(path: Path) -> list[dict]:
-    "Rows of a CSV file of MMLU, which has a header or none; of every length alike."
-    with open(path, encoding="utf-8", newline="") as f: rows = [row for row in csv.reader(f) if row]
-    if rows and rows[0][0] == "question": rows = rows[1:]
-    for number, row in enumerate(rows, 1):
-        if len(row) == 6 and (row[5] in "ABCD" or row[5] in "0123") and row[5]: continue
-        raise TinyTrainerError(f"{path}, row {number}: {len(row)} cells, but it must be a question, four choices, and "
-                               "the right one as a letter or as a number from 0.")
-    return [dict(enumerate(row)) for row in rows]
+    "Rows of a CSV file of MMLU, which has a header or none."
+    lines = {line: row for line, row in _csv_lines(path).items() if row and (line > 1 or row[0] != "question")}
+    for line, row in lines.items():
+        if len(row) == 6 and row[5] in (*"ABCD", *"0123"): continue
+        raise TinyTrainerError(f"{path}, line {line}: {len(row)} cells that end with {row[-1]!r:.20}, but it must be a "
+                               "question, four choices, and the right one as a letter or as a number from 0.")
+    return [dict(enumerate(row)) for row in lines.values()]
 
 def _file_rows(task: PublicTask, path: Path) -> list[dict]:
     "Rows as they stand in a file."
@@ -388,7 +387,7 @@ def _labelled(rows: list[dict], path: Path) -> list[dict]:
     labels = path.with_name(f"{path.stem}-labels.lst")
     if not labels.is_file():
         raise TinyTrainerError(f"{path}: its rows have no label, and {labels.name} is not beside it.")
-    values = labels.read_text(encoding="utf-8").split()
+    values = _read_text(labels).split()
     if len(values) != len(rows) or set(values) - {"0", "1"}:
         raise TinyTrainerError(f"{labels}: {len(values)} labels for the {len(rows)} rows of {path.name}. Each "
                                "row needs one, 0 or 1, in the same order.")
