@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from tinytrainer_nb.core import TinyTrainerError, data_file
 from tinytrainer_nb.model.arguments import LoraArgs
 from tinytrainer_nb.model.load import load_model
 from tinytrainer_nb.model.lora import add_lora
+from tinytrainer_nb.recipes import sandbox
 from tinytrainer_nb.recipes.evaluate import (
     Evaluation,
     Scores,
@@ -44,6 +46,7 @@ from tinytrainer_nb.recipes.sandbox import passes
 from tinytrainer_nb.recipes.tasks import (
     NAMES,
     TASKS,
+    _kept_end,
     ask_tasks,
     members,
     pass_at_1,
@@ -434,6 +437,18 @@ def test_no_deed_passes(deed):
     assert not passes(deed + "\nassert True", seconds=1) and time.monotonic() - began < 20
 
 
+def test_where_limits_cannot_be_set_nothing_is_scored(monkeypatch):
+    "Every answer would count as wrong there: a process that does not start, a system without limits"
+    monkeypatch.setattr(sandbox, "_child", lambda *args: "raise OSError('no such limit')")
+    with pytest.raises(TinyTrainerError, match="this system sets none for a process. Score such tasks on Linux"):
+        sandbox.need_sandbox()
+    monkeypatch.undo()
+    sandbox.need_sandbox()
+    monkeypatch.setattr(sandbox.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(TinyTrainerError, match="Score such tasks on Linux"):
+        sandbox.need_sandbox()
+
+
 def test_what_a_solution_needs_passes():
     modules = "math, re, itertools, functools, collections, typing, string, random, datetime, json, statistics, heapq"
     assert passes(f"import {modules}\nassert math.gcd(4, 6) == 2 and sorted('ba') == ['a', 'b']\nprint('to nowhere')")
@@ -486,6 +501,53 @@ def test_labels_must_be_as_many_as_rows(tmp_path, tiny, lm_eval):
         (tmp_path / "valid-labels.lst").write_text(labels)
         with pytest.raises(TinyTrainerError, match="labels for the 4 rows"):
             evaluate(*tiny, tmp_path, "piqa")
+
+
+def test_files_that_are_no_utf8_are_refused(tmp_path, tiny, lm_eval):
+    (tmp_path / "valid.jsonl").write_text(lines(PIQA))
+    (tmp_path / "valid-labels.lst").write_bytes(b"0\n1\n\xff\n1\n")
+    with pytest.raises(TinyTrainerError, match="valid-labels.lst, line 3: .* is not UTF-8"):
+        evaluate(*tiny, tmp_path, "piqa")
+    for split in ("dev", "test"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / f"anatomy_{split}.csv").write_bytes(b"caf\xe9?,1,2,3,4,A\n")
+    with pytest.raises(TinyTrainerError, match="anatomy_.*csv, line 1: .* is not UTF-8"):
+        evaluate(*tiny, tmp_path, "mmlu_anatomy")
+
+
+def test_settings_that_a_public_task_does_not_read_are_refused(evals, tiny, capsys, lm_eval):
+    for settings, said in (
+        (dict(prompt_format="{}"), "prompt_format='{}' is not allowed with piqa"),
+        (dict(max_new_tokens=0), "max_new_tokens=0 is not allowed"),
+        (dict(max_new_tokens=1.5), "max_new_tokens=1.5 is not allowed"),
+        (dict(limit=True), "limit=True is not allowed"),
+    ):
+        with pytest.raises(TinyTrainerError, match=said):
+            evaluate(*tiny, evals, "piqa", **settings)
+    for flag in ("--columns goal=prompt", "--split test"):
+        assert cli.main(f"evaluate --base tiny --task piqa --data {evals} {flag}".split()) == 2
+        said = capsys.readouterr().err
+        assert "columns and split are not allowed with piqa" in said and said.count("\n") == 1
+
+
+def test_an_empty_question_is_refused():
+    "A tokenizer without a first token gives none; the harness fails there"
+    asker = SimpleNamespace(max_length=8, shortened=0)
+    for pair, said in (
+        (([], [1]), "a question is empty"),
+        (([1], []), "has 0 tokens"),
+        (([1], [2] * 9), "has 9 tokens"),
+    ):
+        with pytest.raises(TinyTrainerError, match=said):
+            _kept_end(asker, *pair)
+    assert _kept_end(asker, list(range(20)), [1, 2]) == (list(range(13, 20)), [1, 2]) and asker.shortened == 1
+
+
+def test_instructeval_needs_more_rows_than_examples(tmp_path, tiny, lm_eval):
+    (tmp_path / "boolean_expressions.json").write_text(json.dumps(dict(examples=BBH[:3])))
+    with pytest.raises(TinyTrainerError, match="instructeval_bbh_boolean_expressions: ") as e:
+        evaluate(*tiny, tmp_path, "instructeval_bbh_boolean_expressions")
+    assert "\n" not in str(e.value)
 
 
 def test_where_files_are_looked_for(evals, tmp_path, tiny, lm_eval):
@@ -665,6 +727,42 @@ def test_a_strangers_model_keeps_its_own_attention():
     model.eval()
     for (context, answer), (logprob, _) in zip(requests, found):
         assert logprob == pytest.approx(-sum(nats_of(model, context + answer)[len(context) - 1 :]), abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def learned_places(tmp_path_factory):
+    "A model with a table of 32 positions and the embedded base's tokenizer: its folder"
+    folder = tmp_path_factory.mktemp("gpt2")
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=1024, n_positions=32)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(data_file("tiny")).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_the_last_token_may_stand_beyond_the_context(loaded, learned_places):
+    "It is predicted and never read: a table of 32 positions is enough for 33 tokens, alone, in a tree and in windows"
+    theirs = GPT2LMHeadModel.from_pretrained(learned_places).eval()
+    tokenizer, model = AutoTokenizer.from_pretrained(learned_places), theirs
+    if loaded:
+        model, _ = load_model(str(learned_places), quantization="none", dtype="fp32", verbose=False)
+    ids = [(7 * i) % 1000 + 3 for i in range(33)]
+    requests = [(ids[:30], ids[30:]), (ids[:30], [5, 6, 7]), (ids[:30], [9]), (ids[:32], ids[32:]), (ids[:1], ids[1:])]
+    for (context, answer), (logprob, _) in zip(requests, continuation_logprobs(model, requests, quiet=True)):
+        with torch.no_grad():
+            told = theirs(torch.tensor([(context + answer)[:-1]])).logits[0].log_softmax(-1)
+        alone = sum(told[i - 1, t].item() for i, t in enumerate(context + answer) if i >= len(context))
+        assert logprob == pytest.approx(alone, abs=1e-4)
+    found = bits_per_byte(model, tokenizer, "Mia has a hen. " * 20)
+    assert found.how["max_length"] == 32 and math.isfinite(found.score)
+
+
+def test_a_probability_that_is_no_number_is_refused():
+    "As where a model speaks; the harness would score such a model"
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=50, n_positions=32))
+    model.transformer.ln_f.weight.data[3] = float("nan")
+    with pytest.raises(TinyTrainerError, match="the probability of the next token is no number"):
+        continuation_logprobs(model, [([1, 2], [3])], quiet=True)
 
 
 TEXTS = ["Tom has 4 apples.", "Ünïcödé costs more bytes than letters. " * 3, "</s> is text here, and <s> too."]
