@@ -83,6 +83,7 @@ def _alone(row: dict, context: list[int], continuation: list[int]) -> dict: # ro
     ids = torch.tensor([(context + continuation)[:-1]])
     return dict(input_ids=ids, logits_to_keep=row["logits_to_keep"], shift_labels=row["shift_labels"])
 
+# %% ../../nbs/compute/12_likelihoods.ipynb #23900065
 def continuation_logprobs(
     model,                      # a language model, with or without adapter
     requests: list[tuple[list[int], list[int]]], # token ids of a context and of its continuation; neither empty

@@ -13,7 +13,7 @@ from statistics import NormalDist
 import numpy as np
 import torch
 from ..hardware import DTYPES, dtype_name, versions
-from ..core import TinyTrainerError, inert, one_line, say
+from ..core import TinyTrainerError, inert, one_line, patch_to, say
 from ..settings import suggestion
 from ..data.formats import as_examples, load_prompts
 from .rewards import BUILT_IN, Reward, find_reward, reward_columns
@@ -107,19 +107,22 @@ class Evaluation:
         "Means of the parts besides the score itself, such as the flexible score of `exact_answer`."
         return {name: sum(values) / self.n for name, values in self.parts.items() if name != self.task}
 
-    def to_dict(self) -> dict:
-        "Task, score and n; for a reward also the interval and the means of the other parts."
-        found = dict(task=self.task, score=self.score, n=self.n)
-        if ends := self.interval: found |= dict(interval=list(ends), also=self.also)
-        return found | self.figures | (dict(how=self.how) if self.how else {})
+# %% ../../nbs/recipes/16_evaluate.ipynb #e2a1fe33
+@patch_to(Evaluation)
+def to_dict(self) -> dict:
+    "Task, score and n; for a reward also the interval and the means of the other parts."
+    found = dict(task=self.task, score=self.score, n=self.n)
+    if ends := self.interval: found |= dict(interval=list(ends), also=self.also)
+    return found | self.figures | (dict(how=self.how) if self.how else {})
 
-    def __repr__(self) -> str:
-        ends = self.interval
-        sure = "" if ends is None else f" (95 %: {ends[0]:.3f} to {ends[1]:.3f})"
-        also = [f"{name}: {mean:.4f}" for name, mean in self.also.items()]
-        also += [f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value:,}"
-                 for name, value in self.figures.items()]
-        return ", ".join([f"{one_line(self.task)}: {self.score:.4f} over {self.n} rows{sure}", *also])
+@patch_to(Evaluation)
+def __repr__(self) -> str:
+    ends = self.interval
+    sure = "" if ends is None else f" (95 %: {ends[0]:.3f} to {ends[1]:.3f})"
+    also = [f"{name}: {mean:.4f}" for name, mean in self.also.items()]
+    also += [f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value:,}"
+             for name, value in self.figures.items()]
+    return ", ".join([f"{one_line(self.task)}: {self.score:.4f} over {self.n} rows{sure}", *also])
 
 # %% ../../nbs/recipes/16_evaluate.ipynb #a8a225e9
 def _to_device(batch: dict, model) -> dict:

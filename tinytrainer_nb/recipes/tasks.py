@@ -59,8 +59,8 @@ def _kept_end(asker: Answerer, context: list[int], answer: list[int]) -> tuple[l
     """A context without so much of its beginning that the answer fits behind it.
     Raises `TinyTrainerError` if it does not fit, or if either is empty."""
     if not context:
-        raise TinyTrainerError("a question is empty, and this tokenizer puts no token in front of it, so its answer has "
-                               "nothing to stand behind: this task cannot be asked of this model.")
+        raise TinyTrainerError("a question is empty, and this tokenizer puts no token in front of it, so its answer "
+                               "has nothing to stand behind: this task cannot be asked of this model.")
     if not 0 < len(answer) <= asker.max_length:
         raise TinyTrainerError(f"an answer has {len(answer)} tokens, and the model reads 1 to {asker.max_length}: "
                                "this task cannot be asked of this model.")
@@ -68,6 +68,7 @@ def _kept_end(asker: Answerer, context: list[int], answer: list[int]) -> tuple[l
     asker.shortened += len(context) > room
     return context[-room:], answer
 
+# %% ../../nbs/recipes/15_tasks.ipynb #df70ed57
 class _Likelihoods(Answerer):
     "The part with log-likelihoods."
     def loglikelihood(self, requests, disable_tqdm: bool = True): return super().loglikelihood(requests, True)
@@ -110,6 +111,7 @@ class _Answers(_Likelihoods):
         found = [self.tokenizer.decode(row, skip_special_tokens=True) for row in said.completion_ids]
         return [postprocess_generated_text(text, stop, None) for text in found]
 
+# %% ../../nbs/recipes/15_tasks.ipynb #33096dc2
 def harness_model(
     model,              # from `load_model`, trained or not
     tokenizer,          # its tokenizer
@@ -479,6 +481,7 @@ def _make(row: PublicTask, folder: Path | None, alone: bool, limits: tuple[int, 
     if new and task.OUTPUT_TYPE == "generate_until": task.set_config("generation_kwargs", dict(max_gen_toks=new), True)
     return Made(row, task, files, split)
 
+# %% ../../nbs/recipes/15_tasks.ipynb #6b90f0d4
 def _need_fit(made: Made, limit: int) -> None:
     "Raise `TinyTrainerError` for a row that cannot be asked, or whose right answer is none of its choices."
     task, where = made.task, ", ".join(made.files) or "the Hub"
