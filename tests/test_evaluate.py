@@ -95,16 +95,31 @@ def test_a_comparison_of_right_and_wrong(both, gained, lost, neither):
     assert (back.low, back.high) == pytest.approx((-found.high, -found.low))
 
 
-def test_a_comparison_of_other_rewards_is_the_paired_normal_one():
-    before, after = [0.2, 0.4, 0.9, -1.0], [0.5, 0.3, 1.0, 0.25]
-    gains = [0.3, -0.1, 0.1, 1.25]
-    mean = sum(gains) / 4
-    half = Z * math.sqrt(sum((g - mean) ** 2 for g in gains) / 4) / math.sqrt(4)
+def test_a_comparison_of_other_rewards_is_by_the_bootstrap():
+    "Against a transcription of the studentized bootstrap (Efron and Tibshirani 1993, section 12.5) with other draws"
+    r = random.Random(1)
+    before = [r.random() for _ in range(80)]
+    after = [x + r.expovariate(5) - 0.1 for x in before]
+    gains = [b - a for a, b in zip(before, after)]
+
+    def mean_and_error(values: list[float]) -> tuple[float, float]:
+        mean = sum(values) / len(values)
+        return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+
+    mean, error = mean_and_error(gains)
+    drawn = [mean_and_error(r.choices(gains, k=80)) for _ in range(4000)]
+    far = sorted(abs(m - mean) / e for m, e in drawn)
+    half = far[int(0.95 * len(far))] * error
     found = compare(scored(before, "overlap"), scored(after, "overlap"))
-    assert (found.difference, found.low, found.high) == pytest.approx((mean, mean - half, mean + half)) and (
-        found.better,
-        found.worse,
-    ) == (3, 1)
+    assert found.difference == pytest.approx(mean) and found.low + found.high == pytest.approx(2 * mean)
+    assert found.high - mean == pytest.approx(half, rel=0.05) == pytest.approx(Z * error, rel=0.15)
+    assert found.p == pytest.approx(sum(t >= abs(mean / error) for t in far) / len(far), abs=0.01)
+    better = sum(g > 0 for g in gains)
+    assert (found.better, found.worse) == (better, 80 - better)
+
+
+def test_the_interval_of_a_mean_reward_is_the_normal_one():
+    after = [0.5, 0.3, 1.0, 0.25]
     one = scored(after, "overlap")
     spread = math.sqrt(sum((r - one.score) ** 2 for r in after) / 4) / 2
     assert one.interval == pytest.approx((one.score - Z * spread, one.score + Z * spread))

@@ -233,30 +233,52 @@ def _whole_from(least: int, text: str) -> int:
 
 def _evaluate_flags(parser: Parser) -> None:
     add_settings(parser, LoadArgs, "the model")
-    add_settings(parser, DataArgs, "the data", data="the project's own heldout.jsonl")
-    parser.add_argument("--task", help="loss, or a reward: exact_answer, flexible_answer, reference_overlap, length, "
-                                       "format, repetition, file.py:function (default exact_answer)")
-    parser.add_argument("--limit", type=_count, metavar="N", help="only the first N rows (default 0: all)")
-    parser.add_argument("--max_new_tokens", type=_tokens, metavar="N", help="longest answer (default 256 tokens)")
-    parser.add_argument("--json", action="store_true", help="one line of JSON: task, score, n; "
-                                                            "of a reward its 95 %% interval and the other parts, too")
+    add_settings(parser, DataArgs, "the data", data="the project's own heldout.jsonl; of public tasks, a folder that "
+                                                    "holds TASK/SPLIT.jsonl, else the Hub")
+    parser.add_argument("--task", help="loss, bits_per_byte, a reward (exact_answer, flexible_answer, "
+                                       "reference_overlap, length, format, repetition, file.py:function), or public "
+                                       "tasks such as piqa,arc_easy or commonsense (default exact_answer)")
+    parser.add_argument("--limit", type=_count, metavar="N",
+                        help="only the first N rows, of each task (default 0: all)")
+    parser.add_argument("--max_new_tokens", type=_tokens, metavar="N",
+                        help="longest answer (default 256 tokens; of a public task its own)")
+    parser.add_argument("--run_code", action="store_true", help="run the programs that the model writes for humaneval, "
+                                                                "each in a process of its own with limits")
+    parser.add_argument("--json", action="store_true", help="one line of JSON: task, score, n; of a reward its 95 %% "
+                                                            "interval and parts, of public tasks the metrics of each")
+
+# %% ../nbs/91_cli.ipynb #b9f1af14
+def _to_score(data: DataArgs, task: str, run_code: bool) -> tuple: # the data and the task, as `evaluate` takes them
+    "What is wrong with either is reported before a model is loaded. Raises `TinyTrainerError` for it."
+    from tinytrainer_nb.core import data_file
+    from tinytrainer_nb.data.formats import load_examples, need_data
+    from tinytrainer_nb.recipes.evaluate import public_names
+    from tinytrainer_nb.recipes.rewards import find_reward
+    from tinytrainer_nb.recipes.tasks import need_tasks
+    if public := public_names(task):
+        if data != DataArgs(data.data):
+            raise TinyTrainerError(f"columns and split are not allowed with {public[0]}: a public task has its own. "
+                                   "Leave them out.")
+        need_tasks(public, data.data or None, run_code)
+        return data.data or None, task
+    if data.data: need_data(data.data)
+    reward = task if task in ("loss", "bits_per_byte") else find_reward(task)
+    return load_examples(data.data or str(data_file("heldout.jsonl")), data.columns or None, data.split), reward
 
 # %% ../nbs/91_cli.ipynb #bbd5b650
 def evaluate_command(parser: Parser, given: dict) -> int: # exit status
     "Score a model. Raises `TinyTrainerError` for an unknown task, and for data or a model that cannot be read."
     load, data, task = read_settings(LoadArgs, given), read_data_settings(given), given.get("task", "exact_answer")
-    _need(load, data)
-    from tinytrainer_nb.data.formats import load_examples
+    need_base(load.base)
     from tinytrainer_nb.model.load import load_model
     from tinytrainer_nb.recipes.evaluate import evaluate
-    from tinytrainer_nb.recipes.rewards import find_reward
     quiet_bars()
-    examples = load_examples(data.data or str(data_file("heldout.jsonl")), data.columns or None, data.split)
-    reward = task if task == "loss" else find_reward(task) # a misspelled one is reported before anything is loaded
+    found_data, found_task = _to_score(data, task, "run_code" in given)
     model, tokenizer = load_model(load.base, load.quantization, load.dtype, verbose=not given.get("json"))
-    how = {name: given[name] for name in ("limit", "max_new_tokens") if name in given}
-    found = evaluate(model, tokenizer, examples, reward, **how)
-    say(json.dumps(plain(found.to_dict())) if given.get("json") else found)
+    how = {name: given[name] for name in ("limit", "max_new_tokens", "run_code") if name in given}
+    found = evaluate(model, tokenizer, found_data, found_task, **how)
+    if given.get("json"): say(json.dumps(plain(found.to_dict())))
+    else: say(*str(found).split("\n"))
     return 0
 
 # %% ../nbs/91_cli.ipynb #e05ec530

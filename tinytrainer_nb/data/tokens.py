@@ -350,9 +350,10 @@ def _first(tokenizer) -> list[int]:
 
 def prompt_ids(
     tokenizer,          # with a chat template, if `prompt` is a conversation
-    prompt: str | list, # raw text, whose special tokens count; or messages of "role" and "content", which are text
+    prompt: str | list, # raw text, whose special tokens count; messages of "role" and "content", which are text; or ids
 ) -> list[int]:
     "Token ids that a model continues. Raises `TinyTrainerError` if the template refuses the conversation."
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], int): return prompt
     if isinstance(prompt, str):
         ids, first = tokenizer(prompt, add_special_tokens=False).input_ids, _first(tokenizer)
         return ids if first and ids[:len(first)] == first else first + ids

@@ -19,7 +19,7 @@ from ..hardware import probe_dtype, unused_gpu, versions
 from .arguments import NAMED_BASES, SHAPES, LoadArgs, is_gguf, known_shape
 from .layers import keep_gradients, quantization_of
 from . import attention
-from .attention import _OTHER_MODEL, OTHER_MODEL
+from .attention import OTHER_MODEL
 from .cache import base_hash, cache_limit, files_of, find_tensors, keep_tensors
 from .cache import shown_name
 import transformers
