@@ -250,7 +250,6 @@ def _evaluate_flags(parser: Parser) -> None:
 # %% ../nbs/91_cli.ipynb #b9f1af14
 def _to_score(data: DataArgs, task: str, run_code: bool) -> tuple: # the data and the task, as `evaluate` takes them
     "What is wrong with either is reported before a model is loaded. Raises `TinyTrainerError` for it."
-    from tinytrainer_nb.core import data_file
     from tinytrainer_nb.data.formats import load_examples, need_data
     from tinytrainer_nb.recipes.evaluate import public_names
     from tinytrainer_nb.recipes.rewards import find_reward

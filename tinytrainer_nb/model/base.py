@@ -18,7 +18,6 @@ from ..hardware import DTYPES, default_device, dtype_name, free_memory, hardware
 from ..hardware import probe_dtype, unused_gpu, versions
 from .arguments import NAMED_BASES, SHAPES, LoadArgs, is_gguf, known_shape
 from .layers import keep_gradients, quantization_of
-from . import attention
 from .attention import OTHER_MODEL
 from .cache import base_hash, cache_limit, files_of, find_tensors, keep_tensors
 from .cache import shown_name
