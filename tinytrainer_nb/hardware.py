@@ -133,7 +133,7 @@ def _has_bf16_instructions() -> bool:
 
 @functools.cache
 def _bf16_gain(threads: int) -> float:
-    "How many times as fast as in fp32 a product is in bf16; one answer a process, so that two models agree"
+    "How many times as fast as in fp32 a product is in bf16; one answer a process, so that two models agree."
     full, half = matmul_seconds(torch.float32, torch.bfloat16)
     return full / half
 
@@ -145,7 +145,7 @@ def probe_dtype(device: str) -> tuple[torch.dtype, str]: # the compute dtype, an
     ratio = _bf16_gain(torch.get_num_threads())
     if ratio < 1.2 and _has_bf16_instructions():
         return torch.bfloat16, f"this CPU has bf16 instructions, though just now a product was {ratio:.1f}x as fast"
-    near = "; a near tie, which dtype='bf16' or 'fp32' decides for good"
+    near = "; a near tie; set dtype='bf16' or 'fp32' to decide it for good"
     told = f"{ratio:.1f}x as fast as fp32 on this CPU{near * (0.8 < ratio < 1.8)}"
     if ratio > 1.2: return torch.bfloat16, f"a bf16 product is {told}"
     return torch.float32, f"a bf16 product is only {told}"
