@@ -121,7 +121,11 @@ def read_data_settings(values: dict) -> DataArgs:
     if isinstance(columns, dict): columns = ",".join(f"{new}={old}" for new, old in columns.items())
     return read_settings(DataArgs, values | dict(columns=columns))
 
-def _need(load: LoadArgs, data: DataArgs, own: str = "", reads_shards: bool = False) -> None: # own: the recipe's own data
+def _need(
+    load: LoadArgs, data: DataArgs,
+    own: str = "",              # the recipe's own data
+    reads_shards: bool = False, # whether prepared folders are read
+) -> None:
     "Raise `TinyTrainerError` for a base or data that are not there, before PyTorch is imported."
     need_base(load.base)
     if not data.data or data.data == own == "tinyworld": return # which is generated, not read
