@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import itertools
 import os
 import shutil
 import sys
@@ -32,10 +33,23 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
+    keep_imported()
+
+
+def keep_imported():
     """What has been imported lives as long as the tests: the garbage collector, which every run calls some times,
     need not go through it again"""
     gc.collect()
     gc.freeze()
+
+
+ENDED = itertools.count(1)
+
+
+def pytest_runtest_logfinish():
+    "Tests import more as they go on"
+    if next(ENDED) % 40 == 0:
+        keep_imported()
 
 
 @pytest.fixture(autouse=True)

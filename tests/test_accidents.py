@@ -5,8 +5,10 @@ import errno
 import functools
 import json
 import os
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from forked import forking
@@ -14,6 +16,8 @@ from live import adapter, figures, until
 from small import small_base
 
 from tinytrainer_nb.core import TinyTrainerError, read_json, write_json
+from tinytrainer_nb.recipes.arguments import SFTArgs
+from tinytrainer_nb.recipes.trainer import RunTrainer
 from tinytrainer_nb.runs.run import Run
 
 ROWS = [dict(prompt=f"How much is {i} + 1?", completion=str(i + 1)) for i in range(24)]
@@ -66,6 +70,9 @@ BROKEN = {
     "fixed-setting": '{"action": "set", "changes": {"learning_rate": 0.1, "max_steps": 9}, "asked": 1}',
     "deep": "[" * 100_000,
     "long-number": '{"action": "stop", "asked": 1' + "0" * 5000 + "}",
+    "change-of-a-wrong-type": '{"action": "set", "changes": {"learning_rate": "fast"}, "asked": 1}',
+    "change-to-a-flag": '{"action": "set", "changes": {"learning_rate": true}, "asked": 1}',
+    "changes-of-a-pause": '{"action": "pause", "changes": [], "asked": 1}',
     "huge": '{"action": "stop", "x": "' + "x" * 2_000_000 + '"}',
     "latin": b'{"action": "st\xf6p"}',
     "zeros": b"\0" * 512,  # as a file system may leave after a power failure
@@ -100,9 +107,61 @@ def test_broken_requests_are_set_aside(tmp_path):
     for name in [*BROKEN, *NO_FILES]:
         assert notes(run, name[:90]), name
     assert all("\n" not in note and len(note) < 600 for note in notes(run))
-    assert "max_steps cannot be changed" in notes(run, "fixed-setting")[0]
+    assert (
+        "max_steps cannot be changed while a run goes on. These can: learning_rate." in notes(run, "fixed-setting")[0]
+    )
+    assert "changes.learning_rate must be a number, found 'fast'" in notes(run, "change-of-a-wrong-type")[0]
+    assert "changes must be an object, found a list" in notes(run, "changes-of-a-pause")[0]
     assert not list(requests.glob("*.json")) and len(list(requests.iterdir())) == len(BROKEN) + len(NO_FILES)
     assert not run.take_requests() and not run.waiting() and len(notes(run)) == len(BROKEN) + len(NO_FILES)
+
+
+def test_whether_a_setting_may_be_changed_is_decided_once(tmp_path):
+    "By whoever asks, by whoever reads the request, by the trainer: in the same words"
+    run, settings = by_hand(tmp_path), SFTArgs()
+    asker = SimpleNamespace(settings=settings)
+    for ask in (lambda: run.set(seed=1), lambda: RunTrainer._checked(asker, "seed", 1)):
+        with pytest.raises(
+            TinyTrainerError, match="^seed cannot be changed while a run goes on. These can: learning_r"
+        ):
+            ask()
+    write_json(tmp_path / "run.json", run.info | dict(may_change=[]))
+    with pytest.raises(TinyTrainerError, match="None can.$"):
+        run.set(learning_rate=1e-4)
+    run.request("set", changes=dict(learning_rate=1e-4))
+    assert not run.take_requests() and "None can." in notes(run, "learning_rate cannot be changed")[0]
+
+
+MISTYPED = {
+    "load.files": [1],
+    "load.commit": 5,
+    "load.vocabulary": None,
+    "start": ["x"],
+    "result": ["x"],
+    "settings.out": None,
+    "reward.names": "f",
+    "reward.code": ["x"],
+    "reward.weights": dict(f="much"),
+}
+
+
+@pytest.mark.parametrize("field", MISTYPED)
+def test_a_field_of_a_run_that_is_mistyped_is_named(field, tmp_path):
+    run, (name, _, part) = by_hand(tmp_path), field.partition(".")
+    reward = dict(kind="function", spec="", names=["f"], weights=dict(f=1.0), code=dict(f="0a"))
+    sound = run.info | dict(load=dict(files=dict(a="0b"), commit="", vocabulary=""), start={}, result={}, reward=reward)
+    write_json(tmp_path / "run.json", sound)
+    assert run.info["reward"] == reward and "reward=f" in run.how_to_resume()
+    wrong = sound[name] | {part: MISTYPED[field]} if part else MISTYPED[field]
+    write_json(tmp_path / "run.json", sound | {name: wrong})
+    with pytest.raises(TinyTrainerError, match=f"run.json: {re.escape(field)}.* must be "):
+        run.info  # noqa: B018
+
+
+def test_a_reward_of_a_run_that_tells_little(tmp_path):
+    run = by_hand(tmp_path)
+    write_json(tmp_path / "run.json", run.info | dict(reward=dict(kind="function")))
+    assert "resume(reward=)" in run.how_to_resume() and run.info["reward"]["names"] == []
 
 
 def test_a_request_that_cannot_be_moved(tmp_path, monkeypatch):
@@ -154,7 +213,7 @@ def test_a_training_among_broken_requests(tmp_path):
     run.unpause()
     run.wait()
     assert run.status == "finished" and adapter(run) == adapter(whole)
-    assert len(notes(run, "was set aside")) == 6 and len(notes(run, "not changed")) == 8
+    assert len(notes(run, "was set aside")) == 13 and len(notes(run, "not changed")) == 1
     assert not [e for e in run.events if e["kind"] == "change"]
 
 
@@ -712,7 +771,8 @@ def test_a_file_system_that_fails_in_a_terminal(tmp_path, monkeypatch, capsys):
     argv = ["sft", "--base", small_base(), "--data", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "run")]
     argv += ["--max_steps", "2", "--save_steps", "1", "--eval_steps", "0", "--dtype", "fp32", "--quantization", "none"]
     assert main(argv) != 0
-    assert "Input/output error" in capsys.readouterr().err.strip().splitlines()[-1]
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "Input/output error" in said and said.count("tinytrainer resume") == 1
 
 
 ELSEWHERE = [

@@ -1,6 +1,7 @@
 """Blocks compute what `transformers` and PEFT compute: losses and gradients of every adapter and weight, whatever
 shares a micro-batch."""
 
+import contextlib
 import gc
 
 import pytest
@@ -326,6 +327,24 @@ def test_attention_of_many_documents_is_that_of_each(dtype):
     error = lambda found: max(((a - b).norm() / b.norm()).item() for a, b in zip(found, truth))
     together = error(both(lambda *x: attend_documents(*x, lengths, 0.2), dtype))
     assert together < 1e-5 if dtype == torch.float32 else together < 1.25 * error(both(one_by_one, dtype))
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_attention_over_packed_rows_has_no_dropout(blocks):
+    "Whatever a config says, and the fast path computes what the model's own does"
+    model = bare("llama")
+    row = pack_row(rows())
+    inputs = {name: row[name] for name in ("input_ids", "position_ids", "document_lengths")}
+    still = model(**inputs, use_cache=False).logits
+    for m in model.modules():
+        if hasattr(m, "attention_dropout"):
+            m.attention_dropout = 0.5
+    model.config.attention_dropout = 0.5
+    model.train()
+    assert why_not(model) == ""
+    with in_blocks(model, torch.float32) if blocks else contextlib.nullcontext():
+        found = model(**inputs, use_cache=False).logits
+    torch.testing.assert_close(found, still, rtol=0, atol=1e-4)
 
 
 def test_what_cannot_be_computed_in_blocks_is_said():

@@ -4,6 +4,7 @@ start to end."""
 import dataclasses
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -17,10 +18,11 @@ import nbformat
 import pytest
 from small import ROWS, small_base
 
-from tinytrainer_nb.cli import main
-from tinytrainer_nb.core import data_file
+from tinytrainer_nb.cli import _begun_here, main
+from tinytrainer_nb.core import TinyTrainerError, data_file, write_json
 from tinytrainer_nb.model.arguments import LoraArgs
 from tinytrainer_nb.recipes.table import RECIPES
+from tinytrainer_nb.runs.lock import Lock
 from tinytrainer_nb.runs.run import Run
 
 SMALL = [
@@ -309,8 +311,14 @@ def test_a_pipe_that_closes_ends_no_run(tmp_path, unbuffered):
 
 
 def test_a_full_disk_behind_stdout_is_no_traceback(tmp_path):
-    done = in_shell("tinytrainer cache > /dev/full; echo $?", tmp_path)
-    assert done.stdout.strip() == "0" and not done.stderr, done
+    full = "stdout cannot be written (No space left on device)"
+    for command in ("cache", "--version", "sft --help"):
+        done = in_shell(f"tinytrainer {command} > /dev/full; echo $?", tmp_path)
+        assert done.stdout.strip() == "2" and done.stderr.count("\n") == 1 and full in done.stderr, done
+    done = in_shell("tinytrainer nothing 2> /dev/full; echo $?", tmp_path)
+    assert done.stdout.strip() == "2" and not done.stderr, done
+    done = in_shell("tinytrainer --help | head -c 1; echo ${PIPESTATUS[0]}", tmp_path)
+    assert done.stdout.endswith("0\n") and not done.stderr, done
 
 
 def refused(argv: list[str], capsys) -> str:
@@ -326,6 +334,43 @@ def test_an_empty_variable_is_no_data(command, tmp_path, monkeypatch, capsys):
     '`--data "$UNSET"` trained on the project\'s own data'
     monkeypatch.chdir(tmp_path)
     assert "data=''" in refused([command, "--data", ""], capsys)
+
+
+def test_the_generated_corpus_is_no_file(tmp_path, monkeypatch, capsys):
+    "Its name passes for the recipe that generates it, as the documentation has it, and for no other"
+    monkeypatch.chdir(tmp_path)
+
+    def trained(recipe, args, load, data, lora, reward):
+        raise TinyTrainerError(f"{recipe.name} on {data.data}")
+
+    monkeypatch.setattr("tinytrainer_nb.cli._trained", trained)
+    assert "pretrain on tinyworld" in refused(["pretrain", "--base", "new:tiny", "--data", "tinyworld"], capsys)
+    assert "tinyworld: no such file or folder" in refused(["sft", "--data", "tinyworld"], capsys)
+    assert "tinyworlds: no such file or folder" in refused(["pretrain", "--data", "tinyworlds"], capsys)
+    assert "sft.jsonl: no such file" in refused(["sft", "--data", "sft.jsonl"], capsys)  # the project's own has a path
+
+
+def test_a_score_that_is_none_is_json(tmp_path, monkeypatch, capsys):
+    from tinytrainer_nb.recipes import evaluate
+
+    def scored(*args, **kwargs):
+        return evaluate.Evaluation("loss", math.nan, 3)
+
+    monkeypatch.setattr(evaluate, "evaluate", scored)
+    monkeypatch.setattr("tinytrainer_nb.model.load.load_model", lambda *args, **kwargs: (None, None))
+    assert main(["evaluate", "--task", "loss", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert told == dict(task="loss", score=None, n=3)
+
+
+def test_a_run_of_this_process_number_elsewhere_is_not_ours(tmp_path):
+    me = Lock(tmp_path / "lock").me()
+    told = dict(recipe="sft", settings={}, status="failed", created=1e9)
+    elsewhere = me | dict(host="elsewhere", machine="0" * 16, boot="other")
+    write_json(tmp_path / "run" / "run.json", told | dict(process=elsewhere))
+    assert _begun_here(tmp_path / "run", 0) is None
+    write_json(tmp_path / "run-2" / "run.json", told | dict(process=me))
+    assert _begun_here(tmp_path / "run", 0).folder == tmp_path / "run-2"
 
 
 def test_numbers_in_flags_are_read_as_settings_are(tmp_path, monkeypatch, capsys):

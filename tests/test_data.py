@@ -194,7 +194,7 @@ FAULTS = [  # file, its bytes, what the error says
     (
         "twice.jsonl",
         b'{"prompt": "a", "prompt": "b"}',
-        "line 1: not readable as JSON (a field stands twice, among prompt, prompt)",
+        "line 1: not readable as JSON (the field 'prompt' stands twice)",
     ),
     ("twice.csv", b"prompt,prompt\na,b", "a column name stands twice, among prompt, prompt"),
     ("deep.jsonl", b"[" * 100000, "line 1: not readable as JSON (maximum recursion depth"),

@@ -4,6 +4,7 @@ never notices."""
 import pytest
 import torch
 from live import adapter, figures, until
+from safetensors.torch import save_file
 
 from tinytrainer_nb.all import (
     GRPOArgs,
@@ -28,6 +29,7 @@ from tinytrainer_nb.hardware import mix_seed
 from tinytrainer_nb.model.arguments import LoraArgs
 from tinytrainer_nb.model.lora import add_lora, save_adapter
 from tinytrainer_nb.model.tinylora import few_numbers, trained_vector
+from tinytrainer_nb.panels.run_panel import run_panel
 from tinytrainer_nb.panels.sliders import (
     bars_html,
     dial_panel,
@@ -37,7 +39,7 @@ from tinytrainer_nb.panels.sliders import (
     scale_of,
     turned,
 )
-from tinytrainer_nb.recipes.start import begin
+from tinytrainer_nb.recipes.start import begin, describe
 
 QUIET = dict(eval_steps=0, sample_steps=0)
 IDS = torch.arange(3, 35)[None]
@@ -270,4 +272,34 @@ def test_a_line_that_cannot_be_is_told():
         panel.as_line()
     panel.one_line()
     until(lambda: "PEFT" in panel.trouble.value)
+    panel.close()
+
+
+def tensors(path, **named):
+    save_file({f"base_model.{name}": t for name, t in named.items()}, path, metadata={"format": "pt"})
+
+
+DAMAGED = {
+    "cut off": lambda path: path.write_bytes(path.read_bytes()[:-20]),
+    "empty": lambda path: path.write_bytes(b""),
+    "no number in a name": lambda path: tensors(path, **{"tinylora_v.x": torch.ones(3)}),
+    "NaN": lambda path: tensors(path, tinylora_v=torch.tensor([1.0, float("nan")])),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGED)
+def test_a_damaged_adapter_has_no_dials_and_no_other_panel_suffers(how, tmp_path):
+    model, tokenizer = thirteen()
+    run = Run.create(tmp_path / "run", "sft", SFTArgs(), may_change=[], load=describe(model, tokenizer))
+    begin(run, model, tokenizer)
+    run.set_status("stopped", 0)
+    panel = run_panel(run)
+    assert list(panel.rooms) == ["Chat", "Numbers"]
+    panel.close()
+    DAMAGED[how](run.folder / "start" / "adapter_model.safetensors")
+    with pytest.raises(TinyTrainerError, match="adapter_model.safetensors: .*Restore the file"):
+        has_dials(run)
+    panel = run_panel(run)
+    assert list(panel.rooms) == ["Chat"]
     panel.close()

@@ -4,19 +4,38 @@ they hold the truth."""
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
+from small import small_base
 
+from tinytrainer_nb.all import (
+    GRPOArgs,
+    LoraArgs,
+    PPOArgs,
+    add_lora,
+    grpo,
+    load_model,
+    ppo,
+)
 from tinytrainer_nb.core import TinyTrainerError
+from tinytrainer_nb.recipes import evaluate as room
 from tinytrainer_nb.recipes.evaluate import (
     Evaluation,
     Z,
     answer_table,
     compare,
+    evaluate,
     score_table,
     wilson,
 )
 from tinytrainer_nb.recipes.rewards import find_reward
+
+
+@pytest.fixture
+def small():
+    "The small base and its tokenizer"
+    return load_model(small_base(), "none", "fp32", verbose=False)
 
 
 def scored(rewards: list[float], task: str = "exact_answer", **kwargs) -> Evaluation:
@@ -76,16 +95,31 @@ def test_a_comparison_of_right_and_wrong(both, gained, lost, neither):
     assert (back.low, back.high) == pytest.approx((-found.high, -found.low))
 
 
-def test_a_comparison_of_other_rewards_is_the_paired_normal_one():
-    before, after = [0.2, 0.4, 0.9, -1.0], [0.5, 0.3, 1.0, 0.25]
-    gains = [0.3, -0.1, 0.1, 1.25]
-    mean = sum(gains) / 4
-    half = Z * math.sqrt(sum((g - mean) ** 2 for g in gains) / 4) / math.sqrt(4)
+def test_a_comparison_of_other_rewards_is_by_the_bootstrap():
+    "Against a transcription of the studentized bootstrap (Efron and Tibshirani 1993, section 12.5) with other draws"
+    r = random.Random(1)
+    before = [r.random() for _ in range(80)]
+    after = [x + r.expovariate(5) - 0.1 for x in before]
+    gains = [b - a for a, b in zip(before, after)]
+
+    def mean_and_error(values: list[float]) -> tuple[float, float]:
+        mean = sum(values) / len(values)
+        return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+
+    mean, error = mean_and_error(gains)
+    drawn = [mean_and_error(r.choices(gains, k=80)) for _ in range(4000)]
+    far = sorted(abs(m - mean) / e for m, e in drawn)
+    half = far[int(0.95 * len(far))] * error
     found = compare(scored(before, "overlap"), scored(after, "overlap"))
-    assert (found.difference, found.low, found.high) == pytest.approx((mean, mean - half, mean + half)) and (
-        found.better,
-        found.worse,
-    ) == (3, 1)
+    assert found.difference == pytest.approx(mean) and found.low + found.high == pytest.approx(2 * mean)
+    assert found.high - mean == pytest.approx(half, rel=0.05) == pytest.approx(Z * error, rel=0.15)
+    assert found.p == pytest.approx(sum(t >= abs(mean / error) for t in far) / len(far), abs=0.01)
+    better = sum(g > 0 for g in gains)
+    assert (found.better, found.worse) == (better, 80 - better)
+
+
+def test_the_interval_of_a_mean_reward_is_the_normal_one():
+    after = [0.5, 0.3, 1.0, 0.25]
     one = scored(after, "overlap")
     spread = math.sqrt(sum((r - one.score) ** 2 for r in after) / 4) / 2
     assert one.interval == pytest.approx((one.score - Z * spread, one.score + Z * spread))
@@ -170,3 +204,43 @@ def test_answers_that_changed_come_first():
         .splitlines()[2:]
     ]
     assert asked == ["c", "d", "a"]
+
+
+def test_only_shares_are_shown_in_percent():
+    "Rewards within 0 and 1 are shares; those of a reward model, or of a part below 0, are numbers"
+    table = score_table({"a": scored([0.25, 0.75]), "b": scored([1.0, 1.0])}).splitlines()
+    assert "| a | 50.0% |" in table[2] and "| b | 100.0% |" in table[3]
+    table = score_table({"a": scored([0.25, 0.75], "judge"), "b": scored([3.2, 3.2], "judge")}).splitlines()
+    assert "| a | 0.500 |" in table[2] and "| b | 3.200 | 3.200 to 3.200 |" in table[3]
+    parts = dict(exact_answer=[1.0, 1.0], length=[-0.5, 0.0])
+    table = score_table({"a": scored([1.0, 1.0], parts=parts), "loss": Evaluation("loss", 0.25, 9)}).splitlines()
+    assert "| a | 100.0% |" in table[2] and "| -0.250 | 2 |" in table[2] and "| loss | 0.2500 |  |  | 9 |" in table[3]
+
+
+@pytest.mark.parametrize("form", ["Q: {question}\nA:", "Q: {", "Q: {0}", "Answer me.", "", 5])
+def test_a_form_without_a_place_for_the_question_is_a_line(small, form):
+    with pytest.raises(TinyTrainerError, match="it must be a text with {} where the question stands"):
+        evaluate(*small, [dict(prompt="Who?", answer="I")], "exact_answer", prompt_format=form)
+
+
+def test_braces_in_a_form_and_in_a_question_are_text(small, monkeypatch):
+    asked = []
+    answers = lambda model, tokenizer, texts, *a, **k: SimpleNamespace(completions=asked.extend(texts) or ["I"])
+    monkeypatch.setattr(room, "generate", answers)
+    evaluate(*small, [dict(prompt="Is {x} {}?", answer="I")], "exact_answer", prompt_format='{"q": {}}')
+    assert asked == ['{"q": Is {x} {}?}']
+
+
+@pytest.mark.parametrize("recipe, args", [(ppo, PPOArgs), (grpo, GRPOArgs)])
+def test_prompts_without_room_name_the_limit_that_leaves_them_out(small, recipe, args, tmp_path):
+    "Raising or lowering the other one would change nothing"
+    model, tokenizer = small
+    model, prompts = add_lora(model, LoraArgs(r=2)), [dict(prompt="Who is there? " * 20)] * 8
+    for settings, said in (
+        (dict(max_length=8), "are longer than 8 tokens, .* raise max_length, or lower batch_size\\.$"),
+        (dict(max_new_tokens=1000), "are longer than 24 tokens, .* or lower batch_size or max_new_tokens\\.$"),
+        (dict(max_new_tokens=4000), "max_new_tokens=4000 is not allowed: .* context of 1,024 tokens"),
+    ):
+        with pytest.raises(TinyTrainerError, match=said):
+            recipe(model, tokenizer, prompts, "length", args(batch_size=4, out=str(tmp_path / "run"), **settings))
+    assert not (tmp_path / "run").exists()

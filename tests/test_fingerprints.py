@@ -1,11 +1,13 @@
 """A model is what its run says it is: base, tokenizer, commit, result and reward are compared wherever a run is
 opened, and copies of weights never outlive the weights."""
 
+import io
 import json
 import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -39,6 +41,7 @@ from tinytrainer_nb.cli import main
 from tinytrainer_nb.compute.decode import Decoder
 from tinytrainer_nb.core import TinyTrainerError
 from tinytrainer_nb.model.layers import trainable
+from tinytrainer_nb.recipes.pretrain import read_back
 from tinytrainer_nb.recipes.rewards import code_hash, find_reward
 from tinytrainer_nb.recipes.start import describe
 
@@ -753,3 +756,82 @@ def test_a_folder_with_a_model_and_an_adapter_is_refused(tmp_path, monkeypatch):
         shutil.copy(path, "base")
     with pytest.raises(TinyTrainerError, match="base: here lie a model and an adapter"):
         opened("base")
+
+
+def pairs() -> list[dict]:
+    return [dict(prompt=f"{n} hens?", chosen=f"{2 * n} legs", rejected="no") for n in range(12)]
+
+
+KEPT = {  # recipe: how it is run, and a file of its data
+    "sft": (lambda m, t, **s: sft(m, t, ROWS, SFTArgs(**s)), "train.json"),
+    "dpo": (lambda m, t, **s: dpo(m, t, pairs(), DPOArgs(**s)), "train.json"),
+    "reward_model": (lambda m, t, **s: reward_model(m, t, pairs(), RewardModelArgs(**s)), "heldout.json"),
+    "ppo": (
+        lambda m, t, **s: ppo(m, t, ROWS, "length", PPOArgs(num_generations=2, max_new_tokens=4, **s)),
+        "prompts.json",
+    ),
+    "pretrain": (lambda m, t, **s: pretrain(m, t, TEXTS, PretrainArgs(max_length=32, **s)), "tokens.npy"),
+}
+
+
+@pytest.mark.parametrize("recipe", KEPT)
+def test_a_run_does_not_go_on_with_other_data(tmp_path, monkeypatch, recipe):
+    "A valid file with one other row, one without a row, none; a run of an older version knows no hashes"
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = base()
+    train, name = KEPT[recipe]
+    train(model if recipe == "pretrain" else add_lora(model, LoraArgs(r=2)), tokenizer, max_steps=1, out="run", **FEW)
+    told = json.loads(Path("run/run.json").read_text(encoding="utf8"))
+    told |= dict(status="stopped", settings=told["settings"] | dict(max_steps=2))
+    assert f"data/{name}" in told["start"]
+    Path("run/run.json").write_text(json.dumps(told), encoding="utf8")
+    file = Path("run/data", name)
+    whole = file.read_bytes()
+    for other in (whole[:-2] + b" " + whole[-2:], whole[: len(whole) // 2], b"", None):
+        file.unlink() if other is None else file.write_bytes(other)
+        with pytest.raises(TinyTrainerError, match=f"data/{name} is not as it was when the run was started"):
+            Run.open("run").resume()
+        assert Run.open("run").status == "stopped"
+        file.write_bytes(whole)
+    file.unlink()
+    if recipe != "reward_model":
+        load_model("run", verbose=False)  # the result does not need them
+    file.write_bytes(whole)
+    told["start"] = {n: v for n, v in told["start"].items() if not n.startswith("data/")}
+    Path("run/run.json").write_text(json.dumps(told), encoding="utf8")
+    assert Run.open("run").resume().status == "finished"
+
+
+NPZ = io.BytesIO()
+np.savez(NPZ, tokens=np.arange(9))
+TOKENS = dict(
+    cut=lambda whole: whole[: len(whole) // 2],
+    empty=lambda whole: b"",
+    zip=lambda whole: NPZ.getvalue(),
+    text=lambda whole: b"tokens",
+    floats=lambda whole: saved(np.ones(999)),
+    table=lambda whole: saved(np.ones((9, 9), dtype=np.uint16)),
+    objects=lambda whole: saved(np.array([print] * 9)),
+    foreign=lambda whole: saved(np.full(999, 60_000, dtype=np.uint16)),
+)
+
+
+def saved(array) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def test_tokens_that_are_none_are_a_line(tmp_path, monkeypatch):
+    "In a run of an older version, which kept no hash of them"
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = base()
+    train, name = KEPT["pretrain"]
+    run = train(model, tokenizer, max_steps=1, out="run", **FEW)
+    run.update_info(start={})
+    whole = (run.folder / "data" / name).read_bytes()
+    for what, damaged in TOKENS.items():
+        (run.folder / "data" / name).write_bytes(damaged(whole))
+        with pytest.raises(TinyTrainerError, match="tokens.npy: holds (no tokens|something else than tokens)"):
+            read_back(run, tokenizer, PretrainArgs())
+            pytest.fail(what)

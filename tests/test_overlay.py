@@ -30,7 +30,8 @@ from tinytrainer_nb.panels.compare import (
 )
 from tinytrainer_nb.recipes.arguments import DPOArgs, GRPOArgs, PPOArgs, SFTArgs
 from tinytrainer_nb.runs.run import Run
-from tinytrainer_nb.views.plots import smooth
+from tinytrainer_nb.views.plots import alt_text, smooth, wanted_panels
+from tinytrainer_nb.views.terminal import result_evaluation, summary_line
 
 LOAD = dict(
     base="tiny",
@@ -323,3 +324,50 @@ def test_a_long_history_is_drawn_quickly(tmp_path):
     assert all(
         len(line.get_xdata()) <= 2002 for axes in overlay_figure([run, run], "tokens").axes for line in axes.lines
     )
+
+
+NAN = float("nan")
+ENDS = [  # keep_best, status, held-out losses, the one that is told
+    (True, "finished", [0.5, 0.3, 0.4], "0.3 (step 2)"),
+    (True, "finished", [0.5, 0.3, 0.4, NAN], "0.3 (step 2)"),  # NaN is never the best
+    (True, "stopped", [0.5, 0.3, 0.4], "0.4 (step 3)"),  # the best weights are for a run that is finished
+    (True, "failed", [0.5, 0.3, 0.4], "0.4 (step 3)"),
+    (False, "finished", [0.5, 0.3, 0.4], "0.4 (step 3)"),
+    (False, "finished", [0.5, NAN], "0.5 (step 1)"),
+    (True, "finished", [NAN, NAN], ""),
+]
+
+
+@pytest.mark.parametrize("keep, status, losses, told", ENDS)
+def test_the_held_out_figure_is_that_of_the_result(tmp_path, keep, status, losses, told):
+    "In the line at a run's end and in a comparison alike"
+    run = make(tmp_path / "run", SFTArgs(keep_best=keep), status=status)
+    for step, loss in enumerate(losses, 1):
+        run.log("evaluation", step, loss=loss)
+    summary = dict(recipe="sft", status=status, steps=20, seconds=1.0, tokens_per_s=2.0, peak_memory_gb=1.0)
+    write_json(run.folder / "summary.json", summary)
+    line, compared = summary_line(run), final_figures([run]).get("loss, held out")
+    assert (f"held-out loss {told}, " in line) if told else "held-out" not in line
+    assert compared == ([told.partition(" ")[0]] if told else None)
+
+
+def test_the_best_reward_is_the_highest(tmp_path):
+    run = make(tmp_path / "run", GRPOArgs(keep_best=True, eval_steps=1), recipe="grpo")
+    for step, reward in enumerate([0.1, 0.9, None, 0.5], 1):
+        run.log("evaluation", step, reward=reward, **{"reward/length": 0.0})
+    assert result_evaluation(run)["step"] == 2 and final_figures([run])["reward, held out"] == ["0.9"]
+
+
+def test_pairs_with_some_figures_only_are_drawn(tmp_path):
+    "A journal may hold the accuracy and no rewards, as one of another program does"
+    run = Run.create(tmp_path / "run", "dpo", DPOArgs(), may_change=[])
+    run.log("metrics", 1, accuracy=0.5)
+    run.log("metrics", 2, accuracy=0.75)
+    assert wanted_panels(run) == ["accuracy"] and alt_text(run) == "accuracy from 0.5 at step 1 to 0.75 at step 2"
+    assert "accuracy from 0.5" in run._repr_html_() and overlay_figure([run]).png()
+
+
+def test_a_comparison_smooths_as_a_single_figure_does(tmp_path):
+    run = make(tmp_path / "run", steps=90)
+    line = overlay_figure([run]).axes[0].lines[0]
+    assert np.allclose(line.get_ydata(), smooth(run.history("loss")[1], 2))  # 90 // 20 is 4, of 1, 2, 5, 10, ...

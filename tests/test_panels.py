@@ -38,6 +38,7 @@ from tinytrainer_nb.panels.run_panel import (
     follow,
     launch_panel,
     request_lines,
+    run_memory,
     run_panel,
 )
 from tinytrainer_nb.recipes.rewards import find_reward
@@ -455,7 +456,7 @@ def test_the_obvious_wrong_things_are_told_plainly(tmp_path):
         (lambda: launch_panel(train, None)): "are no settings",
         (lambda: SFTArgs(out="")): "must be the folder",
         (lambda: find_reward(None)): "must be a function",
-        run.pause: "is finished, there is nobody to pause it.$",
+        run.pause: "is finished: nobody trains it, so the request 'pause' cannot be obeyed.$",
         (lambda: chat_panel(run).answer(" ")): "there is no question",
         (lambda: Run.open(tmp_path / "nowhere")): "no run is here",
     }.items():
@@ -504,3 +505,44 @@ def test_follow_in_a_terminal_is_a_line(tmp_path, capfd):
     assert follow(run).status == "finished"
     said = capfd.readouterr()
     assert "IPython" not in said.out and "sft finished: 6 steps" in said.err
+
+
+ODD = [
+    dict(action="set", asked=1.5e9, changes=dict(learning_rate="1e-4")),
+    dict(action="set", asked=1.5e9, changes=dict(learning_rate=[{}], **{"x" * 300: None})),
+    dict(action="set", asked=1.5e9, changes={NASTY: NASTY}),
+    dict(action="pause", asked=1.5e9, changes=["learning_rate"]),
+    dict(action="save", asked=0, changes=5),
+]
+
+
+def test_an_odd_request_leaves_the_panel_looking(tmp_path, monkeypatch):
+    "Whatever the files in `requests` hold, one line each; the panel looks on"
+    run = Run.create(tmp_path / "run", "sft", SFTArgs(), may_change=["learning_rate"])
+    run.set_status("running", 0)
+    monkeypatch.setattr(Run, "waiting", lambda self: ODD)
+    told = request_lines(run)
+    assert len(told) == len(ODD) and all(len(text) < 200 for text in told)
+    assert told[-1].endswith("set learning_rate=1e-4: waits for the end of this step".replace("set", "change"))
+    panel = RunPanel(run, every=0.05)
+    assert panel.thread.is_alive() and "learning_rate=1e-4" in panel.asked.value and "Error" not in panel.trouble.value
+    run.set_status("finished", 0)
+    panel.close()
+
+
+def test_memory_is_that_of_the_process_that_trains(tmp_path):
+    "A process of the same number on another host, or a later one here, is another one"
+    run = Run.create(tmp_path / "run", "sft", SFTArgs(), may_change=[])
+    me = run.info["process"]
+    parent = psutil.Process(os.getppid())
+    run.update_info(process=dict(pid=parent.pid, started=parent.create_time()))  # seen by its start alone
+    assert run_memory(run, "running") == pytest.approx(parent.memory_info().rss / 2**30, rel=0.5)
+    for who in (
+        me | dict(pid=parent.pid, host="elsewhere", machine="0" * 16, boot="another"),
+        me | dict(host="elsewhere", machine="0" * 16, boot="another"),
+        dict(pid=parent.pid, started=parent.create_time() - 1000),
+    ):
+        run.update_info(process=who)
+        assert run_memory(run, "running") is None
+    run.update_info(process=me)
+    assert run_memory(run, "running") > 0

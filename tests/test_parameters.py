@@ -133,6 +133,8 @@ def notebook_with(tmp_path: Path, source, tags=("parameters",)) -> Path:
     return file
 
 
+NESTED = "[&a0 [x], " + ", ".join(f"&a{i + 1} [{', '.join([f'*a{i}'] * 9)}]" for i in range(6)) + "]"  # 9^6 lists
+
 YAML = {
     "5: 3": "5: no such parameter",
     "null: 3": "None: no such parameter",
@@ -142,6 +144,8 @@ YAML = {
     "steps: " + "9" * 5000: "not readable",
     "rate: 1" + "0" * 400: "rate=1",
     "steps: 1:30": "steps='1:30'",
+    "steps: " + NESTED: "steps=.* is not allowed: it must be a whole number",
+    "nothing: " + NESTED: "nothing: no such parameter",
 }
 
 
@@ -151,7 +155,7 @@ def test_what_no_parameter_can_be_is_one_line(text, tmp_path):
     (tmp_path / "values.yaml").write_text(text)
     with pytest.raises(TinyTrainerError, match=YAML[text]) as raised:
         check_parameters(file, read_parameters(tmp_path / "values.yaml"))
-    assert "\n" not in str(raised.value)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 1000
 
 
 def test_parameters_are_read_as_people_write_them(tmp_path):
@@ -161,6 +165,13 @@ def test_parameters_are_read_as_people_write_them(tmp_path):
     assert check_parameters(file, read_parameters(tmp_path / "values.yaml")) == expected
     assert check_parameters(file, dict(limit="1e3")) == dict(limit=1000)
     assert check_parameters(file, dict(limit="none")) == dict(limit=None)
+    optional = notebook_with(tmp_path, "steps: int | None = 10\nlimit: int = 3")
+    for nothing in ("none", "null", "None", None):
+        assert check_parameters(optional, dict(steps=nothing)) == dict(steps=None)
+        with pytest.raises(TinyTrainerError, match="limit=.* whole number"):
+            check_parameters(optional, dict(limit=nothing))
+    assert check_parameters(optional, dict(steps="4")) == dict(steps=4)
+    file = notebook_with(tmp_path, "steps = 3\nlimit: int | None = None\nname: str = 'a'")
     for wrong in ("[1]", "x", ""):
         with pytest.raises(TinyTrainerError, match="limit=.* whole number"):
             check_parameters(file, dict(limit=wrong))
@@ -172,6 +183,14 @@ def test_parameters_are_read_as_people_write_them(tmp_path):
 def test_an_odd_notebook_is_one_line(source, tags, tmp_path):
     with pytest.raises(TinyTrainerError, match="not readable as"):
         notebook_parameters(notebook_with(tmp_path, source, tags))
+
+
+def test_only_assignments_are_parameters(tmp_path):
+    source = (
+        "steps = 3\nsteps *= 2\nfor i in range(2): pass\nwith open('a') as f: pass\nsizes[0] = 1\nrate: float\nx = 2"
+    )
+    found = notebook_parameters(notebook_with(tmp_path, source))
+    assert {name: p.default for name, p in found.items()} == dict(steps=3, x=2)
 
 
 def test_a_path_is_no_name_of_a_notebook_of_the_project(tmp_path, monkeypatch):

@@ -386,6 +386,11 @@ FAULTS = {
     ),
     "plain text": ([dict(text="a")], {}, "hold no pairs of answers"),
     "equal answers": ([dict(prompt="a", chosen="b", rejected="b")] * 2, {}, "no pair is left of 2: 2 equal answers"),
+    "empty and equal": (
+        [dict(prompt="a", chosen="b", rejected="b"), *[dict(prompt="a", chosen="", rejected="b")] * 2],
+        {},
+        "no pair is left of 3: 2 empty text, 1 equal answers",
+    ),
     "too long": (
         [dict(prompt="word " * 100, chosen="b", rejected="c")],
         dict(max_length=64),

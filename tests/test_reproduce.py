@@ -11,6 +11,7 @@ from tinytrainer_nb.all import (
     DPOArgs,
     LoraArgs,
     PPOArgs,
+    PretrainArgs,
     Run,
     SFTArgs,
     TinyLoraArgs,
@@ -24,7 +25,9 @@ from tinytrainer_nb.all import (
     load_model,
     load_prompts,
     model_reward,
+    new_model,
     ppo,
+    pretrain,
     reward_model,
     sft,
     stack_adapter,
@@ -177,3 +180,20 @@ def test_a_resume_wants_the_same_reward():
     with pytest.raises(TinyTrainerError, match="its reward was exact_answer; length is another one"):
         Run.open("r").resume(reward="length")
     assert Run.open("r").resume().status == "finished"
+
+
+def test_a_new_model_of_another_seed_has_no_command():
+    "A command draws it with the run's seed; one that is fine-tuned is never drawn by a command"
+    settings = dict(max_steps=1, batch_size=1, max_length=32, **SMALL)
+    Path("text.txt").write_text("A small town by the sea. " * 40)
+    _, tokenizer = load_model("tiny", "none", verbose=False)
+    run = pretrain(new_model("tiny", seed=7), tokenizer, "text.txt", PretrainArgs(seed=0, out="other", **settings))
+    with pytest.raises(TinyTrainerError, match="its model was drawn with seed 7, and a command .* the run's, 0"):
+        as_command(run)
+    run = pretrain(new_model("tiny", seed=7), tokenizer, "text.txt", PretrainArgs(seed=7, out="same", **settings))
+    words = shlex.split(as_command(run))
+    assert words[words.index("--base") + 1] == "new:tiny" and words[words.index("--seed") + 1] == "7"
+    load = run.info["load"] | dict(adapter_from=dict(lora=dict(r=2), seed=7))
+    tuned = Run.create("tuned", "sft", SFTArgs(seed=7), load=load, may_change=[])
+    with pytest.raises(TinyTrainerError, match="its base is an untrained model \\(new:tiny\\)"):
+        as_command(tuned)

@@ -21,7 +21,7 @@ from tinytrainer_nb.model.arguments import LoraArgs
 from tinytrainer_nb.model.load import load_model
 from tinytrainer_nb.model.lora import add_lora
 from tinytrainer_nb.recipes import preference
-from tinytrainer_nb.recipes.arguments import RewardModelArgs
+from tinytrainer_nb.recipes.arguments import PPOArgs, RewardModelArgs
 from tinytrainer_nb.recipes.evaluate import evaluate
 from tinytrainer_nb.recipes.preference import encode_pairs, model_reward, reward_model
 from tinytrainer_nb.recipes.rewards import (
@@ -42,6 +42,8 @@ from tinytrainer_nb.recipes.rewards import (
     same_reward,
     silent,
 )
+from tinytrainer_nb.recipes.rounds import reward_again
+from tinytrainer_nb.runs.run import Run
 
 PROMPTS, COMPLETIONS, ROWS = ["Who?", "Where?"], ["Nobody.", "In the park."], [{}, dict(level=2)]
 
@@ -1100,3 +1102,33 @@ def test_an_evaluation_names_missing_answers_before_it_generates(monkeypatch):
     monkeypatch.setattr("tinytrainer_nb.recipes.evaluate.generate", lambda *a, **k: pytest.fail("generated"))
     data = [dict(prompt="Who?", reference_answer=["Tom"]), dict(prompt="Where?", reference_answer=[])]
     assert "prompt 2 ('Where?')" in refused(evaluate, model, tokenizer, data, "exact_answer")
+
+
+@pytest.mark.parametrize("parts", [[exact_answer], (exact_answer, 1.0), exact_answer, "exact_answer", None])
+def test_a_reward_is_made_of_named_parts(parts):
+    assert "must be a dict of functions and weights by name" in refused(Reward, parts)
+
+
+RECORDS = {
+    "nothing": (None, "it is not there"),
+    "no names": (dict(kind="built_in", spec="length"), "lacks names"),
+    "no kind": (dict(spec="length", names=["length"]), "lacks kind"),
+    "a list of code": (dict(kind="function", spec="", names=["f"], code=["f"]), "reward.code must be an object"),
+    "one name": (dict(kind="function", spec="", names="f"), "reward.names must be a list"),
+    "a number": (5, "reward must be an object"),
+    "no text": (dict(kind="built_in", spec=5, names=["length"]), "reward.spec must be a text"),
+}
+
+
+@pytest.mark.parametrize("case", RECORDS)
+def test_a_record_of_no_reward_is_a_line(case):
+    record, said = RECORDS[case]
+    assert said in refused(same_reward, record) and said in refused(same_reward, record, "length")
+
+
+def test_a_run_without_its_reward_is_not_resumed(tmp_path):
+    run = Run.create(tmp_path / "run", "ppo", PPOArgs(), may_change=[])
+    assert "run.json does not tell its reward" in refused(reward_again, run)
+    run.set_status("stopped", 0)
+    said = refused(run.resume)
+    assert str(run.folder) in said and "run.json does not tell its reward" in said

@@ -25,9 +25,19 @@ from transformers import (
 )
 
 from tinytrainer_nb.core import TinyTrainerError, data_file
-from tinytrainer_nb.data.formats import data_origin, load_examples, load_prompts
+from tinytrainer_nb.data.formats import (
+    data_origin,
+    load_examples,
+    load_prompts,
+    row_numbers,
+)
 from tinytrainer_nb.data.rows import encode_rows, held_numbers, hold_out, read_examples
-from tinytrainer_nb.data.tokens import encode_chat, ensure_template, pack_row
+from tinytrainer_nb.data.tokens import (
+    encode_chat,
+    encode_text,
+    ensure_template,
+    pack_row,
+)
 from tinytrainer_nb.model.arguments import LoraArgs
 from tinytrainer_nb.model.layers import context_length
 from tinytrainer_nb.model.load import load_model
@@ -45,7 +55,7 @@ from tinytrainer_nb.recipes.preference import (
     model_reward,
     reward_model,
 )
-from tinytrainer_nb.recipes.pretrain import pretrain
+from tinytrainer_nb.recipes.pretrain import pretrain, token_stream, train_tokenizer
 from tinytrainer_nb.recipes.sft import sft
 from tinytrainer_nb.recipes.train import Run
 from tinytrainer_nb.recipes.trainer import RunTrainer
@@ -419,6 +429,73 @@ def test_splits_of_a_folder(tmp_path, capsys):
         tmp_path / "configs", **{f"{c}__train_dash_00000_dash_of_dash_00001_dot_jsonl": TRAIN for c in "ab"}
     )
     assert "a data set of several parts (a, b)" in refused(load_examples, configs)
+    shards = [("en", 0, 1), ("de", 0, 2), ("de", 1, 2)]
+    names = [f"{c}__train_dash_{i:05d}_dash_of_dash_{n:05d}_dot_jsonl" for c, i, n in shards]
+    uneven = folder(tmp_path / "uneven", **dict.fromkeys(names, TRAIN))
+    assert "a data set of several parts (de, en), each with shards of its own" in refused(load_examples, uneven)
+    assert len(load_examples(uneven / "de")) == 2
+    apart = [name.replace("en__", "de__").replace("00001_dot", "00002_dot") for name in names[1:]]
+    assert len(load_examples(folder(tmp_path / "one", **dict.fromkeys(apart, TRAIN)))) == 2
+
+
+def test_a_file_has_no_split_under_whatever_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.jsonl").write_bytes(TRAIN)
+    for name in ("~/x.jsonl", str(tmp_path / "x.jsonl"), Path("~/x.jsonl")):
+        assert "A file and a table are read whole" in refused(load_examples, name, split="test")
+    assert "no such file or folder" in refused(load_examples, "x" * 300, split="test")
+
+
+@pytest.mark.parametrize("columns", [["prompt"], ("prompt",), {"prompt"}, 5, True])
+def test_columns_of_another_kind_are_refused(columns):
+    assert f"columns={columns!r}: expected names" in refused(load_examples, [PAIR], columns=columns)
+
+
+def test_an_answer_to_an_answer_is_refused(tmp_path):
+    "Both would be learned, one after the other"
+    (tmp_path / "a.jsonl").write_bytes(lines(PAIR, dict(prompt=[user("q"), said("pre")], completion="c")))
+    wrong = refused(load_examples, tmp_path / "a.jsonl")
+    assert "a.jsonl, line 2, field 'prompt': ends with an assistant's turn, but 'completion' is to answer it" in wrong
+    rows = [dict(prompt=[user("q"), said("pre")], response="c")]
+    assert "field 'prompt': ends with an assistant's turn, but 'response' is to answer it" in refused(
+        load_examples, rows
+    )
+    kept = load_examples([dict(prompt=[user("q"), said("a"), user("r")], completion="c")])
+    assert kept["messages"][0] == [user("q"), said("a"), user("r"), said("c")]
+
+
+def test_a_text_is_needed_only_where_there_are_no_messages(capsys):
+    table = load_examples([dict(PAIR, text=1), dict(PAIR, text="a")])
+    assert table["messages"][:] == [TALK] * 2 and table["text"][:] == [1, "a"]
+    assert "column text kept as JSON" in capsys.readouterr().err
+    assert "field 'text'" in refused(load_examples, [dict(text="a"), dict(text=1)])
+
+
+def test_the_name_of_a_file_keeps_its_letters(tmp_path):
+    (tmp_path / "A.Jsonl").write_bytes(lines(dict(prompt="Ask ANNA", completion=" ")))
+    assert "In line 1 turn 2, of the role assistant, is empty" in refused(load_examples, tmp_path / "A.Jsonl")
+    (tmp_path / "MyData").mkdir()
+    (tmp_path / "MyData" / "README.txt").write_text(" ")
+    assert "In file README.txt 'text' is empty" in refused(load_examples, tmp_path / "MyData")
+
+
+def test_prompts_that_are_left_out_are_counted_as_the_data_count(capsys):
+    rows = [dict(messages=[user(" ")]), dict(messages=[said("a")]), dict(messages=[user("q")])]
+    table = load_examples(rows)
+    assert row_numbers(table) == [2, 3] and len(load_prompts(rows)) == 1
+    assert "1 of 3 rows left out: nothing is asked (row 2)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("length", [1, 0, -5, 1.5, "8", None, True])
+def test_rows_of_no_length_are_refused(length):
+    tokenizer = ensure_template(AutoTokenizer.from_pretrained(data_file("tiny")))
+    for read in (
+        lambda: encode_text(tokenizer, "a b c", length),
+        lambda: read_examples(tokenizer, load_examples([dict(text="a b c")]), length),
+        lambda: read_examples(tokenizer, load_examples([PAIR]), length),
+    ):
+        assert f"max_length={length!r} is not allowed: it must be a whole number at least 2" in refused(read)
+    assert [w["input_ids"][0] for w in encode_text(tokenizer, "a b c", 2)][0] == tokenizer.bos_token_id
 
 
 def test_a_folder_of_two_formats_and_of_texts(tmp_path, capsys):
@@ -504,6 +581,9 @@ def test_an_odd_column_comes_back_as_it_was(tmp_path, values):
     "values, kept",
     [
         ([datetime.date(2020, 1, 1), "soon"], ['"2020-01-01"', '"soon"']),
+        ([datetime.datetime(2020, 1, 1, 9), [1]], ['"2020-01-01T09:00:00"', "[1]"]),
+        ([datetime.timedelta(hours=1), Path("a")], ['"1:00:00"', '"a"']),
+        ([decimal.Decimal("1E+3"), "x"], ['"1000"', '"x"']),
         ([10**40, 1], [str(10**40), "1"]),
         (["\ud83d", "a"], ['"\\ud83d"', '"a"']),
         ([{1: "a"}, None], ['{"1": "a"}', None]),
@@ -999,3 +1079,45 @@ def test_a_folder_that_datasets_saved_is_read(tmp_path):
     assert "Of what save_to_disk wrote, give the folder." in refused(load_examples, arrow)
     arrow.write_bytes(b"cut")
     assert "not readable as what save_to_disk wrote" in refused(load_examples, tmp_path / "one")
+
+
+NO_TEXTS = {
+    "an empty list": ([], "there is no text"),
+    "no list": (5, "5 holds no texts"),
+    "bytes": (b"A town.", "document 1 is 65, and must be a text"),
+    "rows": ([dict(text="A town.")], "document 1 is {'text': 'A town.'}, and must be a text"),
+    "an empty field": (["A town.", None], "document 2 is None"),
+    "conversations": (Dataset.from_list(SHORT), "no column `text`, but prompt, completion"),
+    "a table of several parts": (DatasetDict(train=Dataset.from_list(SHORT)), "no column `text`, but train"),
+    "a missing file": ("nowhere.txt", "nowhere.txt"),
+}
+
+
+@pytest.mark.parametrize("case", NO_TEXTS)
+def test_what_holds_no_texts_is_a_line(bases, case, tmp_path):
+    "Each way to documents: a run, a stream of tokens, a tokenizer"
+    examples, said = NO_TEXTS[case]
+    model, own = loaded(bases["llama"], lora=False)
+    assert said in refused(pretrain, model, own, examples, PretrainArgs(max_steps=1, out=str(tmp_path / "run")))
+    assert said in refused(token_stream, own, examples) and said in refused(train_tokenizer, examples, 300)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_text_is_the_name_of_a_file(bases, tmp_path):
+    "And no list of characters; the run says which file"
+    file, none = tmp_path / "tale.txt", dict(eval_steps=0, save_steps=0, sample_steps=0)
+    file.write_text(TALE, encoding="utf8")
+    model, own = loaded(bases["llama"], lora=False)
+    for i, examples in enumerate((str(file), file, [TALE], Dataset.from_list([dict(text=TALE, topic="hens")]))):
+        run = pretrain(
+            model.requires_grad_(), own, examples, PretrainArgs(max_steps=1, out=str(tmp_path / f"{i}"), **none)
+        )
+        data = run.info["data"]
+        assert data["documents"] == 1 and data["tokens"] == len(token_stream(own, [TALE]))
+        assert bool(data.get("files")) == (i < 2)
+        model, own = loaded(bases["llama"], lora=False)
+    assert train_tokenizer(str(file), 300).get_vocab() == train_tokenizer([TALE], 300).get_vocab()
+
+
+def test_a_report_on_no_row_is_a_line():
+    assert refused(data_report, tokenizer, load_examples(SHORT).select([])) == "no row is in these data."

@@ -1,10 +1,12 @@
 """A run that was asked ends as one that was left alone; what is said is text; what is closed is given back."""
 
+import io
 import random
 import shutil
 import threading
 import time
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,6 +47,7 @@ from tinytrainer_nb.panels.conversation import (
 from tinytrainer_nb.recipes.restore import as_handed_over, at_checkpoint
 from tinytrainer_nb.recipes.start import begin
 from tinytrainer_nb.views import chat as chat_room
+from tinytrainer_nb.views.terminal import Watch
 
 QUIET = dict(eval_steps=0, sample_steps=0)
 QUESTION = "Ben has 12 pens and buys 30 more. How many pens does Ben have now?"
@@ -277,7 +280,13 @@ def test_pretraining_has_no_before(tmp_path):
     panel.longest.value = 8
     assert panel.answer("Once").keys() == {"after"}
     whole = {n: p.clone() for n, p in model.named_parameters()}
-    write_json(run.folder / "run.json", run.info | dict(status="failed"))
+    model.config.max_position_embeddings = 0  # a model that states no length
+    assert "of the context" not in panel._room() and "tokens" in panel._room()
+    made = run.info | dict(status="failed")
+    write_json(run.folder / "run.json", made | dict(load=made["load"] | dict(seed=None)))
+    with pytest.raises(TinyTrainerError, match="run.json: load.seed is null"):
+        at_checkpoint(run, run.last_checkpoint()[0])
+    write_json(run.folder / "run.json", made | dict(load=made["load"] | dict(device="cuda")))  # made on a GPU
     again, _ = at_checkpoint(run, run.last_checkpoint()[0])
     dtype = LoadRecord.of(run.info).torch_dtype  # what is in memory is what was written at the end
     assert all(torch.equal(p.to(dtype), whole[n].to(dtype)) for n, p in again.named_parameters())
@@ -422,3 +431,46 @@ def test_a_models_memory_is_given_back(end, recipes, tmp_path):
     run.close()
     give_back()
     assert kept and not any(r() is not None for r in kept)
+
+
+def test_an_answer_that_fails_ends_the_chat_aloud(monkeypatch):
+    "A closed input ends it in silence; a memory that is full does not"
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("CUDA out of memory")
+        yield
+
+    def closed(prompt):
+        raise RuntimeError("input(): lost sys.stdin")
+
+    said, model = [], base()
+    write = lambda text, **kwargs: said.append(text)
+    chat_room.chat_loop(*model, read=closed, write=write)
+    assert said[1:] == [""]
+    monkeypatch.setattr(chat_room, "stream", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        chat_room.chat_loop(*model, read=lambda prompt: "hello", write=write)
+
+
+class Vanishing(type(Path())):
+    "A folder in which something is renamed while it is searched"
+
+    def rglob(self, pattern):
+        yield from super().rglob(pattern)
+        raise FileNotFoundError(self / "checkpoints/.step-000001.partial")
+
+
+def test_a_folder_that_changes_ends_no_watching(tmp_path, monkeypatch):
+    run = Run.create(tmp_path / "run", "sft", SFTArgs(), may_change=[])
+    stream = io.StringIO()
+    watch = Watch([], stream)
+    watch.folders = [Vanishing(tmp_path)]
+    with watch:
+        run.set_status("running", 0)
+        for step in range(1, 4):
+            run.log("metrics", step, loss=2.0)
+        assert "step 3" in watch.line() and list(watch.runs) == [run.folder / "run.json"]
+        monkeypatch.setattr(Run, "events", property(lambda self: (_ for _ in ()).throw(OSError("input/output error"))))
+        assert watch.news() == [] and "step" not in watch.line()
+        time.sleep(0.7)
+        assert watch._thread.is_alive()

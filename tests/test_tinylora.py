@@ -1,9 +1,12 @@
 """Thirteen numbers: against the formula with a full decomposition, against autograd, against PEFT; saved small, found
 again elsewhere, refused where they mean nothing."""
 
+import base64
+import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,7 +42,7 @@ from tinytrainer_nb.all import (
 from tinytrainer_nb.hardware import peak_memory
 from tinytrainer_nb.model import tinylora
 from tinytrainer_nb.model.arguments import LoraArgs, TinyLoraArgs
-from tinytrainer_nb.model.base import compute_context
+from tinytrainer_nb.model.base import compute_context, new_model
 from tinytrainer_nb.model.export import merged
 from tinytrainer_nb.model.layers import count_trainable, trainable
 from tinytrainer_nb.model.load import with_adapter
@@ -348,6 +351,30 @@ def checked(line: str) -> str:
     return f"{body} check={hashlib.sha256(body.encode()).hexdigest()[:8]}"
 
 
+def test_a_line_tells_bases_of_several_files_apart():
+    "Whose first files may be the same"
+    model, other, alone = thirteen("nf4"), base("nf4")[0], base("nf4")[0]
+    first, second, third = ("a" * 64, "b" * 64, "c" * 64)
+    for m, files in ((model, [first, second]), (other, [first, third]), (alone, [first])):
+        m.load_report = dataclasses.replace(m.load_report, sha256="+".join(files))
+    model.peft_config["default"].base = model.load_report.sha256
+    line = adapter_line(model)
+    for wrong in (other, alone):
+        with pytest.raises(TinyTrainerError, match="belongs to another base"):
+            from_line(wrong, line)
+    right = base("nf4")[0]
+    right.load_report = dataclasses.replace(right.load_report, sha256=model.load_report.sha256)
+    assert torch.equal(number(from_line(right, line)), number(model))
+
+
+def test_an_untrained_model_takes_no_adapter_that_needs_its_hash():
+    model = new_model("tiny", seed=0, dtype="fp32")
+    with pytest.raises(TinyTrainerError, match="new:tiny: no files hold these weights"):
+        add_tinylora(model)
+    with pytest.raises(TinyTrainerError, match="new:tiny: no files hold these weights"):
+        from_line(model, adapter_line(thirteen("nf4")))
+
+
 def test_damaged_lines_are_refused():
     line, bare = adapter_line(thirteen("nf4")), base("nf4")[0]
     for bad in ("", "hello", line[:-1], line.replace("u=1", "u=2"), line.replace("v=", "v=A"), line[:100] + line[101:]):
@@ -355,6 +382,18 @@ def test_damaged_lines_are_refused():
             from_line(bare, bad)
     with pytest.raises(TinyTrainerError, match="not a whole line"):
         from_line(bare, checked(line.replace("n_tie=4", "n_tie=3")))  # 17 groups, and 13 numbers
+    for mark in ("", line.split("base=")[1][:8]):  # with which every other base begins, or many
+        with pytest.raises(TinyTrainerError, match="not a whole line"):
+            from_line(base("nf4")[0], checked(re.sub("base=[0-9a-f]*", f"base={mark}", line)))
+    numbers = number(thirteen("nf4")).detach().clone()
+    numbers[0] = float("nan")
+    packed = base64.b64encode(numbers.cpu().numpy().tobytes()).decode()
+    with pytest.raises(TinyTrainerError, match="values that are not finite"):
+        from_line(base("nf4")[0], checked(re.sub(r"v=\S+", f"v={packed}", line)))
+    broken = thirteen("nf4")
+    number(broken).data[0] = float("inf")
+    with pytest.raises(TinyTrainerError, match="values that are not finite"):
+        adapter_line(broken)
     with pytest.raises(TinyTrainerError, match="has no TinyLoRA adapter"):
         adapter_line(base()[0])
     with pytest.raises(TinyTrainerError, match="has no TinyLoRA adapter"):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small import small_base
 
 from tinytrainer_nb import hardware as core
@@ -28,9 +28,12 @@ from tinytrainer_nb.all import (
     ppo,
     sft,
 )
+from tinytrainer_nb.core import file_hash, read_json, write_json
 from tinytrainer_nb.model.layers import trainable
 from tinytrainer_nb.recipes import arguments as trainer
+from tinytrainer_nb.recipes.restore import at_checkpoint, take_step
 from tinytrainer_nb.recipes.sft import SFTTrainer
+from tinytrainer_nb.recipes.trainer import summarize
 
 SMALL = dict(batch_size=2, max_length=128, warmup_steps=0, eval_steps=0, sample_steps=0, save_steps=0)
 
@@ -281,3 +284,63 @@ def test_a_processor_with_the_instructions_computes_in_bf16_however_busy(monkeyp
         assert core.probe_dtype("cpu")[0] == dtype
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     assert core.probe_dtype("cpu")[0] == torch.float32, "hidden, as for the measurements of older processors"
+
+
+def test_the_speed_is_that_of_steps_that_tell_it(tmp_path):
+    "A journal of another program may lack tokens or seconds; the end of a run looks at both"
+    run = Run.create(tmp_path / "run", "sft", SFTArgs(), may_change=[])
+    figures = [{}, dict(tokens=10, seconds=9.0), dict(tokens=30), dict(seconds=1.0), dict(tokens=50, seconds=4.0), {}]
+    for step, told in enumerate(figures, 1):
+        run.log("metrics", step, loss=1.0, **told)
+    found = summarize(run, "finished", 6, 1, 2.0, "cpu")
+    assert found["tokens_per_s"] == 10.0 and found["tokens"] == 50 and found["first_loss"] == 1.0
+    empty = Run.create(tmp_path / "empty", "sft", SFTArgs(), may_change=[])
+    empty.log("metrics", 1, loss=1.0)
+    found = summarize(empty, "finished", 1, 1, 2.0, "cpu")
+    assert found["tokens_per_s"] is None and found["tokens"] == 0
+
+
+def rewritten(checkpoint: Path, change) -> None:
+    "Other tensors in a checkpoint, with the hash that is noted for them"
+    path, progress = checkpoint / "trained.safetensors", read_json(checkpoint / "progress.json")
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+    write_json(checkpoint / "progress.json", progress | dict(sha256=progress["sha256"] | {path.name: file_hash(path)}))
+
+
+def one_of(tensors: dict, change) -> dict:
+    name = next(name for name in tensors if "lora_A" in name)
+    return tensors | {name: change(tensors[name])}
+
+
+STEPS = {  # what is done to a checkpoint, and what both ways to it say
+    "cut off": (lambda at: (at / "trained.safetensors").write_bytes(b"\0" * 9), "is not as it was written"),
+    "gone": (lambda at: (at / "trained.safetensors").unlink(), "is not as it was written"),
+    "no hash": (
+        lambda at: write_json(at / "progress.json", read_json(at / "progress.json") | dict(sha256={})),
+        "as it was",
+    ),
+    "no progress": (lambda at: (at / "progress.json").unlink(), "progress.json: is not there"),
+    "a tensor less": (lambda at: rewritten(at, lambda t: dict(list(t.items())[1:])), "lacks|holds other tensors"),
+    "a row that could be repeated": (lambda at: rewritten(at, lambda t: one_of(t, lambda x: x[:1])), "has the shape"),
+    "NaN": (lambda at: rewritten(at, lambda t: one_of(t, lambda x: x * float("nan"))), "numbers that are none"),
+}
+
+
+@pytest.mark.parametrize("how", STEPS)
+def test_a_checkpoint_that_is_not_whole_is_taken_by_nobody(tmp_path, how):
+    "Neither by a resume nor for a chat; and a model at hand keeps its numbers"
+    model, tokenizer = policy()
+    run = small_sft(tmp_path, model, tokenizer, max_steps=2, save_steps=1)
+    checkpoint, before = run.last_checkpoint()[0], {n: p.clone() for n, p in trainable(model).items()}
+    take_step(model, checkpoint)
+    damage, said = STEPS[how]
+    damage(checkpoint)
+    for taken in (lambda: take_step(model, checkpoint), lambda: at_checkpoint(run, checkpoint)):
+        with pytest.raises(TinyTrainerError, match=said):
+            taken()
+    assert all(torch.equal(p, before[n]) for n, p in trainable(model).items())
+    write_json(
+        run.folder / "run.json", run.info | dict(status="stopped", settings=run.info["settings"] | dict(max_steps=3))
+    )
+    with pytest.raises(TinyTrainerError, match=said):
+        Run.open(run.folder).resume()

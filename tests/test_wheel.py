@@ -38,6 +38,7 @@ def call(installed: Path, where: Path, *command: str) -> subprocess.CompletedPro
         HTTPS_PROXY="http://127.0.0.1:9",
         HTTP_PROXY="http://127.0.0.1:9",
         NO_PROXY="127.0.0.1,localhost",
+        OMP_NUM_THREADS=os.environ["OMP_NUM_THREADS"],  # two threads beside other workers took five times as long
     )
     env |= {k: os.environ[k] for k in ("SYSTEMROOT", "TEMP") if k in os.environ}  # Windows cannot do without
     return subprocess.run([sys.executable, *command], cwd=where, env=env, text=True, capture_output=True, timeout=600)

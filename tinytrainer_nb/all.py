@@ -12,9 +12,9 @@ __all__ = ['TinyTrainerError', 'data_file', 'read_json', 'write_json', 'hardware
            'PretrainArgs', 'RewardModelArgs', 'SFTArgs', 'sft', 'pretrain', 'train_tokenizer', 'Reward', 'exact_answer',
            'find_reward', 'flexible_answer', 'format_reward', 'length_reward', 'reference_overlap', 'repetition_reward',
            'dpo', 'model_reward', 'reward_model', 'sample_pairs', 'ppo', 'group_advantages', 'grpo', 'Evaluation',
-           'answer_table', 'compare', 'evaluate', 'score_table', 'run_settings', 'as_command', 'as_parameters',
-           'as_python', 'settings_form', 'chat_panel', 'rollout_panel', 'dial_panel', 'compare_panel', 'follow',
-           'has_front_end', 'launch_panel', 'run_panel']
+           'Scores', 'answer_table', 'bits_per_byte', 'compare', 'evaluate', 'score_table', 'run_settings',
+           'as_command', 'as_parameters', 'as_python', 'settings_form', 'chat_panel', 'rollout_panel', 'dial_panel',
+           'compare_panel', 'follow', 'has_front_end', 'launch_panel', 'run_panel']
 
 # %% ../nbs/99_all.ipynb #b4febece
 from .core import TinyTrainerError, data_file, read_json, write_json
@@ -48,7 +48,8 @@ from .recipes.rewards import length_reward, reference_overlap, repetition_reward
 from .recipes.preference import dpo, model_reward, reward_model, sample_pairs
 from .recipes.ppo import ppo
 from .recipes.grpo import group_advantages, grpo
-from .recipes.evaluate import Evaluation, answer_table, compare, evaluate, score_table
+from .recipes.evaluate import Evaluation, Scores, answer_table, bits_per_byte, compare, evaluate
+from .recipes.evaluate import score_table
 from .recipes.table import run_settings
 from .recipes import train # noqa: F401, adds `resume` to a run
 from .recipes.reproduce import as_command, as_parameters, as_python
@@ -73,7 +74,7 @@ _all_ = [
     "sft", "pretrain", "train_tokenizer",
     "Reward", "exact_answer", "find_reward", "flexible_answer", "format_reward", "length_reward", "reference_overlap",
     "repetition_reward", "dpo", "model_reward", "reward_model", "sample_pairs", "ppo", "group_advantages", "grpo",
-    "Evaluation", "answer_table", "compare", "evaluate", "score_table",
+    "Evaluation", "Scores", "answer_table", "bits_per_byte", "compare", "evaluate", "score_table",
     "run_settings", "as_command", "as_parameters", "as_python",
     "settings_form", "chat_panel", "rollout_panel", "dial_panel", "compare_panel",
     "follow", "has_front_end", "launch_panel", "run_panel"]

@@ -8,12 +8,12 @@ __all__ = ['COMMANDS', 'Parser', 'add_settings', 'read_settings', 'with_config',
            'notebook_command', 'quiet_libraries', 'quiet_bars', 'main']
 
 # %% ../nbs/91_cli.ipynb #6dbdfd67
-import argparse, contextlib, difflib, glob, json, logging, os, re, sys, time, warnings
+import argparse, contextlib, errno, glob, json, logging, os, re, sys, time, warnings
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from . import __version__
-from .core import TinyTrainerError, local_path, one_line, read_json, say
+from .core import TinyTrainerError, data_file, local_path, one_line, plain, read_json, say
 from .core import shell_line, shipped_notebooks
 from .settings import allowed, as_text, field_type, from_text, parse_value, suggestion
 from .data.arguments import DataArgs, PrepareArgs
@@ -21,11 +21,6 @@ from .model.arguments import LoadArgs, LoraArgs, need_base
 from .recipes.table import RECIPES, Recipe
 
 # %% ../nbs/91_cli.ipynb #407dbff7
-def _near(word: str, known) -> str:
-    "A question about the most similar known word, or nothing."
-    found = difflib.get_close_matches(word, list(known), n=2, cutoff=0.6)
-    return f" Did you mean {' or '.join(found)}?" if found else ""
-
 class Parser(argparse.ArgumentParser):
     "`argparse` with one-line errors and without abbreviated flags; a flag that was not given leaves no value."
     def __init__(self, command: str = "", description: str = ""):
@@ -126,10 +121,14 @@ def read_data_settings(values: dict) -> DataArgs:
     if isinstance(columns, dict): columns = ",".join(f"{new}={old}" for new, old in columns.items())
     return read_settings(DataArgs, values | dict(columns=columns))
 
-def _need(load: LoadArgs, data: DataArgs, reads_shards: bool = False) -> None:
+def _need(
+    load: LoadArgs, data: DataArgs,
+    own: str = "",              # the recipe's own data
+    reads_shards: bool = False, # whether prepared folders are read
+) -> None:
     "Raise `TinyTrainerError` for a base or data that are not there, before PyTorch is imported."
     need_base(load.base)
-    if not data.data: return
+    if not data.data or data.data == own == "tinyworld": return # which is generated, not read
     from tinytrainer_nb.data.order import are_sources
     if are_sources(data.data):
         if reads_shards: return
@@ -157,12 +156,13 @@ def _next(run) -> str:
 
 def _begun_here(out: Path, since: float): # since: seconds since 1970
     "The unfinished run at `out`, or beside it, that this process began; None if there is none."
+    from tinytrainer_nb.runs.lock import is_me
     from tinytrainer_nb.runs.run import Run
     folders = (out, *out.parent.glob(f"{glob.escape(out.name)}-*"))
     found = []
     for run in (Run(folder) for folder in folders if (folder / "run.json").exists()):
         with contextlib.suppress(TinyTrainerError): # a damaged one is not ours
-            mine = run.info["process"].get("pid") == os.getpid() and run.info.get("created", 0) >= since
+            mine = is_me(run.info["process"]) and run.info.get("created", 0) >= since
             if mine and run.status != "finished": found.append(run)
     return max(found, key=lambda run: run.info.get("created", 0), default=None)
 
@@ -182,11 +182,11 @@ def train_command(recipe: Recipe, parser: Parser, given: dict) -> int: # exit st
     out = local_path(args.out)
     if out.is_file():
         raise TinyTrainerError(f"{args.out}: is a file, so no run can be made there. Choose another --out.")
-    _need(load, data, reads_shards=recipe.name == "pretrain")
+    _need(load, data, recipe.data, reads_shards=recipe.name == "pretrain")
     try: report(_trained(recipe, args, load, data, lora, values.get("reward", "exact_answer")))
     except TinyTrainerError as e:
         run = _begun_here(out, began)
-        if not run: raise e from None
+        if not run or run.how_to_resume() in str(e): raise e from None
         so_far = f"The run so far is {run.folder}: {run.how_to_resume()} goes on with it."
         raise TinyTrainerError(f"{e} {so_far}") from None
     except KeyboardInterrupt:
@@ -266,36 +266,57 @@ def _whole_from(least: int, text: str) -> int:
 
 def _evaluate_flags(parser: Parser) -> None:
     add_settings(parser, LoadArgs, "the model")
-    add_settings(parser, DataArgs, "the data", data="the project's own heldout.jsonl")
-    parser.add_argument("--task", help="loss, or a reward: exact_answer, flexible_answer, reference_overlap, length, "
-                                       "format, repetition, file.py:function (default exact_answer)")
-    parser.add_argument("--limit", type=_count, metavar="N", help="only the first N rows (default 0: all)")
-    parser.add_argument("--max_new_tokens", type=_tokens, metavar="N", help="longest answer (default 256 tokens)")
-    parser.add_argument("--json", action="store_true", help="one line of JSON: task, score, n; "
-                                                            "of a reward its 95 %% interval and the other parts, too")
+    add_settings(parser, DataArgs, "the data", data="the project's own heldout.jsonl; of public tasks, a folder that "
+                                                    "holds TASK/SPLIT.jsonl, else the Hub")
+    parser.add_argument("--task", help="loss, bits_per_byte, a reward (exact_answer, flexible_answer, "
+                                       "reference_overlap, length, format, repetition, file.py:function), or public "
+                                       "tasks such as piqa,arc_easy or commonsense (default exact_answer)")
+    parser.add_argument("--limit", type=_count, metavar="N",
+                        help="only the first N rows, of each task (default 0: all)")
+    parser.add_argument("--max_new_tokens", type=_tokens, metavar="N",
+                        help="longest answer (default 256 tokens; of a public task its own)")
+    parser.add_argument("--run_code", action="store_true", help="run the programs that the model writes for humaneval, "
+                                                                "each in a process of its own with limits")
+    parser.add_argument("--json", action="store_true", help="one line of JSON: task, score, n; of a reward its 95 %% "
+                                                            "interval and parts, of public tasks the metrics of each")
+
+# %% ../nbs/91_cli.ipynb #b9f1af14
+def _to_score(data: DataArgs, task: str, run_code: bool) -> tuple: # the data and the task, as `evaluate` takes them
+    "What is wrong with either is reported before a model is loaded. Raises `TinyTrainerError` for it."
+    from tinytrainer_nb.data.formats import load_examples, need_data
+    from tinytrainer_nb.recipes.evaluate import public_names
+    from tinytrainer_nb.recipes.rewards import find_reward
+    from tinytrainer_nb.recipes.tasks import need_tasks
+    if public := public_names(task):
+        if data != DataArgs(data.data):
+            raise TinyTrainerError(f"columns and split are not allowed with {public[0]}: a public task has its own. "
+                                   "Leave them out.")
+        need_tasks(public, data.data or None, run_code)
+        return data.data or None, task
+    if data.data: need_data(data.data)
+    reward = task if task in ("loss", "bits_per_byte") else find_reward(task)
+    return load_examples(data.data or str(data_file("heldout.jsonl")), data.columns or None, data.split), reward
 
 # %% ../nbs/91_cli.ipynb #bbd5b650
 def evaluate_command(parser: Parser, given: dict) -> int: # exit status
     "Score a model. Raises `TinyTrainerError` for an unknown task, and for data or a model that cannot be read."
     load, data, task = read_settings(LoadArgs, given), read_data_settings(given), given.get("task", "exact_answer")
-    _need(load, data)
-    from tinytrainer_nb.core import data_file
-    from tinytrainer_nb.data.formats import load_examples
+    need_base(load.base)
     from tinytrainer_nb.model.load import load_model
     from tinytrainer_nb.recipes.evaluate import evaluate
-    from tinytrainer_nb.recipes.rewards import find_reward
     quiet_bars()
-    examples = load_examples(data.data or str(data_file("heldout.jsonl")), data.columns or None, data.split)
-    reward = task if task == "loss" else find_reward(task) # a misspelled one is reported before anything is loaded
+    found_data, found_task = _to_score(data, task, "run_code" in given)
     model, tokenizer = load_model(load.base, load.quantization, load.dtype, verbose=not given.get("json"))
-    how = {name: given[name] for name in ("limit", "max_new_tokens") if name in given}
-    found = evaluate(model, tokenizer, examples, reward, **how)
-    say(json.dumps(found.to_dict()) if given.get("json") else found)
+    how = {name: given[name] for name in ("limit", "max_new_tokens", "run_code") if name in given}
+    found = evaluate(model, tokenizer, found_data, found_task, **how)
+    if given.get("json"): say(json.dumps(plain(found.to_dict())))
+    else: say(*str(found).split("\n"))
     return 0
 
 # %% ../nbs/91_cli.ipynb #e05ec530
 def _chat_flags(parser: Parser) -> None:
-    parser.add_argument("base", metavar="BASE", help="a run's folder, tiny, a model's folder, a Hub id")
+    bases = "a run's folder, tiny, smollm2, a model's folder, a .gguf file, a Hub id"
+    parser.add_argument("base", metavar="BASE", help=bases)
     add_settings(parser, LoadArgs, "the model", without=("base",))
     parser.add_argument("--system", help="what the model is told once, before everything else")
     parser.add_argument("--temperature", type=float, metavar="T", help="0: always the likeliest token (default 0)")
@@ -359,7 +380,6 @@ def notebook_command(parser: Parser, given: dict) -> int: # exit status
     "Run a notebook, follow it, and print its results. Raises `TinyTrainerError` for wrong names and failing cells."
     from tinytrainer_nb.views.quickstart import accuracy_text, samples_text
     from tinytrainer_nb.notebooks import read_parameters, run_notebook
-    from tinytrainer_nb.core import read_json
     from tinytrainer_nb.runs.run import Run
     from tinytrainer_nb.views.terminal import summary_line
     values = (read_parameters(given["f"]) if "f" in given else {}) | dict(given.get("p", []))
@@ -442,8 +462,8 @@ def _one_speaks():
 
 # %% ../nbs/91_cli.ipynb #9ee58d05
 class _Stream:
-    "A standard stream; once its reader has gone, what is written to it is lost, and no run ends for that."
-    def __init__(self, stream): self._stream = stream
+    "A standard stream; once it cannot be written, what is written to it is lost, and no run ends for that."
+    def __init__(self, stream): self._stream, self.failed = stream, None # failed: the error of a disk that is full
 
     def __getattr__(self, name: str): return getattr(self._stream, name)
 
@@ -453,17 +473,31 @@ class _Stream:
 
     def _kept_up(self, act, *args):
         try: return act(*args)
-        except OSError: # a closed pipe, or a full disk behind it; what is still held back goes the same way
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+        except OSError as e:
+            if not _has_gone(e): self.failed = e
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno()) # also for what is still held back
+
+def _has_gone(error: OSError) -> bool:
+    "Whether a stream's reader has closed it, as `head` does, which is no error."
+    return isinstance(error, ConnectionError) or os.name == "nt" and error.errno == errno.EINVAL
+
+# %% ../nbs/91_cli.ipynb #8e2b74d1
+def _lost(streams: list[_Stream]) -> str:
+    "What could not be written, in words; empty if nothing went wrong."
+    failed = {name: stream.failed for name, stream in zip(("stdout", "stderr"), streams) if stream.failed}
+    return "; ".join(f"{name} cannot be written ({e.strerror or e})" for name, e in failed.items())
 
 @contextlib.contextmanager
 def _without_readers():
-    "Inside, a closed pipe behind stdout or stderr ends nothing."
+    "Inside, a closed pipe or a full disk behind stdout or stderr ends nothing; gives the two streams."
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = map(_Stream, before)
-    try: yield
+    streams = [_Stream(stream) for stream in before]
+    sys.stdout, sys.stderr = streams
+    try: yield streams
     finally:
-        for stream in (sys.stdout, sys.stderr): stream.flush()
+        for stream in streams: stream.flush()
+        if lost := _lost(streams): say(f"error: {lost}, so what was said there is lost.", error=True)
+        streams[1].flush()
         sys.stdout, sys.stderr = before
 
 # %% ../nbs/91_cli.ipynb #af72bf03
@@ -476,7 +510,7 @@ def _complain(error: Exception) -> None:
 def _command(argv: list[str]) -> int: # exit status
     "Find the command, read its flags, call it."
     if not argv or argv[0].startswith("-"): _overview().parse(argv or ["--help"])
-    if argv[0] not in COMMANDS: _overview().error(f"unknown command {argv[0]}.{_near(argv[0], COMMANDS)}")
+    if argv[0] not in COMMANDS: _overview().error(f"unknown command {argv[0]}.{suggestion(argv[0], COMMANDS)}")
     words, add_flags, call = COMMANDS[argv[0]]
     parser = Parser(argv[0], words)
     add_flags(parser)
@@ -496,11 +530,12 @@ def main(
     for stream in (sys.stdout, sys.stderr): # a terminal without UTF-8 shows ? and goes on
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
     try:
-        with _without_readers(), quiet_libraries(), _one_speaks(): return _command(argv)
-    except SystemExit as e: return e.code or 0
+        with _without_readers() as streams, quiet_libraries(), _one_speaks(): status = _command(argv)
+    except SystemExit as e: status = e.code or 0
     except KeyboardInterrupt:
         print("\ninterrupted.", file=sys.stderr)
         return 130
+    return status or 2 * bool(_lost(streams))
 
 # %% ../nbs/91_cli.ipynb #b8845fb8
 if __name__ == "__main__" and "IPython" not in sys.modules: sys.exit(main())

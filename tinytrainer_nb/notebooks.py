@@ -7,7 +7,7 @@ __all__ = ['find_notebook', 'Parameter', 'notebook_parameters', 'parameter_value
            'anchor_paths', 'heading_above', 'WatchedClient', 'WatchedEngine', 'run_notebook']
 
 # %% ../nbs/90_notebooks.ipynb #bfebab79
-import ast, contextlib, difflib, json, os, re, subprocess, sys
+import ast, contextlib, difflib, json, os, re, reprlib, subprocess, sys
 from dataclasses import dataclass
 from pathlib import Path
 import nbformat
@@ -16,6 +16,7 @@ import tinytrainer_nb
 import yaml
 from .core import TinyTrainerError, is_there, local_path, need_flat, one_line
 from .core import shipped_notebooks, short_name
+from .model.arguments import NAMED_BASES
 from .runs.run import free_sibling
 from .views.terminal import Watch
 from nbclient.exceptions import DeadKernelError
@@ -42,10 +43,14 @@ class Parameter:
     default: object # a plain Python value
     help: str       # the comment behind it
     kind: type | None = None # of its values, if it is annotated; None: that of the default
+    optional: bool = False   # whether it may be None, too
 
-def _annotated(node: ast.AST) -> type | None:
+def _annotation(node: ast.AST) -> list[str]:
+    "The words of a line's annotation, such as `int` and `None`."
+    return re.findall(r"\w+", ast.unparse(node.annotation)) if isinstance(node, ast.AnnAssign) else []
+
+def _annotated(words: list[str]) -> type | None:
     "The plain type that an annotation such as `int | None` names; None if it names none, or several."
-    words = re.findall(r"\w+", ast.unparse(node.annotation)) if isinstance(node, ast.AnnAssign) else []
     named = [kind for kind in (bool, int, float, str) if kind.__name__ in words]
     return named[0] if len(named) == 1 and not {"list", "dict"} & set(words) else None
 
@@ -63,12 +68,15 @@ def notebook_parameters(path: Path | str) -> dict[str, Parameter]:
         raise TinyTrainerError(f"{path}: its parameters cell is not readable as Python{where}.") from None
     found = {}
     for node in lines:
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if not isinstance(node, ast.Assign | ast.AnnAssign): continue
+        target = node.targets[0] if isinstance(node, ast.Assign) else node.target
         if not isinstance(target, ast.Name): continue
         try: default = ast.literal_eval(node.value)
         except (ValueError, TypeError, MemoryError, RecursionError): continue # computed: not given from outside
         comment = source.splitlines()[node.end_lineno - 1].partition("#")[2].strip()
-        found[target.id] = Parameter(target.id, default, comment, _annotated(node))
+        words = _annotation(node)
+        optional = bool({"None", "Optional"} & set(words))
+        found[target.id] = Parameter(target.id, default, comment, _annotated(words), optional)
     return found
 
 # %% ../nbs/90_notebooks.ipynb #ebfda4b0
@@ -83,24 +91,29 @@ def _from_text(text: str, kind: type):
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError): return read(text)
     return None if text.lower() in NOTHING else TRUTH.get(text.lower(), text) # a word
 
+def _short(value) -> str:
+    "The beginning of a value as Python writes it; YAML can name one list many times, so all of it may be very long."
+    return f"{reprlib.repr(value) if isinstance(value, list | dict) else repr(value):.80}"
+
 def parameter_value(parameter: Parameter, value):
     "`value` in the type of the parameter's default. Raises `TinyTrainerError` that says what is allowed."
     kind, new = parameter.kind or type(parameter.default), value
-    if parameter.default is None and (value is None or str(value).lower() in (*NOTHING, "null")): return None
+    nothing = value is None or isinstance(value, str) and value.lower() in NOTHING
+    if nothing and (parameter.optional or parameter.default is None): return None
     if isinstance(value, str):
         try: new = _from_text(value, kind)
         except ValueError: new = None
     elif kind is float and type(value) is int: new = float(value) if abs(value) < 1e300 else None
     if kind in _KINDS and type(new) is not kind:
-        raise TinyTrainerError(f"parameter {parameter.name}={value!r} is not allowed: "
-                               f"it must be {_KINDS[kind]}, such as {parameter.default!r}.")
+        raise TinyTrainerError(f"parameter {parameter.name}={_short(value)} is not allowed: "
+                               f"it must be {_KINDS[kind]}, such as {_short(parameter.default)}.")
     return new
 
 def check_parameters(path: Path, values: dict) -> dict: # by name, in their types
     "Values for a notebook's parameters. Raises `TinyTrainerError` for wrong values and for unknown names."
     known = notebook_parameters(path)
     if unknown := [one_line(str(name)) for name in values if name not in known]:
-        listed = ", ".join(f"{p.name} ({p.default!r})" for p in known.values())
+        listed = ", ".join(f"{p.name} ({_short(p.default)})" for p in known.values())
         raise TinyTrainerError(f"{', '.join(unknown)}: no such parameter in {Path(path).name}. Known, with their "
                                f"defaults: {listed or 'none (no cell of it is tagged `parameters`)'}.")
     return {name: parameter_value(known[name], value) for name, value in values.items()}
@@ -140,7 +153,7 @@ def _is_path(name: str, value) -> bool:
     "Whether a parameter's value names something here, or something to be made."
     if not isinstance(value, str): return False
     if name == "out": return True
-    named = name in ("base", "data") and value not in ("", "tiny")
+    named = name in ("base", "data") and value not in ("", *NAMED_BASES)
     looks_so = named or "/" in value or os.sep in value or Path(value).suffix
     return bool(looks_so and is_there(value))
 

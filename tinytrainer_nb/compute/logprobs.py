@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core import TinyTrainerError
 from ..data.tokens import filling
+from ..model.attention import OTHER_MODEL
 
 # %% ../../nbs/compute/05_logprobs.ipynb #726857fc
 def _scaled(logits: Tensor, temperature: float, with_entropy: bool) -> Tensor: # (k, V)
@@ -115,8 +116,7 @@ def need_plain_logits(
     if not changed: return
     raise TinyTrainerError(
         f"models of type {config.model_type} change their logits ({', '.join(changed)}), which training by reward "
-        "or by preference does not compute here. Take another model, such as one of Llama's, Qwen's or Mistral's; "
-        "`sft` works with this one.")
+        f"or by preference does not compute here. {OTHER_MODEL} `sft` works with this one.")
 
 # %% ../../nbs/compute/05_logprobs.ipynb #50d5470c
 class Room:

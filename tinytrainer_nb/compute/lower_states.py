@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..model.layers import trainable
 from ..core import TinyTrainerError, patch_to, processes, write_whole
 from .llama import LLAMA_LIKE, is_llama_like, put_back, replace_forwards
-from ..model.layers import plain_model, quantization_of
+from ..model.layers import evaluating, plain_model, quantization_of
 from ..model.base import compute_context
 from ..data.tokens import Collator, micro_batches, pack_row
 
@@ -84,15 +84,13 @@ def lower_states(
     dtype: torch.dtype, # computed in
 ) -> Tensor:            # (T, width)
     "The hidden states that enter layer `first`; without gradient, in evaluation mode."
-    decoder, was_training = plain_model(model).model, model.training
+    decoder = plain_model(model).model
     device = next(model.parameters()).device
     inputs = {name: packed[name] for name in ("input_ids", "position_ids", "document_lengths")}
     inputs = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
-    model.eval()
-    with torch.no_grad(), compute_context(model, dtype), passing_over([*decoder.layers[first:], decoder.norm]):
-        states = decoder(**inputs, use_cache=False).last_hidden_state[0]
-    model.train(was_training)
-    return states
+    upper = [*decoder.layers[first:], decoder.norm]
+    with evaluating(model), torch.no_grad(), compute_context(model, dtype), passing_over(upper):
+        return decoder(**inputs, use_cache=False).last_hidden_state[0]
 
 # %% ../../nbs/compute/10_lower_states.ipynb #235c741f
 def hidden_bytes(model, rows: list[dict]) -> int: # rows of "input_ids"
@@ -113,7 +111,8 @@ def announce_hidden(
     if need > free: raise TinyTrainerError(
         f"keep_hidden=True wants to keep {size} on disk, and {free / 1e6:,.1f} MB are free there. Make room, choose "
         "another folder (out; in a terminal --out), or leave keep_hidden out.")
-    gain = "faster from the second time on" if passes > 1 else "so nothing is gained: that takes more than once"
+    gain = "faster from the second time on"
+    if passes <= 1: gain = "so nothing is gained: keeping pays only from the second pass on"
     return (f"hidden states below layer {first_trained_layer(model)} are computed once and kept in hidden/ until the "
             f"run is finished: {len(rows):,} rows, {size}; training goes through the data {passes:.1f} times, {gain}")
 

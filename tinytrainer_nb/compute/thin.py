@@ -104,7 +104,7 @@ class _Weight:
     def __init__(self, layer: nn.Linear, dtype: torch.dtype, copies: bool): # copies: whether it may be copied
         self.layer, self.dtype, self.copy = layer, dtype, None
         self.bias = None if layer.bias is None else layer.bias.detach().to(dtype)
-        self.hold, self.held = False, None # hold: whether `back` will want once more what is written out now
+        self.hold, self.held = False, None # hold: keep the written-out weight for the coming `back`
         self.unseen = False # whether nobody looks at the product with an input
         self.ordered = copies and has_blocks(layer.weight.device, dtype)
         if self.ordered:

@@ -7,7 +7,7 @@ __all__ = ['PACKED', 'TEXT_SUFFIXES', 'READERS', 'ABOUT_DATA', 'SPLITS', 'ROLES'
            'TURNS', 'KINDS', 'KNOWN_COLUMNS', 'ASKED', 'ANSWERS', 'SYSTEM', 'MEANT', 'MAPPINGS', 'READ', 'BESIDE',
            'NOT_SHOWN', 'ALIASES', 'UNFIT', 'WRITTEN', 'NEEDED', 'Source', 'folder_files', 'read_rows', 'find_kind',
            'how_to_name', 'Mapping', 'need_data', 'load_examples', 'Sourced', 'data_origin', 'empty_rows',
-           'as_examples', 'load_prompts']
+           'row_numbers', 'as_examples', 'load_prompts']
 
 # %% ../../nbs/data/02_formats.ipynb #dc122039
 import ast, bisect, bz2, contextlib, csv, datetime, gzip, io, json, lzma, math, re
@@ -21,7 +21,8 @@ import pyarrow, pyarrow.parquet
 from datasets import Dataset, Features, Json, List, Value, concatenate_datasets, load_dataset
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
-from ..core import TinyTrainerError, file_hash, is_there, local_path, may_be_on_hub, say, shell_line
+from ..core import TinyTrainerError, each_once, file_hash, is_there, local_path, may_be_on_hub, plain
+from ..core import say, shell_line
 from ..settings import TRUTH
 
 # %% ../../nbs/data/02_formats.ipynb #1c40195b
@@ -97,15 +98,9 @@ def _bad_byte(path: Path, data: bytes, at: int, found: str) -> TinyTrainerError:
     return TinyTrainerError(f"{path}, line {line}: its byte {column} {found}.")
 
 # %% ../../nbs/data/02_formats.ipynb #a53fbb49
-def _once(pairs: list[tuple]) -> dict:
-    "A JSON object in which no field stands twice."
-    row = dict(pairs)
-    if len(row) < len(pairs): raise ValueError(f"a field stands twice, among {_listed(name for name, _ in pairs)}")
-    return row
-
 def _parse(text: str, path: Path, line: int | None = None):
     "A value from JSON text; an error names the line, which is `line` if the text is one."
-    try: return json.loads(text, object_pairs_hook=_once)
+    try: return json.loads(text, object_pairs_hook=each_once)
     except json.JSONDecodeError as e: where, why = f"{path}, line {line or e.lineno}", f"{e.msg}, column {e.colno}"
     except (ValueError, RecursionError) as e: where, why = f"{path}, line {line}" if line else str(path), str(e)
     raise TinyTrainerError(f"{where}: not readable as JSON ({why}). Correct it there.")
@@ -272,13 +267,14 @@ def _of_one_format(files: list[Path]) -> list[Path]:
     return [f for f in files if _format(f) == max(sizes, key=sizes.get)]
 
 def _need_one_part(path: Path, files: list[Path]) -> None:
-    "Raise `TinyTrainerError` if folders hold the same shard, as those of a data set of several parts do."
-    shards = [f for f in files if re.search(r"-\d{5}-of-\d{5}", f.name)]
-    same = [f for f in shards if f.name == shards[0].name]
-    if len(same) < 2: return
-    parts = [f.parent.relative_to(path).as_posix() for f in same]
-    raise TinyTrainerError(f"{path}: a data set of several parts ({_listed(parts)}), each with {same[0].name}. "
-                           f"Name the folder of one, such as {same[0].parent}.")
+    "Raise `TinyTrainerError` if each of several folders holds shards of its own, as a data set of several parts does."
+    shards = {f: found[1] for f in files if (found := re.search(r"-\d{5}-of-(\d{5})", f.name))} # of how many each is
+    folders = list(dict.fromkeys(f.parent for f in shards))
+    twice = len({f.name for f in shards}) < len(shards)
+    if len(folders) < 2 or not twice and len(set(shards.values())) < 2: return
+    parts = _listed(folder.relative_to(path).as_posix() for folder in folders)
+    raise TinyTrainerError(f"{path}: a data set of several parts ({parts}), each with shards of its own. "
+                           f"Name the folder of one, such as {next(f for f in folders if f != path)}.")
 
 def _texts_of(path: Path, texts: list[Path], split: str) -> list[Path]:
     "The texts of a folder; if the name of each says its split, those of one."
@@ -535,6 +531,7 @@ def _conversation(row: dict, column: str, answer: str = "completion") -> dict: #
     if column in TALKS and given is None: return dict(messages=asked)
     answered = bool(asked) and asked[-1]["role"] in SAID
     if column in TALKS and answered: return dict(messages=asked) | {answer: given}
+    if answered: raise ValueError(f"field '{column}': ends with an assistant's turn, but '{answer}' is to answer it")
     return dict(messages=[*asked, dict(role="assistant", content=_answer(row, answer, asked))])
 
 def _answered_by(row: dict, column: str, answer: str) -> dict:
@@ -609,14 +606,14 @@ ANSWERS = ("completion", "response", "answer", "output", "reply", "solution", "t
 SYSTEM = ("system", "system_prompt", "system_message") # a text that the conversation begins with
 MEANT = KNOWN_COLUMNS | {*ASKED, *ANSWERS, *SYSTEM}
 
-def _pair(columns: list[str], named: tuple = ()) -> tuple[list[str], list[str]]: # named: by the user
+def _asking_and_answering(columns: list[str], named: tuple = ()) -> tuple[list[str], list[str]]: # named: by the user
     "The columns that may hold questions and those that may hold answers; an instruction's input is no question."
     asks = [c for c in ASKED if c in columns and not (c == "input" and "instruction" in columns)]
     return [c for c in asks if c in named] or asks, [c for c in ANSWERS if c in columns]
 
 def _by_other_names(columns: list[str], named: tuple) -> list[tuple]: # rows of `KINDS`
     "The kind of data whose columns have other names than ours; none if more than one column could be meant."
-    asks, answers = _pair(columns, named)
+    asks, answers = _asking_and_answering(columns, named)
     talk = [c for c in TALKS if c in columns][:1]
     if {"chosen", "rejected"} <= set(columns): return [_pairs_after(c) for c in asks if len(asks) == 1]
     if len(answers) != 1 or "text" in columns: return []
@@ -664,7 +661,7 @@ def _which(columns: list[str]) -> str:
 
 def _guess(found: dict[str, str]) -> dict[str, str]: # small letters: the name in the data
     "The columns that may be meant as question and answer, both of them."
-    asks, answers = _pair(list(found))
+    asks, answers = _asking_and_answering(list(found))
     ask = next((c for c in (*asks, "user", "human", "questions") if c in found), None)
     answer = next((c for c in (*answers, "assistant", "gpt", "answers", "responses") if c in found), None)
     name = lambda column, other: found[column] if column else other
@@ -747,8 +744,11 @@ MAPPINGS = {
 }
 
 # %% ../../nbs/data/02_formats.ipynb #ab0350be
-def _pairs(columns) -> dict | str | None:
+def _as_columns(columns) -> dict | str | None:
     "`columns`, with `prompt=question,completion=answer` turned into a dict; a mapping's name stays as it is."
+    if not isinstance(columns, dict | str | None):
+        raise TinyTrainerError(f"columns={columns!r:.80}: expected names, such as {{'prompt': 'question'}}, "
+                               "or a mapping's name, such as 'arc'.")
     if not isinstance(columns, str) or "=" not in columns: return columns or None
     pairs = [[name.strip() for name in pair.split("=")] for pair in columns.split(",")]
     once = len({new for new, *_ in pairs}) == len(pairs)
@@ -1011,13 +1011,10 @@ def _json_column(name: str, values: list) -> Dataset:
 WRITTEN = (datetime.date, datetime.time, datetime.timedelta, Decimal, PurePath, UUID)
 
 def _plain(value):
-    "A value as JSON has it: NaN as null, dates and the like as text. Raises `TypeError` for what JSON cannot say."
+    "A value as `core.plain` has it. Raises `TypeError` for what JSON cannot say."
     if isinstance(value, dict): return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set): return [_plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value): return None
-    if isinstance(value, bytes): return value.decode("utf-8", "backslashreplace")
-    if isinstance(value, WRITTEN): return str(value)
-    if isinstance(value, str | int | float | None): return value
+    if value is None or isinstance(value, (str, int, float, bytes, *WRITTEN)): return plain(value)
     raise TypeError(f"{type(value).__name__} has no form in JSON")
 
 def _odd_column(name: str, values: list) -> Dataset | None:
@@ -1028,16 +1025,17 @@ def _odd_column(name: str, values: list) -> Dataset | None:
     except Exception: return None
 
 # %% ../../nbs/data/02_formats.ipynb #8a324e8f
-NEEDED = ("messages", "text", "chosen", "rejected") # of a table that is trained on
+NEEDED = ("messages", "text", "chosen", "rejected") # of a table that is trained on; `text` where there are no messages
 
 def _table(rows: dict[int, dict], source: Source) -> Dataset:
     "Numbered rows as a table with the columns of all of them, None where a row lacks one."
     columns = {name: [row.get(name) for row in rows.values()] for name in _column_names(rows.values())}
+    needed = [c for c in NEEDED if c != "text" or any(row.get("messages") is None for row in rows.values())]
     made, odd = {}, {}
     for name, values in columns.items():
         try: made[name] = _column(name, values)
         except Exception as e:
-            if name in NEEDED: raise _misfit(name, values, list(rows), source) from e
+            if name in needed: raise _misfit(name, values, list(rows), source) from e
             odd[name] = made[name] = _odd_column(name, values)
     _say_odd(source, odd)
     return concatenate_datasets([column for column in made.values() if column is not None], axis=1)
@@ -1074,8 +1072,7 @@ def _hub_id(data: str) -> tuple[str, str | None, str | None] | None: # (id, conf
     name, _, config = data.partition(":")
     known = name if name in MAPPINGS else next((k for k, m in MAPPINGS.items() if m.hub == name), None)
     if known: return MAPPINGS[known].hub, config or MAPPINGS[known].config, known
-    is_file = _format(Path(name)) in (*READERS, *TEXT_SUFFIXES)
-    return (name, config or None, None) if may_be_on_hub(name) and not is_file else None
+    return (name, config or None, None) if may_be_on_hub(name) else None
 
 # %% ../../nbs/data/02_formats.ipynb #0ae758db
 def _from_hub(name: str, config: str | None, split: str) -> tuple[list[dict], Source]:
@@ -1116,7 +1113,7 @@ def _open(data, split: str) -> tuple[list[dict], Source, str | None]: # rows, wh
 def _need_parts(data, split: str) -> None:
     "Raise `TinyTrainerError` for a part of what has no parts."
     named = isinstance(data, str | Path)
-    if named and not Path(data).is_file(): return
+    if named and not (is_there(data) and local_path(data).is_file()): return
     raise TinyTrainerError(f"{data if named else 'the data'}: split={split!r} is for data sets of the Hub "
                            "and for their folders. A file and a table are read whole.")
 
@@ -1131,17 +1128,18 @@ def load_examples(
     split: str = "train",              # of a Hub data set, or "test" of its folder; of the former also "train[:1000]"
 ) -> Dataset: # `messages` or `text`, with `chosen` and `rejected` if they are preferences; other columns untouched
     "Read training or evaluation data. Raises `TinyTrainerError` with file, row and field for what cannot be read."
-    columns, (rows, source, mapping) = _pairs(columns), _open(data, split)
+    columns, (rows, source, mapping) = _as_columns(columns), _open(data, split)
     if not rows: raise TinyTrainerError(f"{source.name}: no row in it. Fill it, or name another file.")
     named = tuple(columns) if isinstance(columns, dict) else ()
     if named: rows = _rename(rows, columns, source)
     elif columns or mapping: rows = _map(rows, columns or mapping, source)
     kept, empty = _convert(rows, source, named)
+    first = _first_empty(source, empty)
     if not kept:
         raise TinyTrainerError(f"{source.name}: no row left to use ({len(rows)} read, "
-                               f"{len(empty)} with an empty text). {_first_empty(source, empty).capitalize()}. "
+                               f"{len(empty)} with an empty text). {first[:1].upper()}{first[1:]}. "
                                "Fill them, or name another file.")
-    _say(source, list(empty), len(rows), "rows left out: empty text", f"; {_first_empty(source, empty)}")
+    _say(source, list(empty), len(rows), "rows left out: empty text", f"; {first}")
     table = _table(kept, source)
     note = dict(name=source.name, files={str(f): file_hash(f) for f in source.files},
                 rows=len(rows), left_out_empty=len(empty), empty_rows=list(empty))
@@ -1185,6 +1183,11 @@ def empty_rows(table: Dataset) -> list[int]:
     whole = note and note["rows"] - note["left_out_empty"] == len(table)
     return note["empty_rows"] if whole else []
 
+def row_numbers(table: Dataset) -> list[int]: # from 1
+    "The number of each row in the data as it was read, where empty rows counted, too."
+    empty = set(empty_rows(table))
+    return [number for number in range(1, len(table) + len(empty) + 1) if number not in empty]
+
 def as_examples(data) -> Dataset:
     "`data` if it comes from `load_examples`, else loaded by it. Raises `TinyTrainerError` as it does."
     return data if isinstance(data, Dataset) and _note(data) else load_examples(data)
@@ -1203,12 +1206,12 @@ def load_prompts(
         raise TinyTrainerError(
             f"{named}plain text holds no prompts. Reinforcement learning, and an evaluation by a reward, need prompts, "
             "questions or conversations. The loss of text is evaluated by the task loss.")
-    rows = [_prompt(row) for row in table.to_list()]
-    silent = [i for i, row in enumerate(rows, 1) if not row["messages"]]
+    rows, total = [_prompt(row) for row in table.to_list()], len(table) + len(empty_rows(table))
+    silent = [number for number, row in zip(row_numbers(table), rows) if not row["messages"]]
     if len(silent) == len(rows):
         raise TinyTrainerError(f"the prompts: no row left to use, none of {len(rows)} asks anything. "
                                "Each needs a prompt, a question, or a user's turn before the answer.")
-    _say(Source("the prompts"), silent, len(rows), "rows left out: nothing is asked")
+    _say(Source("the prompts"), silent, total, "rows left out: nothing is asked")
     return Sourced([row for row in rows if row["messages"]], data_origin(table))
 
 def _prompt(row: dict) -> dict:

@@ -10,8 +10,8 @@ import hashlib, random
 from dataclasses import dataclass, field
 from datasets import Dataset
 from ..core import TinyTrainerError, progress
-from .formats import SAID, empty_rows, how_to_name, _listed
-from .tokens import control_words, encode_chat, encode_text
+from .formats import SAID, empty_rows, how_to_name, row_numbers, _listed
+from .tokens import control_words, encode_chat, encode_text, need_length
 
 # %% ../../nbs/data/04_rows.ipynb #4bbc5f43
 def _windows(tokenizer, example: dict, max_length: int, train_on_all: bool) -> list[dict]:
@@ -48,6 +48,8 @@ class Reading:
     duplicates: dict = field(default_factory=dict)  # row: the first row that is the same to the model
     special: list = field(default_factory=list)     # rows in which somebody wrote a special token's text
     context: int | None = None                      # tokens that the model can take at most; None: any number
+
+    def __post_init__(self): need_length(self.max_length)
 
     @property
     def limit(self) -> int:
@@ -98,11 +100,12 @@ def read_examples(
     train_on_all: bool = False,  # learn every token
     context: int | None = None,  # tokens that the model can take at most: `context_length(model)`
 ) -> tuple[list[dict], Reading]: # rows of input_ids and labels, maybe none; the counts
-    "Token rows for training, none of preferences. Raises `TinyTrainerError` if a template refuses a conversation."
+    """Token rows for training, none of preferences. Raises `TinyTrainerError` if a template refuses a conversation,
+    and for a `max_length` below 2."""
     empty, preferences = empty_rows(examples), _preferences(examples)
     rows, seen = [], {}
     reading = Reading(max_length, left_out={"empty text": empty} if empty else {}, context=context)
-    for example, number in zip(progress(examples, desc="reading"), _numbers(examples, empty)):
+    for example, number in zip(progress(examples, desc="reading"), row_numbers(examples)):
         windows = _windows(tokenizer, example, reading.limit, train_on_all)
         reading.lengths.append(_length(windows))
         why = "nothing to learn" if preferences else _unusable(windows, reading)
@@ -117,11 +120,6 @@ def read_examples(
         if first != number: reading.duplicates[number] = first
         rows += windows
     return rows, reading
-
-def _numbers(examples: Dataset, empty: list[int]) -> list[int]:
-    "The number of each example in the data as it was read, where empty rows counted, too."
-    left_out, total = set(empty), len(examples) + len(empty)
-    return [number for number in range(1, total + 1) if number not in left_out]
 
 # %% ../../nbs/data/04_rows.ipynb #ccee30ff
 def encode_rows(
@@ -145,12 +143,13 @@ def _cure(examples: Dataset, reading: Reading) -> str:
     cures = {
         "too long": "Raise max_length",
         beyond_context(reading.context): "Shorten the rows, or take a model with a longer context",
-        "nothing to learn": "Bring rows with an answer; questions alone are for PPO and GRPO" + _unused(examples),
+        "nothing to learn": "Bring rows with an answer; questions alone are for PPO and GRPO"
+                            + _unused_columns(examples),
     }
     return ". ".join(cure for reason, cure in cures.items() if reason in reading.left_out) or "Bring rows with a text"
 
 # %% ../../nbs/data/04_rows.ipynb #889e25e6
-def _unused(examples: Dataset) -> str:
+def _unused_columns(examples: Dataset) -> str:
     "For an error: columns that were not read, and how to say that one of them holds the answers."
     chats = examples["messages"] if "messages" in examples.column_names else []
     said = [turn for turns in chats for turn in turns or [] if turn["role"] in SAID]
@@ -191,12 +190,13 @@ def held_note(
 ) -> str:
     "One sentence about what is held out for the evaluation."
     if not wanted: return f"held out: 0 {what}"
-    if not held: return f"held out: 0 {what}; a tenth is held out at most, so it takes ten, and there are {total:,}"
+    most = f"at most a tenth is held out, which takes at least ten {what}, and there are {total:,}"
+    if not held: return f"held out: 0 {what}; {most}"
     few = f" (number {', '.join(map(str, names))})" if 0 < len(names) <= 5 else ""
     small = f", a tenth of {total:,}; {wanted:,} were asked for" if held < wanted else ""
     return f"held out: {held:,} {what}{few}{small}"
 
 def held_numbers(examples: Dataset, rows: int, seed: int) -> list[int]: # from 1, as the data count
     "The rows of the data that `hold_out` takes."
-    numbers = _numbers(examples, empty_rows(examples))
+    numbers = row_numbers(examples)
     return [numbers[i] for i in held_rows(len(examples), rows, seed)]

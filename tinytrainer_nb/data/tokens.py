@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_TEMPLATE', 'LONGEST', 'SHOWN_AS', 'ensure_template', 'one_moment', 'moment', 'shown', 'control_words',
-           'render', 'prompt_ids', 'turn_ends', 'encode_chat', 'text_ids', 'encode_text', 'filling', 'pack_row',
-           'micro_batches', 'Collator', 'pack_trees', 'micro_trees']
+           'render', 'prompt_ids', 'turn_ends', 'answer_ends', 'encode_chat', 'text_ids', 'need_length', 'encode_text',
+           'filling', 'pack_row', 'micro_batches', 'Collator', 'pack_trees', 'micro_trees']
 
 # %% ../../nbs/data/03_tokens.ipynb #328db176
 import contextlib, ctypes, json, os, re, threading, time, weakref
@@ -221,7 +221,7 @@ def control_words(tokenizer) -> re.Pattern:
     return _once(tokenizer, ("control words",), found)
 
 # %% ../../nbs/data/03_tokens.ipynb #78fe1dc0
-def _unused(*texts: str):
+def _free_characters(*texts: str):
     "Characters that no text holds, from Unicode's private area."
     used = set().union(*texts)
     return (c for c in map(chr, range(0xF0000, 0xFFFFE)) if c not in used)
@@ -231,7 +231,7 @@ def _marked(tokenizer, turns: list[dict]) -> tuple[list[dict], dict[str, str]]: 
     contents, words = [m["content"] for m in turns], control_words(tokenizer)
     written = dict.fromkeys(word for content in contents for word in words.findall(content))
     if not written: return turns, {}
-    mark_of = dict(zip(written, _unused(*contents)))
+    mark_of = dict(zip(written, _free_characters(*contents)))
     marked = [m | dict(content=words.sub(lambda word: mark_of[word[0]], m["content"])) for m in turns]
     return marked, {mark: word for word, mark in mark_of.items()}
 
@@ -295,7 +295,7 @@ def _cut(
     if not marks:
         tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return tokens.input_ids, _without_blanks(tokenizer, tokens.input_ids, tokens.offset_mapping, text), text, spans
-    sign = next(_unused(text, *marks.values()))
+    sign = next(_free_characters(text, *marks.values()))
     own = _any_of([*marks, *_added(tokenizer)])
     words = control_words(tokenizer)
     def named(found): return marks.get(found[0]) or (sign if words.fullmatch(found[0]) else "") + found[0]
@@ -350,9 +350,10 @@ def _first(tokenizer) -> list[int]:
 
 def prompt_ids(
     tokenizer,          # with a chat template, if `prompt` is a conversation
-    prompt: str | list, # raw text, whose special tokens count; or messages of "role" and "content", which are text
+    prompt: str | list, # raw text, whose special tokens count; messages of "role" and "content", which are text; or ids
 ) -> list[int]:
     "Token ids that a model continues. Raises `TinyTrainerError` if the template refuses the conversation."
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], int): return prompt
     if isinstance(prompt, str):
         ids, first = tokenizer(prompt, add_special_tokens=False).input_ids, _first(tokenizer)
         return ids if first and ids[:len(first)] == first else first + ids
@@ -380,6 +381,15 @@ def turn_ends(
     "Tokens that end an answer: the template's and the tokenizer's end token, often the same."
     word = _once(tokenizer, ("end",), lambda: _end_word(tokenizer))
     return list(dict.fromkeys([tokenizer.convert_tokens_to_ids(word), tokenizer.eos_token_id]))
+
+def answer_ends(
+    model,         # with its generation config, if it has one
+    tokenizer,     # its tokenizer
+) -> list[int]:    # ids
+    "All tokens that end an answer: those that the model's generation config names, then those of `turn_ends`."
+    said = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = [*(said if isinstance(said, list) else [said]), *turn_ends(tokenizer)]
+    return list(dict.fromkeys(end for end in ends if end is not None))
 
 # %% ../../nbs/data/03_tokens.ipynb #d2dd6806
 def _need_same_beginning(tokenizer, asked: list[dict], before: str, text: str) -> None: # before: an answer, as a prompt
@@ -442,7 +452,8 @@ def _say_open(tokenizer) -> None:
     "Say, once for a tokenizer and its template, that answers in the middle cannot learn to stop."
     _once(tokenizer, ("open",), lambda: say(
         "note: the chat template writes no token behind an answer in the middle of a conversation, and the tokenizer "
-        "joins the answer's end to what follows: some of these answers do not learn to stop, the last ones do",
+        "joins the answer's end to what follows: the model may not learn to stop after such answers; it does after "
+        "the last answer of a conversation",
         error=True))
 
 # %% ../../nbs/data/03_tokens.ipynb #220d19c9
@@ -478,16 +489,23 @@ def text_ids(
     first, found = _first(tokenizer), []
     for text, ids in zip(texts, tokenizer(texts, add_special_tokens=False).input_ids):
         if control_words(tokenizer).search(text):
-            ids = _twin(tokenizer, next(_unused(text))).encode(text, add_special_tokens=False).ids
+            ids = _twin(tokenizer, next(_free_characters(text))).encode(text, add_special_tokens=False).ids
         found.append(first + ids)
     return found
+
+def need_length(max_length: int) -> None: # tokens of a row
+    "Raise `TinyTrainerError` for a number of tokens of which none can be predicted."
+    if type(max_length) is int and max_length >= 2: return
+    raise TinyTrainerError(f"max_length={max_length!r:.40} is not allowed: it must be a whole number at least 2.")
 
 def encode_text(
     tokenizer,        # its BOS goes in front, its end token behind
     text: str,        # a document
     max_length: int,  # tokens a window
 ) -> list[dict]:      # rows of {"input_ids", "labels"}
-    "A document as windows of at most `max_length` tokens; every token but the first is predicted exactly once."
+    """A document as windows of at most `max_length` tokens; every token but the first is predicted exactly once.
+    Raises `TinyTrainerError` as `need_length` does."""
+    need_length(max_length)
     ids = [*text_ids(tokenizer, [text])[0], tokenizer.eos_token_id]
     starts = range(0, max(1, len(ids) - 1), max_length - 1)
     windows = [ids[i:i + max_length] for i in starts]

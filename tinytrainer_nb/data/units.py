@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 import pyarrow, pyarrow.parquet
 from datasets import Dataset, IterableDataset, load_dataset
-from ..core import TinyTrainerError, is_there, local_path, patch_to
+from ..core import TinyTrainerError, each_once, is_there, local_path, patch_to
 from .formats import PACKED, READERS, TEXT_SUFFIXES, folder_files, need_data
-from .formats import _check_header, _format, _from_hub_failed, _hub_id, _listed, _once
-from .formats import _pairs, _parse, _read_bytes, _read_json, _read_text, _saved
+from .formats import _check_header, _format, _from_hub_failed, _hub_id, _listed
+from .formats import _as_columns, _parse, _read_bytes, _read_json, _read_text, _saved
 from .tinyworld import corpus
 
 # %% ../../nbs/data/08_units.ipynb #db036e38
@@ -185,7 +185,7 @@ def _lines(unit: Unit, column: str) -> Iterator[tuple[str | None, int]]:
 
 def _row(path: Path, line: bytes, at: int) -> dict:
     "The object of a JSONL line. Raises `TinyTrainerError` with the line's number."
-    try: row = json.loads(line.removeprefix(b"\xef\xbb\xbf") if not at else line, object_pairs_hook=_once)
+    try: row = json.loads(line.removeprefix(b"\xef\xbb\xbf") if not at else line, object_pairs_hook=each_once)
     except (ValueError, RecursionError): row = _parse(_decoded(path, line, at), path, _line_at(path, at)[0])
     if isinstance(row, dict): return row
     raise TinyTrainerError(f"{path}, line {_line_at(path, at)[0]}: found {row!r:.60}, but each line must be "
@@ -277,7 +277,7 @@ def _json_rows(path: Path) -> list[dict]:
 # %% ../../nbs/data/08_units.ipynb #9d0085af
 def text_column(columns: dict | str | None) -> str:
     "The data's column that holds the texts. Raises `TinyTrainerError` for columns that name none."
-    pairs = _pairs(columns)
+    pairs = _as_columns(columns)
     if not pairs: return "text"
     if isinstance(pairs, dict) and list(pairs) == ["text"] and isinstance(pairs["text"], str): return pairs["text"]
     raise TinyTrainerError(f"columns={columns!r:.80}: pretraining reads one column of text. Name it as text=content.")

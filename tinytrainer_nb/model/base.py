@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['WORTH_KEEPING', 'count_parameters', 'Preset', 'model_preset', 'step_bytes', 'choose_quantization', 'compute_context',
-           'stored_form', 'form_to_load', 'tensor_bytes', 'weights_key', 'LoadReport', 'new_model', 'LoadRecord']
+           'stored_form', 'form_to_load', 'tensor_bytes', 'weights_key', 'LoadReport', 'existing_device', 'new_model',
+           'LoadRecord']
 
 # %% ../../nbs/model/05_base.ipynb #dfd88545
 import contextlib, copy, functools, hashlib, json, os, re
@@ -12,14 +13,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 import torch
 from torch import nn
-from ..core import TinyTrainerError, file_hash, processes, quiet, read_json, say
+from ..core import TinyTrainerError, file_hash, first_line, processes, quiet, read_json, say
 from ..hardware import DTYPES, default_device, dtype_name, free_memory, hardware, num_threads
-from ..hardware import probe_dtype, versions
-from .arguments import SHAPES, known_shape
+from ..hardware import probe_dtype, unused_gpu, versions
+from .arguments import NAMED_BASES, SHAPES, LoadArgs, is_gguf, known_shape
 from .layers import keep_gradients, quantization_of
-from . import attention # noqa: F401, registers "packed"
-from .attention import _OTHER_MODEL
+from .attention import OTHER_MODEL
 from .cache import base_hash, cache_limit, files_of, find_tensors, keep_tensors
+from .cache import shown_name
 import transformers
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, LlamaConfig
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -119,12 +120,12 @@ def _pretrained(kind, path: str, **kwargs):
     try:
         with quiet(): return kind.from_pretrained(path, trust_remote_code=False, **kwargs)
     except Exception as e:
-        lines = str(e).strip().splitlines() or [type(e).__name__]
-        if "trust_remote_code" in str(e): lines = ["it needs code of its own, which is not run"]
+        own_code = "trust_remote_code" in str(e)
+        why = "it needs code of its own, which is not run" if own_code else first_line(e)
         hint = "" if Path(path).is_dir() else (
             f" There is no folder {path} here, so it was taken for a Hub id. "
             "Without a network, use 'tiny' or a model's folder.")
-        raise TinyTrainerError(f"{path}: cannot be loaded ({lines[0]:.200}).{hint}") from None
+        raise TinyTrainerError(f"{path}: cannot be loaded ({why:.200}).{hint}") from None
 
 # %% ../../nbs/model/05_base.ipynb #a9e8ed7e
 def _no_pointers(path: str | Path) -> None: # folder or Hub id
@@ -155,14 +156,14 @@ def _need_causal(name: str, config) -> None: # name: of the base, for the error
     if _has_senses(config, kind):
         raise TinyTrainerError(
             f"{name}: a model of the type {config.model_type} takes pictures or sound beside text, which is not "
-            f"supported. {_OTHER_MODEL}")
+            f"supported. {OTHER_MODEL}")
     if kind and (kind._is_stateful or not kind._supports_attention_backend):
         raise TinyTrainerError(
-            f"{kind.__name__} has an attention, or a state, of its own, which is not supported. {_OTHER_MODEL}")
+            f"{kind.__name__} has an attention, or a state, of its own, which is not supported. {OTHER_MODEL}")
     if kind is None or any(getattr(m, "is_causal", True) is False for m in _without_memory(config).modules()):
         raise TinyTrainerError(
             f"{name}: a model of the type {config.model_type} does not write from left to right, as a causal language "
-            f"model does, so it cannot be trained here. {_OTHER_MODEL}")
+            f"model does, so it cannot be trained here. {OTHER_MODEL}")
 
 # %% ../../nbs/model/05_base.ipynb #a25c7f9e
 _SENSES = ("vision_config", "audio_config", "vq_config", "audio_encoder") # parts that read something else than text
@@ -246,7 +247,7 @@ def _wrapper(missing: list[str], unknown: list[str]) -> str: # names
 _ELSEWHERE = { # what a folder may hold instead of a model's weights, and what makes such of it
     "consolidated*.safetensors": "Take the same model in the form that transformers reads, or convert it",
     "*.safetensors": "Rename it to model.safetensors, if it holds the whole model",
-    "*.gguf": "Take the model's safetensors files",
+    "*.gguf": "Name that file as the base",
     "*.onnx": "Take the model's safetensors files", "onnx": "Take the model's safetensors files",
     "*.h5": "Convert it to safetensors", "*.msgpack": "Convert it to safetensors",
     "global_step*": "That is DeepSpeed's checkpoint: zero_to_fp32.py, which lies beside it, makes a model of it",
@@ -261,7 +262,8 @@ def _need_weights(path: str, config) -> None: # path: folder or Hub id; config: 
     if whole.exists() and index.exists():
         _say_once(f"note: {folder}: {whole.name} is read, and not the files that {index.name} names. "
                   "Remove those that are not wanted.")
-    if not folder.is_dir() or whole.exists() or getattr(config, "transformers_weights", None): return
+    if named := getattr(config, "transformers_weights", None): return _need_plain_names(folder / "config.json", [named])
+    if not folder.is_dir() or whole.exists(): return
     if index.exists(): return _need_index(index)
     for pattern, cure in _ELSEWHERE.items():
         if found := sorted(f.name for f in folder.glob(pattern)):
@@ -275,6 +277,15 @@ def _need_index(index: Path) -> None:
     named = said.get("weight_map") if isinstance(said, dict) else None
     if not isinstance(named, dict) or not named or not all(isinstance(f, str) for f in named.values()):
         raise TinyTrainerError(f"{index}: names no files of weights (weight_map). Restore it.")
+    _need_plain_names(index, named.values())
+
+def _need_plain_names(file: Path, named) -> None: # named: files of weights, by `file`
+    "Raise `TinyTrainerError` for weights that are not in files of the model's folder, which alone are told apart."
+    odd = [name for name in named if not re.fullmatch(r"[^/\\]+\.safetensors", str(name))]
+    if odd:
+        raise TinyTrainerError(
+            f"{file}: names {odd[0]!r:.80} as a file of weights, and only .safetensors files that lie in the model's "
+            "own folder are read. Put them there, under their plain names.")
 
 def _need_form(path: str, model, stored: str) -> None: # stored: how the config says that the files are quantized
     "Raise `TinyTrainerError` for weights in another form than the config says, which would be taken for others."
@@ -341,7 +352,7 @@ def _own(device: str) -> str | torch.device:
 # %% ../../nbs/model/05_base.ipynb #fccdc30e
 def _stored_bytes(path: str, parameters: int) -> int:
     "Bytes of the weight files, or two a parameter where they are not local."
-    files = list(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
+    files = [Path(path)] if is_gguf(path) else list(Path(path).glob("*.safetensors"))
     return sum(f.stat().st_size for f in files) or 2 * parameters
 
 def tensor_bytes(model: nn.Module) -> int:
@@ -399,11 +410,8 @@ def _keep(model, key: str, path: str, quantization: str, dtype: torch.dtype, dev
             return "the files changed while they were read"
         if model._weight_conversions: # they would be renamed twice
             return "this architecture's weights are named differently in its files"
-        base = Path(path).name if Path(path).is_dir() else path
-        keep_tensors(key, _weights(model), base=base, quantization=quantization, dtype=dtype_name(dtype))
-    except Exception as e:
-        text = str(e).strip() or type(e).__name__
-        return text.splitlines()[0].rstrip(".")
+        keep_tensors(key, _weights(model), base=shown_name(path), quantization=quantization, dtype=dtype_name(dtype))
+    except Exception as e: return first_line(e).rstrip(".")
     return "miss"
 
 @functools.cache
@@ -466,10 +474,9 @@ def _tried(name: str, model, dtype: torch.dtype): # name: of the base, for the e
         with torch.no_grad(), compute_context(model, dtype), quiet(): yield
     except TinyTrainerError: raise
     except Exception as e:
-        why = (str(e).strip().splitlines() or [""])[0]
         raise TinyTrainerError(
             f"{name}: a model of the type {model.config.model_type} cannot be computed without padding "
-            f"({type(e).__name__}: {why:.150}), so it cannot be trained here. {_OTHER_MODEL}") from None
+            f"({type(e).__name__}: {first_line(e):.150}), so it cannot be trained here. {OTHER_MODEL}") from None
 
 def _need_own(name: str, kind: str, packed: torch.Tensor, own: torch.Tensor, most: float) -> None: # (n, V) each
     "Raise `TinyTrainerError` if logits differ by more than this share of the largest one."
@@ -477,7 +484,7 @@ def _need_own(name: str, kind: str, packed: torch.Tensor, own: torch.Tensor, mos
     if apart > most:
         raise TinyTrainerError(
             f"{name}: a model of the type {kind} has an attention that is more than causal (without it, logits are off "
-            f"by {apart:.0%} of the largest one), so it cannot be trained here. {_OTHER_MODEL}")
+            f"by {apart:.0%} of the largest one), so it cannot be trained here. {OTHER_MODEL}")
 
 def _need_apart(name: str, model, dtype: torch.dtype) -> None: # name: of the base, for the error
     "Raise `TinyTrainerError` if documents in one row see each other, or are computed otherwise than by themselves."
@@ -494,7 +501,7 @@ def _need_apart(name: str, model, dtype: torch.dtype) -> None: # name: of the ba
     if (alone - moved).abs().max() > (0.01 if experts else 1e-5) * alone.abs().max():
         raise TinyTrainerError(
             f"{name}: in a model of the type {config.model_type} documents that share a row see each other, so it "
-            f"cannot be trained here. {_OTHER_MODEL}")
+            f"cannot be trained here. {OTHER_MODEL}")
     _need_own(name, config.model_type, alone, own, 1e-3 if dtype == torch.float32 else 0.3 if experts else 0.1)
 
 # %% ../../nbs/model/05_base.ipynb #470bec50
@@ -526,8 +533,8 @@ def _is_worth_keeping(config, quantization: str) -> bool:
 class LoadReport:
     "What `load_model` did."
     base: str          # as it was asked for
-    path: str          # folder or Hub id it was loaded from
-    sha256: str        # of the weight files
+    path: str          # folder, GGUF file or Hub id it was loaded from
+    sha256: str        # of the weight files, or of the GGUF file
     parameters: int    # of the base
     bytes_before: int  # of the weights as stored
     bytes_after: int   # in memory
@@ -553,15 +560,28 @@ class LoadReport:
                 f"computing in {self.dtype} on {self.device}: {self.why}" + cached.get(self.cache, ""))
 
 # %% ../../nbs/model/05_base.ipynb #0267e923
+def existing_device(device: str | None) -> str: # None: a GPU if there is one
+    "The device that is asked for. Raises `TinyTrainerError` if it is none, or not here."
+    device = str(device or default_device())
+    if device not in ("cpu", "cuda"):
+        raise TinyTrainerError(f"device={device!r} is not allowed: it must be cpu or cuda.")
+    if device == "cuda" and not torch.cuda.is_available():
+        reason = f" ({unused_gpu()})" if unused_gpu() else ""
+        raise TinyTrainerError(
+            f"device='cuda' was asked for, but PyTorch sees no GPU here{reason}. Use device='cpu'.")
+    return device
+
 def new_model(
     shape: str,            # name of a `model_preset`
     seed: int,             # of the random weights
     dtype: str = "auto",   # what products are computed in; the weights themselves are fp32
     device: str | None = None, # cpu or cuda; None: a GPU if there is one
 ):
-    "An untrained model in the shape of a preset, all weights trainable. Raises `TinyTrainerError` for an unknown name."
+    """An untrained model in the shape of a preset, all weights trainable.
+
+    Raises `TinyTrainerError` for an unknown name or setting, and for a device that is not here."""
+    preset, device, dtype = model_preset(shape), existing_device(device), LoadArgs(dtype=dtype).dtype
     torch.set_num_threads(num_threads())
-    preset, device = model_preset(shape), device or default_device()
     compute, why = probe_dtype(device) if dtype == "auto" else (DTYPES[dtype], "as asked")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -578,8 +598,8 @@ def new_model(
 class LoadRecord:
     "What run.json says of the model that a run began with."
     base: str = ""             # as it was asked for
-    path: str = ""             # folder or Hub id it was loaded from
-    sha256: str = ""           # of the weight files
+    path: str = ""             # folder, GGUF file or Hub id it was loaded from
+    sha256: str = ""           # of the weight files, or of the GGUF file
     files: dict = field(default_factory=dict) # hashes of the `DECISIVE` files beside them
     commit: str = ""           # of a Hub id
     vocabulary: str = ""       # hash of the tokenizer as it was loaded
@@ -588,7 +608,7 @@ class LoadRecord:
     device: str = "cpu"        # cpu or cuda
     seed: int | None = None    # of random weights
     adapter: dict | None = None       # its settings; of a stack, by name
-    adapter_from: dict | None = None  # how it came about: the settings and seed of a fresh one, or a run's folder
+    adapter_from: dict | None = None  # where it came from: the settings and seed of a fresh one, or a run's folder
     chat_template: str | None = None  # in which form the model is asked
     decoding: dict | None = None      # the form of each weight while decoding
     beside: str = field(default="", repr=False) # where the base is if it was moved together with the run
@@ -610,9 +630,10 @@ class LoadRecord:
 
     @property
     def source(self) -> str:
-        "A name that finds these weights: that of the embedded or a new base, the folder where they are, or the Hub id."
-        if self.base == "tiny" or self.base.startswith("new:"): return self.base
-        here = [place for place in dict.fromkeys((self.path, self.beside, self.base)) if place and Path(place).is_dir()]
+        "What finds these weights: the name of a base that has one, the folder or file where they are, or the Hub id."
+        if self.base in NAMED_BASES or self.base.startswith("new:"): return self.base
+        places = dict.fromkeys((self.path, self.beside, self.base))
+        here = [place for place in places if place and (Path(place).is_dir() or is_gguf(place))]
         same = [place for place in here if len(here) > 1 and base_hash(place) == self.sha256]
         return next(iter(same or here), self.path)
 

@@ -5,17 +5,15 @@
 # %% auto #0
 __all__ = ['LINEAR', 'quantization_of', 'written_out', 'rows_of', 'has_adapter', 'plain_model', 'plain_layer', 'adapter_layers',
            'linear_layers', 'odd_layers', 'linear_names', 'trainable', 'count_trainable', 'context_length',
-           'keep_gradients', 'unpacked']
+           'keep_gradients', 'evaluating']
 
 # %% ../../nbs/model/03_layers.ipynb #c06b1b4e
 import contextlib, copy
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from peft import PeftModel
 from ..core import TinyTrainerError
-from ..hardware import free_memory
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -88,7 +86,7 @@ def odd_layers(model: nn.Module) -> list[str]:
     return [name for name, m in modules if isinstance(m, nn.Linear) and type(m) not in LINEAR]
 
 def linear_names(model: nn.Module, kinds: tuple = (*LINEAR, Conv1D)) -> list[str]: # kinds: of layers
-    "The last parts of their names, each once, as an adapter's settings name its targets."
+    "The last part of each linear layer's name, each once, as an adapter's settings name its targets."
     last = [name.removesuffix(".base_layer").rpartition(".")[2] for name in linear_layers(model, kinds)]
     return [name for name in dict.fromkeys(last) if not name.isdigit()]
 
@@ -126,20 +124,10 @@ def keep_gradients(model: nn.Module) -> nn.Module:
 
 # %% ../../nbs/model/03_layers.ipynb #a52f8683
 @contextlib.contextmanager
-def unpacked(model: nn.Module):
-    "Forward passes inside use 16-bit copies of 4-bit weights, if memory allows; for inference."
-    layers = [m for m in model.modules() if isinstance(m, Linear4bit) and quantization_of(m) == "nf4"]
-    need = sum(2 * m.in_features * m.out_features for m in layers) # bytes
-    device = next(model.parameters()).device.type
-    if need > free_memory(device) / 4: layers = []
-    try:
-        for m in layers:
-            weight = written_out(m).to(m.compute_dtype or torch.float32)
-            m.forward = _plain_linear(weight, m.bias)
-        yield model
+def evaluating(model: nn.Module):
+    "Inside, `model` is in evaluation mode; afterwards each of its modules is in the mode that it had."
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try: yield model
     finally:
-        for m in layers: m.__dict__.pop("forward", None)
-
-def _plain_linear(weight: torch.Tensor, bias: torch.Tensor | None): # weight: (out, in), bias: (out,)
-    "A forward pass with an unpacked weight, in its number format."
-    return lambda x: F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+        for module, mode in modes: module.training = mode

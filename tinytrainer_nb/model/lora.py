@@ -14,18 +14,20 @@ from torch import nn
 from ..core import TinyTrainerError, builds, quiet, read_typed, write_json
 from .arguments import LoraArgs, layer_numbers
 from .layers import adapter_layers, has_adapter, linear_names, quantization_of, rows_of
-from .layers import odd_layers, trainable
+from .layers import evaluating, odd_layers, plain_model, trainable
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from transformers.pytorch_utils import Conv1D
 
 # %% ../../nbs/model/06_lora.ipynb #5f89e138
 def _lora_config(model, args: LoraArgs) -> LoraConfig:
-    "PEFT's settings. Raises `TinyTrainerError` if a layer does not exist."
+    "PEFT's settings. Raises `TinyTrainerError` if a layer or a target does not exist."
     layers, count = layer_numbers(args.layers), model.config.num_hidden_layers
     if layers and layers[-1] >= count:
-        raise TinyTrainerError(f"layers={args.layers!r} is not allowed: this model has layers 0 to {count - 1}.")
+        raise TinyTrainerError(f"layers={args.layers!r:.80} is not allowed: this model has layers 0 to {count - 1}.")
     targets = args.target_modules
-    if targets != "all-linear": targets = [t.strip() for t in targets.split(",")]
+    if targets != "all-linear": targets = _need_targets(model, args, layers)
     elif layers: targets = linear_names(model) # PEFT wants names where layers are chosen
     return LoraConfig(
         r=args.r, lora_alpha=args.alpha, lora_dropout=args.dropout, target_modules=targets,
@@ -38,10 +40,32 @@ def _fresh(model, args: LoraArgs, seed: int):
     with torch.random.fork_rng(), quiet():
         torch.manual_seed(seed)
         try: yield
-        except ValueError:
-            raise TinyTrainerError(
-                f"lora target_modules={args.target_modules!r} do not fit this model. "
-                f"Its linear layers: {', '.join(linear_names(model))}; or all-linear.") from None
+        except ValueError: raise _no_target(model, args) from None
+
+# %% ../../nbs/model/06_lora.ipynb #2b5034f6
+def _may_have_adapter(model) -> list[str]:
+    "Whole names of the layers that PEFT can put a LoRA adapter on, without those that give more than a product."
+    kinds, odd = (nn.Linear, Conv1D, nn.Conv1d, nn.Embedding, BaseTunerLayer), {*odd_layers(model)}
+    return [name for name, m in plain_model(model).named_modules() if isinstance(m, kinds) and name not in odd]
+
+def _number(name: str) -> int | None:
+    "The number of the block that a layer is part of."
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+def _need_targets(model, args: LoraArgs, layers: list[int] | None) -> list[str]: # layers: the chosen ones, None: all
+    "The names of the targets. Raises `TinyTrainerError` if one is that of no layer, so that less would be trained."
+    targets = [name for part in args.target_modules.split(",") if (name := part.strip())]
+    there = [f".{name}" for name in _may_have_adapter(model) if not layers or _number(name) in layers]
+    missing = [t for t in targets if not any(name.endswith(f".{t}") for name in there)]
+    if missing or not targets: raise _no_target(model, args, missing)
+    return targets
+
+def _no_target(model, args: LoraArgs, missing: list[str] = ()) -> TinyTrainerError: # missing: names that fit nowhere
+    where = "" if args.layers == "all" else f" in layers {args.layers}"
+    which = f": no layer that can have an adapter is called {', '.join(missing)}{where}" if missing else ""
+    return TinyTrainerError(
+        f"lora target_modules={args.target_modules!r} do not fit this model{which:.200}. "
+        f"Its linear layers: {', '.join(linear_names(model))}; or all-linear.")
 
 # %% ../../nbs/model/06_lora.ipynb #ae766943
 @builds
@@ -172,12 +196,10 @@ def _possible(model, adapter: str):
 @torch.no_grad()
 def _need_same(model, reference: list[str]) -> None:
     "Raise `TinyTrainerError` if the reference does not say what the policy says, for kinds that are not tested here."
-    modes = [(m, m.training) for m in model.modules()]
     ids = torch.arange(12, device=next(model.parameters()).device)[None] * 7 % model.config.vocab_size # (1, 12)
-    model.eval()
-    policy = model(input_ids=ids, use_cache=False).logits
-    with using_adapters(model, reference): same = torch.equal(policy, model(input_ids=ids, use_cache=False).logits)
-    for m, mode in modes: m.training = mode
+    with evaluating(model):
+        policy = model(input_ids=ids, use_cache=False).logits
+        with using_adapters(model, reference): same = torch.equal(policy, model(input_ids=ids, use_cache=False).logits)
     if not same: raise _no_copy(_kind(model, model.active_adapters[-1]))
 
 # %% ../../nbs/model/06_lora.ipynb #5bbc6025
@@ -254,8 +276,10 @@ def saved_adapters(folder: Path) -> list[str]:
     stack = Path(folder) / "stack.json"
     if not stack.exists(): return ["default"]
     names = read_typed(stack, ["text"])
-    if names and all(name.isidentifier() for name in names): return names
-    raise TinyTrainerError(f"{stack}: it must hold names of adapters, found {names!r:.60}. Restore the file.")
+    apart = len({*names}) == len(names) and all(name.isidentifier() for name in names)
+    if names[:1] == ["default"] and apart: return names
+    raise TinyTrainerError(f"{stack}: it must hold names of adapters, each once and default first, found "
+                           f"{names!r:.60}. Restore the file.")
 
 # %% ../../nbs/model/06_lora.ipynb #1f7eb37c
 _ONCE = ("pissa_niter", "corda", "lora_ga") # beginnings that change the base, and cannot be repeated
@@ -265,6 +289,8 @@ def _why_not(config) -> str: # config: PEFT's, of an adapter; empty: it can be k
     if config.is_prompt_learning:
         kind = getattr(config.peft_type, "value", config.peft_type)
         return f"puts words in front of a text ({kind}). Only adapters that change layers are read here, such as LoRA."
+    if getattr(config.peft_type, "value", config.peft_type) == "XLORA":
+        return "mixes other adapters, which its file names (X-LoRA). Load one of them by itself."
     if config.task_type not in (None, "CAUSAL_LM"):
         kind = getattr(config.task_type, "value", config.task_type)
         return (f"is for another task than writing (task_type={kind}). "

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core import TinyTrainerError, builds, patch_to, progress, quiet, read_json, read_typed
+from ..core import TinyTrainerError, builds, first_line, patch_to, progress, quiet, read_json, read_typed
 from .arguments import TinyLoraArgs
 from .layers import LINEAR, has_adapter, linear_layers, linear_names, written_out
 from peft import PeftConfig, TinyLoraConfig, get_peft_model
@@ -244,19 +244,27 @@ def base_marks(model) -> tuple[str, str]: # hash of the weight files; quantizati
         raise TinyTrainerError(
             "this model was not loaded by load_model(), so an adapter could not tell its base again. "
             "Load it with load_model(folder).")
+    if not report.sha256:
+        raise TinyTrainerError(
+            f"{report.base}: no files hold these weights, so an adapter could not tell its base again. Train or save "
+            "the whole model first, and load it with load_model(folder).")
     return report.sha256, report.quantization
+
+def _in_line(sha256: str) -> str: # 16 hexadecimal digits
+    "How a line calls a base: by the beginning of its hash; of several files by that of a hash of all theirs."
+    return (hashlib.sha256(sha256.encode()).hexdigest() if "+" in sha256 else sha256)[:16]
 
 def check_base(
     model,             # from `load_model`
-    base: str,         # hash of the adapter's base, or its beginning
+    base: str,         # hash of the adapter's base, or how a line calls it
     quantization: str, # of the adapter's base
 ) -> None:
     "Raise `TinyTrainerError` if an adapter belongs to other weights than these."
     here, packed = base_marks(model)
-    if not here.startswith(base):
+    if base not in (here, _in_line(here)):
         raise TinyTrainerError(
-            f"this TinyLoRA adapter belongs to another base, whose weights have the hash {base[:16]}; "
-            f"those here have {here[:16]}. Load the base that it was trained on.")
+            f"this TinyLoRA adapter belongs to another base, whose weights have the hash {_in_line(base)}; "
+            f"those here have {_in_line(here)}. Load the base that it was trained on.")
     if packed != quantization:
         theirs, ours = (q if q != "none" else "16-bit" for q in (quantization, packed))
         raise TinyTrainerError(
@@ -325,8 +333,8 @@ def adapter_config(
     _need_readable(folder, said)
     try: config = PeftConfig.from_pretrained(folder)
     except (ValueError, TypeError, KeyError, AttributeError) as e: # a setting that PEFT does not take
-        why = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise TinyTrainerError(f"{folder}: its adapter_config.json does not fit PEFT ({why:.200}).") from None
+        said = f"its adapter_config.json does not fit PEFT ({first_line(e):.200})"
+        raise TinyTrainerError(f"{folder}: {said}.") from None
     if config.peft_type != "TINYLORA": return config
     plain = dict(tinylora_dropout=0.0, bias="none", modules_to_save=None, fan_in_fan_out=False)
     odd = {name: found for name, value in plain.items() if (found := getattr(config, name)) != value}
@@ -338,17 +346,19 @@ def adapter_config(
 
 # %% ../../nbs/model/07_tinylora.ipynb #6fd9d88d
 _TRY = """
-import json, re, sys
+import contextlib, json, re, sys
 patterns, layers = json.load(sys.stdin)
-for pattern in patterns:
-    for layer in layers: re.fullmatch(pattern, layer), re.match(rf"(.*\\.)?({pattern})$", layer)
+for p in patterns:
+    re.compile(p)
+    for used in (p, f"(.*[.])?({p})$", f"(^|.*[.]){p}($|[.].*)", f".*[.]{p}$", f"(?:^|.*?[.]){p}[.](?P<idx>[0-9]+)[.]"):
+        with contextlib.suppress(re.error):
+            for layer in layers: re.fullmatch(used, layer), re.match(used, layer), re.search(used, layer)
 """
 
 def _patterns(said: dict) -> list[str]: # said: by adapter_config.json
     "The patterns by which an adapter names layers; plain names are none."
-    found = [said.get(name) for name in ("target_modules", "exclude_modules", "layers_pattern")]
-    listed = [part for value in found for part in (value if isinstance(value, list) else [value])]
-    listed += [key for name in ("rank_pattern", "alpha_pattern") for key in said.get(name) or {}]
+    found = [value for name, value in said.items() if name.endswith(("_modules", "_pattern", "modules_to_save"))]
+    listed = [part for value in found for part in (value if isinstance(value, (list, dict)) else [value])]
     return [p for p in listed if isinstance(p, str) and not re.fullmatch(r"[\w.-]*", p)]
 
 def need_ending(
@@ -378,7 +388,7 @@ def adapter_line(model) -> str: # with a TinyLoRA adapter
     _need_line(model)
     config, v = model.peft_config["default"], model.base_model.tinylora_v["default"]
     numbers = base64.b64encode(v.detach().cpu().numpy().astype("<f4").tobytes()).decode()
-    line = (f"tinylora1 base={config.base[:16]} over={config.quantization} "
+    line = (f"tinylora1 base={_in_line(config.base)} over={config.quantization} "
             f"r={config.r} u={config.u} n_tie={config.n_tie} seed={config.projection_seed} v={numbers} check=")
     return line + _check(line)
 
@@ -397,10 +407,17 @@ def _need_line(model) -> None:
         raise TinyTrainerError(
             f"the subspace of {vague[0]} may come out otherwise on another machine, for its singular values "
             "are too near to each other, and it does not fit into a line. Save the folder, which holds it.")
+    _need_finite(model.base_model.tinylora_v["default"])
+
+def _need_finite(numbers: Tensor) -> None:
+    "Raise `TinyTrainerError` for an adapter whose training had failed."
+    if not numbers.isfinite().all():
+        raise TinyTrainerError("this adapter holds values that are not finite (NaN or infinity), as the training that "
+                               "made it had failed. Take an earlier checkpoint.")
 
 # %% ../../nbs/model/07_tinylora.ipynb #3f32e3e4
 _LINE = re.compile(
-    r"tinylora1 base=(?P<base>[0-9a-f]*) over=(?P<quantization>\w+) "
+    r"tinylora1 base=(?P<base>[0-9a-f]{16}) over=(?P<quantization>\w+) "
     r"r=(?P<r>\d{1,9}) u=(?P<u>\d{1,9}) n_tie=(?P<n_tie>\d{1,9}) seed=(?P<seed>\d{1,18}) "
     r"v=(?P<v>[\w+/]+=*) check=(?P<check>[0-9a-f]{8})")
 
@@ -416,11 +433,12 @@ def from_line(
     found = _LINE.fullmatch(text)
     if not found or found["check"] != _check(text): raise damaged
     check_base(model, found["base"], found["quantization"])
+    try: numbers = torch.frombuffer(bytearray(base64.b64decode(found["v"])), dtype=torch.float32)
+    except (ValueError, RuntimeError): raise damaged from None # no whole numbers
+    _need_finite(numbers)
     args = TinyLoraArgs(u=int(found["u"]), n_tie=int(found["n_tie"]), r=int(found["r"]))
     model = add_tinylora(model, args, seed=int(found["seed"]))
     v = model.base_model.tinylora_v["default"]
-    try:
-        numbers = torch.frombuffer(bytearray(base64.b64decode(found["v"])), dtype=torch.float32)
-        v.data = numbers.view_as(v).to(v.device)
-    except (ValueError, RuntimeError): raise damaged from None # another count of numbers
+    try: v.data = numbers.view_as(v).to(v.device)
+    except RuntimeError: raise damaged from None # another count of numbers
     return model

@@ -13,11 +13,12 @@ from itertools import combinations
 from pathlib import Path
 import ipywidgets as widgets
 import numpy as np
-from ..core import Markup, TinyTrainerError, local_path, patch_to, visible
+from ..core import Markup, TinyTrainerError, is_number, local_path, patch_to, visible
 from ..model.base import LoadRecord
 from .widgets import Panel, scrolled, small, wrapped
 from ..views.plots import COLOURS, PANELS, STYLES, Picture, figure_html, figure_name
-from ..views.plots import smooth, table_html, thin, wanted_panels
+from ..views.plots import smooth, table_html, thin, wanted_panels, _window
+from ..views.terminal import result_evaluation
 from ..runs.run import ACTIVE, Run
 
 # %% ../../nbs/panels/06_compare.ipynb #2874a58a
@@ -148,7 +149,7 @@ def _points(run: Run, title: str, x: str) -> tuple[tuple, tuple]: # of the curve
     "What a run draws in a panel."
     name, place = figure_name(title), _places(run, x)
     (steps, values), (at, held_out) = run.history(name), run.history(name, "evaluation")
-    window = 1 if title == "learning rate" else max(1, len(steps) // (8 if title == "reward" else 20))
+    window = _window(title, {title: (steps, values)})
     return thin(place(steps), smooth(values, window)), (place(at), held_out)
 
 def _draw_run(axes, run: Run, title: str, x: str, look: int): # the line; look: a number for colour and style
@@ -218,10 +219,12 @@ def final_figures(
         if title == "learning rate": continue
         name, better = figure_name(title), _BETTER.get(title)
         trained = [_tail(run.history(name)[1]) for run in runs]
-        held_out = [next(reversed(run.history(name, "evaluation")[1]), None) for run in runs]
+        held_out = [_number((result_evaluation(run) or {}).get(name)) for run in runs]
         rows |= {f"{title}, last tenth": _marked(trained, better), f"{title}, held out": _marked(held_out, better)}
     for name, words in _COSTS.items(): rows[words] = _marked([run.summary.get(name) for run in runs])
     return {name: texts for name, texts in rows.items() if any(texts)}
+
+def _number(value) -> float | None: return value if is_number(value) else None
 
 def _tail(values: list[float]) -> float | None:
     "Mean of the last tenth."

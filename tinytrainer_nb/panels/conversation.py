@@ -12,6 +12,7 @@ from ..core import Markup, TinyTrainerError, patch_to
 from ..hardware import give_back
 from ..compute.arguments import GenerateArgs
 from ..compute.decode import Decoder
+from ..model.layers import context_length
 from ..model.load import load_model
 from .widgets import Panel, button, complaint, number_in, scrolled, small, source_of, wrapped
 from ..recipes.restore import as_handed_over, at_checkpoint, take_step, trains_here
@@ -266,9 +267,10 @@ def draw(self) -> None:
 def _room(self) -> str:
     "How full the context is."
     taken = max(chat.tokens for chat in self.chats.values())
-    whole = self.voice.model.config.max_position_embeddings
+    whole = context_length(self.voice.model)
     lost = {name: chat.forgotten for name, chat in self.chats.items() if chat.forgotten}
-    text = f"the conversation takes {taken:,} of the context's {whole:,} tokens"
+    context = f"of the context's {whole:,} tokens" if whole else "tokens"
+    text = f"the conversation takes {taken:,} {context}"
     if not lost: return text
     sides = ", ".join(f"{name} no longer sees the first {count} messages" for name, count in lost.items())
     return f"{text}; {sides}: Clear begins anew"

@@ -23,6 +23,7 @@ from .rollouts import rollout_panel
 from .sliders import dial_panel, has_dials
 from ..recipes import train # noqa: F401, adds `resume` to a run
 from ..recipes.table import find_recipe, run_settings
+from ..runs.lock import is_me, _alive
 from ..runs.run import ACTIVE, Run
 from ..views.plots import LivePicture, run_html, samples_html
 from ..views.terminal import Watch, duration, seconds_left
@@ -33,10 +34,11 @@ def run_memory(run: Run, status: str) -> float | None: # GiB
     """What the process that trains uses now: on a GPU of this process what is allocated there, else what is resident.
     Of a run that has ended, the most it took."""
     if status not in ACTIVE: return run.summary.get("peak_memory_gb")
-    pid = run.info["process"].get("pid")
-    if pid == os.getpid(): return memory(next(run.model.parameters()).device if run.model is not None else "cpu")
+    who = run.info["process"]
+    if is_me(who): return memory(next(run.model.parameters()).device if run.model is not None else "cpu")
+    if not _alive(who): return None # on another host, a process of the same number is not the one that trains
     with contextlib.suppress(psutil.Error): # it may end at this moment
-        return psutil.Process(pid).memory_info().rss / 2**30
+        return psutil.Process(who["pid"]).memory_info().rss / 2**30
 
 def run_state(
     run: Run,            # of any recipe
@@ -93,12 +95,18 @@ def request_lines(run: Run, count: int = 5) -> list[str]: # the newest first
 def _wanted(request: dict) -> str:
     "What a request is about."
     action = dict(unpause="continue", set="change").get(request["action"], request["action"])
-    return action + "".join(f" {name}={value:g}" for name, value in request.get("changes", {}).items())
+    changes = request.get("changes", {})
+    if not isinstance(changes, dict): return action
+    return action + "".join(f" {name:.40}={_short(value)}" for name, value in changes.items())
+
+def _short(value) -> str: # whatever a request holds
+    "A value of a setting in few characters."
+    return f"{value:g}" if isinstance(value, float) else f"{value!s:.40}"
 
 def _took_effect(event: dict) -> str:
     "What came of a request."
     kind, later = event["kind"], max(0.0, event["time"] - event["asked"])
-    if kind == "change": what = f"{event['setting']} {event['old']:g} → {event['new']:g}"
+    if kind == "change": what = f"{event['setting']} {_short(event['old'])} → {_short(event['new'])}"
     else: what = "save" if kind == "checkpoint" else _DONE.get(event.get("value"), "")
     return f"{_clock(event['asked'])}  {what}: took effect after step {event['step']}, {later:.1f} s later"
 
@@ -106,14 +114,14 @@ def _clock(seconds: float) -> str: return time.strftime("%H:%M:%S", time.localti
 
 # %% ../../nbs/panels/07_run_panel.ipynb #2b08c7f5
 def settings_in_flight(run: Run) -> dict:
-    "The settings that may change in flight, as they are now."
+    "The settings that can be changed during training, as they are now."
     info = run.info
     began = {name: info["settings"][name] for name in info["may_change"] if name in info["settings"]}
     changed = {e["setting"]: e["new"] for e in run.events if e["kind"] == "change" and e["setting"] in began}
     return began | changed
 
 def still_used(run: Run | None, name: str) -> str:
-    "What a run that goes on uses while a field of its form is wrong; empty if that cannot change in flight."
+    "What a run that goes on uses while a field of its form is wrong; empty if that is fixed during training."
     if run is None or not run.is_active: return ""
     now = settings_in_flight(run)
     return f" The run still uses {now[name]}." if name in now else ""
@@ -125,14 +133,14 @@ class RunPanel(Panel):
         self,
         run: Run,            # of this process or another, going on or ended
         every: float = 1.0,  # seconds between two looks at the journal, at least
-        form: bool = True,   # with fields for what may change in flight
+        form: bool = True,   # with fields for what can be changed during training
         **resume,            # what a resume needs, such as `reward` if it was a function
     ):
         self.run, self.resume_with, self._busy = run, resume, threading.Lock()
         self._drawn, self._told = None, {} # the state and the settings that are shown
         self._picture = LivePicture(run)
         self.company = () # panels that look again when this one resumes its run
-        self.changed = lambda settings: None # told the settings that were changed in flight, whoever did it
+        self.changed = lambda settings: None # told the settings that were changed during training, whoever did it
         self.head, self.bar, self.asked = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.last, self.curves, self.samples = widgets.HTML(), widgets.HTML(), widgets.HTML()
         buttons, doors = self._make_buttons(), self._make_doors()
@@ -165,14 +173,15 @@ def _make_doors(self) -> widgets.Box:
     "The panels that can be opened below this one, a button for each."
     self.rooms = {"Chat": chat_panel}
     if find_recipe(self.run.info["recipe"]).rounds: self.rooms["Rollouts"] = rollout_panel
-    if has_dials(self.run): self.rooms["Numbers"] = dial_panel
+    with contextlib.suppress(TinyTrainerError): # a damaged adapter hides its own door, and nothing else
+        if has_dials(self.run): self.rooms["Numbers"] = dial_panel
     self.below, self.opened = widgets.VBox(), {}
     door = lambda name: button(name, "caret-down", f"open or close: {name.lower()}", lambda: self.unfold(name))
     return wrapped(*map(door, self.rooms))
 
 @patch_to(RunPanel)
 def _make_form(self, live) -> None: # names
-    "Fields for the settings that may change in flight."
+    "Fields for the settings that can be changed during training."
     self.form = settings_form(run_settings(self.run), only=live, changed=self.change)
     self.form.layout.display = None if live else "none"
     self.form.still = lambda name: still_used(self.run, name)
@@ -357,7 +366,7 @@ def _start(self) -> None:
 
 @patch_to(LaunchPanel)
 def _change(self, name: str, value) -> None:
-    "A field that may change in flight was changed."
+    "A field that can be changed during training was changed."
     if self.going_on(): self.below.children[0].change(name, value)
 
 def launch_panel(

@@ -10,25 +10,30 @@ __all__ = ['saved_numbers', 'run_numbers', 'has_dials', 'bars_picture', 'bars_ht
 import contextlib, math, threading, time
 import ipywidgets as widgets
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from ..model.base import LoadRecord
 from .widgets import button, complaint, scrolled, small, source_of, wrapped
 from ..views.plots import COLOURS, Picture, figure_html, table_html
 from ..runs.run import Run
-from ..core import Markup, patch_to
+from ..core import Markup, TinyTrainerError, patch_to
 from .conversation import Conversation, Voice
 from ..recipes.restore import lent
 from ..model.tinylora import FEW, adapter_line, few_numbers, trained_vector
 
 # %% ../../nbs/panels/05_sliders.ipynb #defe2506
 def saved_numbers(folder) -> list[float]: # of an adapter's folder
-    "The trained numbers of a saved TinyLoRA adapter; none of any other."
+    "The trained numbers of a saved TinyLoRA adapter; none of any other. Raises `TinyTrainerError` for a damaged file."
     path = folder / "adapter_model.safetensors"
     if not path.exists(): return []
-    with safe_open(path, "pt") as f:
-        names = [name for name in f.keys() if name.startswith("base_model.tinylora_v")]
-        return [x for name in sorted(names, key=_number) for x in f.get_tensor(name).flatten().tolist()]
+    try:
+        with safe_open(path, "pt") as f:
+            names = [name for name in f.keys() if name.startswith("base_model.tinylora_v")]
+            found = [x for name in sorted(names, key=_number) for x in f.get_tensor(name).flatten().tolist()]
+    except (OSError, ValueError, SafetensorError) as e:
+        raise TinyTrainerError(f"{path}: its numbers cannot be read ({e!s:.100}). Restore the file.") from None
+    if all(map(math.isfinite, found)): return found
+    raise TinyTrainerError(f"{path}: holds numbers that are none (NaN or infinite). Restore the file.")
 
 def _number(name: str) -> int:
     "The number at a tensor's name; PEFT's own form has a tensor for each row, and 10 comes after 9."
@@ -42,7 +47,7 @@ def run_numbers(run: Run) -> list[float]:
     return next(told, None) or saved_numbers(run.folder / "start")
 
 def has_dials(run: Run) -> bool:
-    "Whether a run trains a TinyLoRA adapter of at most 64 numbers."
+    "Whether a run trains a TinyLoRA adapter of at most 64 numbers. Raises `TinyTrainerError` for a damaged file."
     adapter = LoadRecord.of(run.info).adapter or {}
     return "n_tie" in adapter and 0 < len(saved_numbers(run.folder / "start")) <= FEW
 

@@ -190,7 +190,7 @@ def save_result(self) -> None:
     head, own = "value_head.", f".{self.model.adapter}."
     value = {name: p for name, p in trainable(self.model).items() if name.startswith(head) or own in name}
     tensors = {name.removeprefix(head): p.detach().cpu().contiguous() for name, p in value.items()}
-    with whole_folder(self.run.folder / "adapter") as folder:
+    with whole_folder(self.run.place / "adapter") as folder:
         save_adapter(self.model.policy, folder)
         save_file(tensors, folder / "value_head.safetensors")
 

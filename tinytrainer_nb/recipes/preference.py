@@ -21,7 +21,7 @@ from ..core import TinyTrainerError, need_file, patch_to, read_json, whole_folde
 from ..settings import may_change
 from ..compute.arguments import GenerateArgs
 from ..compute.logprobs import need_plain_logits, token_logprobs
-from ..compute.generate import fitting, generate, prompt_room
+from ..compute.generate import generate
 from ..data.formats import as_examples, data_origin, empty_rows, load_prompts
 from ..data.tokens import encode_chat, ensure_template, micro_batches, moment, one_moment, pack_row
 from ..data.rows import Reading, beyond_context, held_note, held_numbers, hold_out
@@ -32,8 +32,9 @@ from ..model.lora import freeze_reference, save_adapter, saved_adapters, using_a
 from .arguments import DPOArgs, PairArgs, RewardModelArgs
 from .trainer import RunTrainer
 from .restore import at_start
-from .start import start, begin, describe, kept_rows, need_heldout, need_trainable, tell
-from .sft import SFTTrainer
+from .start import begin, describe, held_wanted, kept_rows, need_heldout, need_trainable
+from .start import start, tell
+from .sft import SFTTrainer, _fitting as _that_leave_room
 from .rewards import find_reward, reward_columns
 from ..runs.run import Run
 from peft import set_peft_model_state_dict
@@ -234,13 +235,13 @@ def _begin(recipe: str, model, tokenizer, data, args: PairArgs, live: bool) -> R
     need_trainable(model)
     ensure_template(tokenizer)
     if recipe == "dpo": need_plain_logits(model.config)
-    wanted = args.eval_rows if args.eval_steps else 0
+    wanted = held_wanted(args)
     train, held = hold_out(examples, wanted, args.seed)
     need_heldout(args, len(held))
     pairs, left_out = encode_pairs(tokenizer, train, args.max_length, context_length(model))
     if empty := len(empty_rows(examples)): left_out = {"empty text": empty} | left_out
     reasons = ", ".join(f"{count:,} {why}" for why, count in left_out.items()) or "none"
-    if not pairs: raise _no_pair(len(train), left_out, args)
+    if not pairs: raise _no_pair(len(train) + empty, left_out, args)
     tokens = sum(2 * len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in pairs)
     about = dict(load=describe(model, tokenizer), data=data_origin(examples), may_change=may_change(args))
     with Run.prepare(args.out, recipe, args, created=moment(), **about) as run:
@@ -297,8 +298,7 @@ class DPOTrainer(PairTrainer, trl.DPOTrainer):
     sample = SFTTrainer.sample # greedy answers to held-out questions
 
     def __init__(self, run, settings: DPOArgs, dtype, model, tokenizer, shown: list[dict], **kwargs):
-        asked, room = [row["messages"] for row in shown[:20]], prompt_room(model, settings.sample_tokens)
-        self.questions = [a for a, fits in zip(asked, fitting(model, tokenizer, asked, room)) if fits][:2]
+        self.questions = _that_leave_room(model, tokenizer, [row["messages"] for row in shown[:20]], settings)
         reference = freeze_reference(model) # before TRL switches dropout off, which holds for the reference too
         handed_over = {name: p.data for name, p in trainable(model).items()}
         config = partial(trl.DPOConfig, beta=settings.beta, gradient_checkpointing=False)
@@ -417,7 +417,7 @@ class RewardTrainer(PairTrainer, trl.RewardTrainer):
 
     def save_result(self) -> None:
         "Adapter and score head in PEFT's format of a sequence classifier."
-        with whole_folder(self.run.folder / "adapter") as folder:
+        with whole_folder(self.run.place / "adapter") as folder:
             save_adapter(self.model.policy, folder)
             weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
             tensors = load_file(weights) | {SCORE: self.model.score.weight.detach().cpu()}

@@ -8,12 +8,13 @@ __all__ = ['PIECES', 'train_tokenizer', 'token_stream', 'Blocks', 'BlockCollator
 
 # %% ../../nbs/recipes/06_pretrain.ipynb #39b3a205
 import contextlib, copy, hashlib, itertools
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 import torch
 import numpy as np
 from datasets import Dataset
-from ..core import TinyTrainerError, need_fit, patch_to, progress, say, whole_folder
+from ..core import TinyTrainerError, need_fit, one_line, patch_to, progress, say, whole_folder
 from ..settings import may_change
 from ..data.formats import Sourced, data_origin, load_examples
 from ..data.tinyworld import corpus
@@ -25,9 +26,10 @@ from ..data.prepare import id_count, tokenizer_hash
 from ..data.order import Samples, Sources, are_sources, heldout_windows, open_sources, training_samples
 from ..data.plan import Plan, open_stages, read_stages, reads_of, recorded_stages, stages_record
 from ..model.arguments import LoadArgs, LoraArgs
-from ..model.layers import context_length, has_adapter, trainable
+from ..model.layers import LINEAR, adapter_layers, context_length, has_adapter, quantization_of
+from ..model.layers import trainable
 from ..model.base import LoadRecord, _pretrained, model_preset, new_model
-from ..model.load import load_model, load_tokenizer, vocabulary_hash
+from ..model.load import load_model, load_tokenizer, need_start, vocabulary_hash
 from ..compute.arguments import GenerateArgs
 from ..compute.muon import MuonAdamW, hidden_matrices, muon_cost
 from ..compute.generate import generate, prompt_room
@@ -35,11 +37,31 @@ from ..model.cache import base_hash, file_hashes
 from ..model.export import write_generation_config
 from .arguments import PretrainArgs
 from .trainer import RunTrainer, _schedule
-from .start import describe, need_heldout, start, tell
+from .start import describe, held_count, held_wanted, need_heldout, start, tell
 from ..runs.run import SOURCE, STAGE, Run
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from transformers import Trainer
+
+# %% ../../nbs/recipes/06_pretrain.ipynb #e5437f7b
+def _documents(
+    examples, # a list of texts, a `datasets.Dataset` with a `text` column, or what `read_texts` takes
+) -> Sourced: # texts, at least one
+    "The documents to train on. Raises `TinyTrainerError` if there is none, or if something else was given."
+    if isinstance(examples, (str, Path)): return read_texts(examples)
+    table = isinstance(examples, Dataset)
+    if isinstance(examples, Mapping) or table and "text" not in examples.column_names:
+        names = examples.column_names if table else examples
+        raise TinyTrainerError(f"pretraining reads plain text, and these data have no column `text`, but "
+                               f"{', '.join(map(str, names)):.200}. Give a list of texts.")
+    texts = examples["text"] if table else examples
+    if not isinstance(texts, Iterable):
+        raise TinyTrainerError(f"{texts!r:.60} holds no texts. Give a list of texts, or the name of a file.")
+    found = Sourced(texts, data_origin(examples))
+    if not found: raise TinyTrainerError("there is no text to train on: the list is empty.")
+    wrong = next((i for i, text in enumerate(found) if not isinstance(text, str)), None)
+    if wrong is None: return found
+    raise TinyTrainerError(f"document {wrong + 1} is {found[wrong]!r:.60}, and must be a text.")
 
 # %% ../../nbs/recipes/06_pretrain.ipynb #c20e1080
 PIECES = r"\d| [-+*/=] | ?[A-Za-z]+|\n+|#+ ?| ?[^\sA-Za-z\d]+|\s" # a digit, an operator with its spaces, a word, ...
@@ -54,7 +76,7 @@ def train_tokenizer(
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pieces, to_bytes])
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+    bpe.train_from_iterator(_documents(texts), trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=["<pad>", "<s>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     bpe.post_processor = processors.TemplateProcessing(
@@ -69,7 +91,7 @@ def token_stream(
 ) -> np.ndarray: # token ids (N,), uint16 or uint32
     "All documents as one row of token ids, each between BOS and the end token."
     kind = token_dtype(id_count(tokenizer))
-    parts, texts = [], list(texts)
+    parts, texts = [], _documents(texts)
     for i in progress(range(0, len(texts), 1000), desc="tokens"):
         for ids in text_ids(tokenizer, texts[i:i + 1000]):
             parts.append(np.asarray([*ids, tokenizer.eos_token_id], dtype=kind))
@@ -260,7 +282,7 @@ def _block_length(model, args: PretrainArgs) -> int: # tokens
 
 def _held_out(blocks: Blocks, args: PretrainArgs) -> int:
     "How many blocks are held back for the evaluation."
-    return min(args.eval_blocks if args.eval_steps else 0, len(blocks) // 10)
+    return held_count(held_wanted(args), len(blocks))
 
 def _parts(stream: np.ndarray, length: int, args: PretrainArgs) -> tuple: # stream: token ids (N,)
     "Blocks of a stream in memory, for training and for the evaluation."
@@ -271,7 +293,7 @@ def _parts(stream: np.ndarray, length: int, args: PretrainArgs) -> tuple: # stre
 
 def _from_sources(sources: Sources, length: int, args: PretrainArgs) -> tuple:
     "Samples of prepared folders, for training and for the evaluation."
-    heldout = heldout_windows(sources, length, args.eval_blocks if args.eval_steps else 0)
+    heldout = heldout_windows(sources, length, held_wanted(args))
     if sources.stages: return Plan(sources.stages, length).samples(sources, args.seed), heldout
     return training_samples(sources, length, args.max_steps * args.batch_size, args.seed), heldout
 
@@ -293,11 +315,27 @@ def built(
     if sources and sources.stages: trainer.plan = Plan(sources.stages, length)
     yield trainer
 
+# %% ../../nbs/recipes/06_pretrain.ipynb #9e30b6c4
 def read_back(run: Run, tokenizer, args: PretrainArgs) -> dict:
     "The tokens that a run has kept, or the prepared folders that it reads. Raises `TinyTrainerError` if they changed."
-    kept, stages = (run.info["data"].get(name) for name in ("sources", "stages"))
-    if not kept: return dict(stream=np.load(run.folder / "data" / "tokens.npy"))
-    for entry, names in [*((e, tuple(SOURCE)) for e in kept), *((e, tuple(STAGE)) for e in stages or ())]:
+    sources = run.info["data"].get("sources")
+    return _sources_again(run, sources) if sources else dict(stream=_stream_again(run, tokenizer))
+
+def _stream_again(run: Run, tokenizer) -> np.ndarray: # token ids (N,)
+    "The tokens that a run has kept. Raises `TinyTrainerError` if they are not those that it began with."
+    path = run.folder / "data" / "tokens.npy"
+    need_start(run, "data/tokens.npy")
+    try: stream = np.array(np.lib.format.open_memmap(path, mode="r"))
+    except (OSError, ValueError) as e:
+        raise TinyTrainerError(f"{path}: holds no tokens ({one_line(e):.100}). Restore the file.") from None
+    if stream.ndim == 1 and stream.dtype in (np.uint16, np.uint32) and stream.max(initial=0) < id_count(tokenizer):
+        return stream
+    raise TinyTrainerError(f"{path}: holds something else than tokens of this tokenizer. Restore the file.")
+
+def _sources_again(run: Run, kept: list[dict]) -> dict: # kept: as `Sources.record` has them
+    "The prepared folders that a run reads. Raises `TinyTrainerError` if they are not those that it began with."
+    stages = run.info["data"].get("stages") or ()
+    for entry, names in [*((e, tuple(SOURCE)) for e in kept), *((e, tuple(STAGE)) for e in stages)]:
         need_fit(run.folder / "run.json", entry, {}, names)
     sources = open_sources({source["folder"]: source["weight"] for source in kept})
     for source, now in zip(kept, sources.record()):
@@ -305,6 +343,17 @@ def read_back(run: Run, tokenizer, args: PretrainArgs) -> dict:
         raise TinyTrainerError(f"{run.folder}: {now['folder']} holds other data than when this run began. "
                                "Bring the same back, or begin a new run.")
     return dict(sources=replace(sources, stages=recorded_stages(stages) if stages else None))
+
+# %% ../../nbs/recipes/06_pretrain.ipynb #c82dcfcf
+def _need_whole(model) -> None:
+    "Raises `TinyTrainerError` for a model of which not all weights can be trained."
+    if has_adapter(model) or adapter_layers(model):
+        raise TinyTrainerError("pretraining trains all weights, but this model has an adapter. Load its base again, or "
+                               "train the adapter: sft(model, tokenizer, examples).")
+    kinds = {quantization_of(m) for m in model.modules() if isinstance(m, LINEAR)} - {"none"}
+    if kinds:
+        raise TinyTrainerError(f"pretraining trains all weights, but those of this model are stored as {kinds.pop()}. "
+                               "Load it in 16 bits: load_model(base, quantization='none').")
 
 # %% ../../nbs/recipes/06_pretrain.ipynb #f377d89b
 def _tell_length(run: Run, length: int, args: PretrainArgs) -> None:
@@ -325,23 +374,24 @@ def _tell_optimizer(run: Run, model, length: int, args: PretrainArgs) -> None: #
 def _tell_blocks(run: Run, blocks: Blocks, args: PretrainArgs) -> None:
     "Say what may surprise: shorter blocks than were asked for, and fewer that are held out."
     _tell_length(run, blocks.length, args)
-    wanted, held = args.eval_blocks if args.eval_steps else 0, _held_out(blocks, args)
+    wanted, held = held_wanted(args), _held_out(blocks, args)
     if held < wanted: tell(run, held_note(len(blocks), wanted, held, "blocks"))
 
 def pretrain(
     model,                     # from `new_model`, or a loaded model to go on with
     tokenizer,                 # its tokenizer
-    examples,                  # texts, a `datasets.Dataset` with a `text` column, or prepared folders (DIR=3,DIR2=1)
+    examples,                  # texts, a `datasets.Dataset` with a `text` column, or what `read_texts` takes
     args: PretrainArgs = None, # settings
     live: bool = False,        # train in a worker thread and return at once
 ) -> Run:
     "Train all weights of `model` in place on text. Raises `TinyTrainerError` if there is less text than a block."
     args = args or PretrainArgs()
+    _need_whole(model)
     if not isinstance(examples, Sources):
         if args.stages: examples = open_stages(read_stages(args.stages))
         elif are_sources(examples): examples = open_sources(examples)
     if isinstance(examples, Sources): return _on_sources(model, tokenizer, examples, args, live)
-    texts = examples["text"] if isinstance(examples, Dataset) else examples
+    texts = _documents(examples)
     stream = token_stream(tokenizer, texts)
     blocks = Blocks(stream, _block_length(model, args))
     need_heldout(args, _held_out(blocks, args))
@@ -349,14 +399,14 @@ def pretrain(
         raise TinyTrainerError(f"the text has {len(stream)} tokens, fewer than one block of "
                                f"max_length={blocks.length}. Bring more text, or lower max_length.")
     counts = dict(documents=len(texts), tokens=len(stream), sha256=hashlib.sha256(stream).hexdigest())
-    told = dict(load=describe(model, tokenizer), data=data_origin(examples) | counts, may_change=may_change(args))
+    told = dict(load=describe(model, tokenizer), data=texts.origin | counts, may_change=may_change(args))
     with Run.prepare(args.out, "pretrain", args, **told) as run:
         (run.folder / "data").mkdir()
         np.save(run.folder / "data" / "tokens.npy", stream)
         with whole_folder(run.folder / "start") as folder: tokenizer.save_pretrained(folder)
         _tell_blocks(run, blocks, args)
         _tell_optimizer(run, model.requires_grad_(True), blocks.length, args)
-    model = model.float().requires_grad_(True) # small steps would be lost in 16 bits
+    with run.failing(): model = model.float().requires_grad_(True) # small steps would be lost in 16 bits
     return start(run, model, tokenizer, args, built, live, stream=stream)
 
 # %% ../../nbs/recipes/06_pretrain.ipynb #15dc6d98
@@ -371,9 +421,8 @@ def _need_tokenizer(tokenizer, sources: Sources) -> None:
 def _tell_reads(run: Run, sources: Sources, train: Samples, heldout: list, args: PretrainArgs) -> None:
     "Say how often each source will be read, and what is held out."
     for line in reads_of(train, [s.folder for s in sources.shards]): tell(run, line)
-    wanted = args.eval_blocks if args.eval_steps else 0
-    if len(heldout) < wanted:
-        tell(run, f"{len(heldout)} blocks of held-out text for the evaluation instead of {wanted}: "
+    if len(heldout) < held_wanted(args):
+        tell(run, f"{len(heldout)} blocks of held-out text for the evaluation instead of {held_wanted(args)}: "
                   "no more was held out when the data was prepared")
 
 # %% ../../nbs/recipes/06_pretrain.ipynb #c29f7b06
@@ -406,12 +455,12 @@ def _on_sources(model, tokenizer, sources: Sources, args: PretrainArgs, live: bo
         _tell_length(run, length, args)
         _tell_optimizer(run, model.requires_grad_(True), length, args)
         _tell_reads(run, sources, train, heldout, args)
-    model = model.float().requires_grad_(True)
+    with run.failing(): model = model.float().requires_grad_(True)
     return start(run, model, tokenizer, args, built, live, sources=sources)
 
 # %% ../../nbs/recipes/06_pretrain.ipynb #de600ddb
 def read_texts(
-    data: str,                          # prepared folders, tinyworld, or what `load_examples` takes
+    data: str | Path,                   # prepared folders, tinyworld, or what `load_examples` takes
     columns: dict | str | None = None,  # new name: name in the data
     split: str = "train",               # of a Hub data set
 ) -> Sourced | Sources:                 # documents

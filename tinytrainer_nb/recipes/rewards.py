@@ -20,7 +20,7 @@ from numbers import Real
 from pathlib import Path
 from statistics import median_low
 from types import CodeType, ModuleType
-from ..core import TinyTrainerError, is_there, local_path, one_line, patch_to, plain, repeated_share
+from ..core import TinyTrainerError, is_there, local_path, one_line, patch_to, plain, repeated_share, unfit
 from ..settings import suggestion
 
 # %% ../../nbs/recipes/08_rewards.ipynb #5355635e
@@ -248,7 +248,8 @@ def _is_place(p: inspect.Parameter, taken: dict) -> bool:
 
 def _hidden(e: BaseException, name: str, f: Callable) -> str: # "" where it is not the reason
     "What to do about a function that hides its parameters, if it was called with the wrong ones."
-    if not isinstance(e, TypeError) or {p.kind for p in _parameters(name, f)} - {2, 4}: return "" # *args, **kwargs
+    several = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    if not isinstance(e, TypeError) or {p.kind for p in _parameters(name, f)} - several: return ""
     return " It hides its parameters: if a decorator does that, put @functools.wraps(f) on its inner function."
 
 # %% ../../nbs/recipes/08_rewards.ipynb #314c826a
@@ -369,6 +370,9 @@ class Reward:
 
     def __post_init__(self):
         "Raise `TinyTrainerError` if a part is no function with a weight."
+        if not isinstance(self.parts, Mapping):
+            raise TinyTrainerError(f"Reward({one_line(repr(self.parts)):.60}) is not allowed: it must be a dict of "
+                                   "functions and weights by name, such as {'mine': (mine, 1.0)}.")
         if not self.parts: raise TinyTrainerError("Reward({}) is not allowed: name a part, with function and weight.")
         for name, part in self.parts.items():
             f, weight = part if isinstance(part, (tuple, list)) and len(part) == 2 else (None, None)
@@ -667,6 +671,17 @@ def _need_judged(number: int, row: dict, check: Callable, *args) -> None: # numb
         raise TinyTrainerError(f"prompt {number}{asked}: {e}") from None
 
 # %% ../../nbs/recipes/08_rewards.ipynb #244943f0
+_RECORD = dict(kind="text", spec="text", names=["text"], code="object") # sorts as in `core.unfit`
+
+def _need_record(record) -> dict:
+    "What run.json says of a reward. Raises `TinyTrainerError` if it says nothing, or not enough to find it again."
+    if isinstance(record, str): return dict(kind="function", spec="", names=[record]) # an older run's
+    wrong = "it is not there" if record is None else unfit(record, _RECORD, "reward")
+    lacking = [] if wrong else [name for name in ("kind", "spec", "names") if name not in record]
+    if lacking: wrong = f"it lacks {', '.join(lacking)}"
+    if wrong: raise TinyTrainerError(f"run.json does not tell its reward: {wrong}. Restore the file.")
+    return record
+
 def same_reward(
     record: dict | str,              # from run.json
     given=None,                      # what `find_reward` takes; None: nothing was given
@@ -674,7 +689,7 @@ def same_reward(
     accepted: bool = False,          # also a different one
 ) -> Reward:
     "The reward of a run, found again. Raises `TinyTrainerError` if it must be given and is not, or is a different one."
-    if isinstance(record, str): record = dict(kind="function", spec="", names=[record]) # an older run's
+    record = _need_record(record)
     names = ", ".join(record["names"])
     told = record["spec"] or (f"the functions {names}" if record["kind"] == "functions" else f"function {names}")
     if given is None and record["kind"] != "built_in":

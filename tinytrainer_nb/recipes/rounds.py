@@ -20,7 +20,7 @@ from ..model.layers import plain_model
 from ..compute.arguments import GenerateArgs
 from ..compute.logprobs import need_plain_logits, token_logprobs
 from ..compute.decode import Decoder, choose_forms
-from ..compute.generate import fitting, generate, prompt_room
+from ..compute.generate import fitting, generate
 from ..data.formats import data_origin, load_prompts
 from ..data.rows import held_note
 from ..data.tokens import ensure_template, micro_trees, moment, one_moment, pack_trees
@@ -28,7 +28,8 @@ from ..model.base import LoadRecord, compute_context
 from ..model.lora import freeze_reference, save_adapter, using_adapters
 from .arguments import RolloutArgs
 from .trainer import RunTrainer
-from .start import begin, describe, need_heldout, kept_rows, need_trainable, start, tell
+from .start import begin, describe, held_count, held_wanted, kept_rows, need_heldout
+from .start import need_trainable, room_beside, start, tell
 from .rewards import Reward, find_reward, reward_columns, same_reward
 from .alarms import new_alarms, round_figures, rounds
 from ..runs.run import Run
@@ -135,20 +136,23 @@ def _mean(values: list[float]) -> float: return sum(values) / len(values)
 # %% ../../nbs/recipes/11_rounds.ipynb #31443714
 def held_out(prompts: list[dict], args: RolloutArgs) -> int: # rows
     "How many prompts are held back for the evaluation."
-    return min(args.eval_rows, len(prompts) // 10) if args.eval_steps else 0
+    return held_count(held_wanted(args), len(prompts))
 
 def _that_fit(model, tokenizer, prompts: list[dict], args: RolloutArgs) -> list[dict]:
     "The prompts that leave room for a completion. Raises `TinyTrainerError` if they are fewer than a round takes."
-    room = min(args.max_length, prompt_room(model, args.max_new_tokens))
-    fits = fitting(model, tokenizer, [p["messages"] for p in prompts], room)
+    beside = room_beside(model, args.max_new_tokens)
+    room, raised = min(args.max_length, beside), args.max_length < beside # which of the two limits a prompt
+    fits = fitting(tokenizer, [p["messages"] for p in prompts], room)
     kept = [p for p, short in zip(prompts, fits) if short]
     held = held_out(kept, args)
     left = len(kept) - held
     if left >= args.batch_size: return kept
-    cures = ["batch_size", *["max_new_tokens"] * (len(kept) < len(prompts)), *["eval_rows"] * bool(held)]
+    long = len(kept) < len(prompts)
+    more = ["bring more prompts", *["raise max_length"] * (long and raised)]
+    lower = ["batch_size", *["max_new_tokens"] * (long and not raised), *["eval_rows"] * bool(held)]
     raise TinyTrainerError(f"{left} prompts are left to train on, fewer than batch_size={args.batch_size}: "
                            f"{len(prompts) - len(kept)} are longer than {room} tokens, {held} are held back. "
-                           f"Bring more prompts, or lower {' or '.join(cures)}.")
+                           f"{', '.join(more).capitalize()}, or lower {' or '.join(lower)}.")
 
 # %% ../../nbs/recipes/11_rounds.ipynb #dc541932
 def prepare(
@@ -176,7 +180,7 @@ def prepare(
     with Run.prepare(args.out, recipe, args, created=moment(), **about) as run:
         write_json(run.folder / "data" / "prompts.json", prompts)
         begin(run, model, tokenizer)
-        wanted, held = args.eval_rows if args.eval_steps else 0, held_out(prompts, args)
+        wanted, held = held_wanted(args), held_out(prompts, args)
         if held < wanted: tell(run, held_note(len(prompts), wanted, held, "prompts"))
         if len(prompts) < len(found): tell(run, f"left out: {len(found) - len(prompts)} prompts that are too long")
     return run, prompts
@@ -517,5 +521,5 @@ def reward_again(
     accepted: bool = False, # also another one
 ) -> Reward:
     "The reward of a resumed run. Raises `TinyTrainerError` if it must be given again and is not, or is another one."
-    try: return same_reward(run.info["reward"], given, run.how_to_resume(), accepted)
+    try: return same_reward(run.info.get("reward"), given, run.how_to_resume(), accepted)
     except TinyTrainerError as e: raise TinyTrainerError(f"{run.folder}: {e}") from None

@@ -21,7 +21,8 @@ from ..data.tokens import Collator, ensure_template, moment, one_moment
 from ..data.rows import Reading, encode_rows, held_note, held_numbers, hold_out, read_examples
 from .arguments import SFTArgs
 from .trainer import RunTrainer
-from .start import begin, describe, kept_rows, need_heldout, need_trainable, start, tell
+from .start import begin, describe, held_wanted, kept_rows, need_heldout, need_trainable
+from .start import start, tell
 from ..runs.run import Run
 from transformers import Trainer
 
@@ -51,7 +52,7 @@ def _questions(table: Dataset, count: int = 20) -> list[list[dict]]:
 def _fitting(model, tokenizer, questions: list, args: SFTArgs, count: int = 2) -> list[list[dict]]:
     "The first few of `questions` that leave room for a sample in the model's context."
     room = prompt_room(model, args.sample_tokens)
-    return [q for q, fits in zip(questions, fitting(model, tokenizer, questions, room)) if fits][:count]
+    return [q for q, fits in zip(questions, fitting(tokenizer, questions, room)) if fits][:count]
 
 # %% ../../nbs/recipes/05_sft.ipynb #7a0bff9a
 @one_moment()
@@ -68,7 +69,7 @@ def sft(
     ensure_template(tokenizer)
     if args.keep_hidden: first_trained_layer(model) # raises where it cannot work
     examples = as_examples(examples)
-    wanted = args.eval_rows if args.eval_steps else 0
+    wanted = held_wanted(args)
     train, held = hold_out(examples, wanted, args.seed)
     need_heldout(args, len(held))
     rows, reading = encode_rows(tokenizer, train, args.max_length, args.train_on_all, context_length(model))

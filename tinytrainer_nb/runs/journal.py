@@ -28,7 +28,7 @@ class Journal:
             need_no_link(self.path)
             with open(self.path, "rb+") as f:
                 _cut_torn_line(f)
-                f.write(line.encode("utf8"))
+                f.write(line.encode("utf8", "backslashreplace")) # half a character by its number, as JSON has it
         return event
 
     def sync(self) -> None:

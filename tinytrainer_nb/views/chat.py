@@ -93,12 +93,17 @@ def chat_loop(
     "Talk until an empty line or the end of the input (Ctrl-D); `/reset` begins anew."
     chat = Chat(model, tokenizer, **settings)
     write("An empty line or Ctrl-D ends, /reset begins a new conversation.")
-    try:
-        while text := _readable(read("you> ")).strip(): _turn(chat, text, write)
-    except (EOFError, RuntimeError): write("") # a RuntimeError where stdin was closed from the start
+    while text := _asked(read, write): _turn(chat, text, write)
     return chat
 
 # %% ../../nbs/views/03_chat.ipynb #52f1c0b8
+def _asked(read, write) -> str:
+    "The next line of the user; empty at the end of the input, which begins a new line."
+    try: return _readable(read("you> ")).strip()
+    except (EOFError, RuntimeError): # a RuntimeError where stdin was closed from the start
+        write("")
+        return ""
+
 def _readable(text: str) -> str:
     "A line in which ? stands for bytes that are not UTF-8."
     return text.encode("utf-8", "replace").decode()

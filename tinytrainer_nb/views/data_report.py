@@ -11,7 +11,7 @@ from pathlib import Path
 from matplotlib.ticker import LogLocator, ScalarFormatter
 from ..data.formats import as_examples, data_origin
 from .plots import COLOURS, Picture
-from ..core import inert, one_line, patch_to
+from ..core import TinyTrainerError, inert, one_line, patch_to
 from ..data.rows import Reading, beyond_context, read_examples
 from ..model.layers import context_length
 from ..data.tokens import ensure_template
@@ -68,9 +68,10 @@ def data_report(
     model=None,            # that is to be trained, if its own context may be shorter than `max_length`
 ) -> DataReport:
     """Read `data` as training would. If nothing is left to learn from, the report says so.
-    Raises `TinyTrainerError` for data that cannot be read."""
+    Raises `TinyTrainerError` for data that cannot be read, or hold no row."""
     table = as_examples(data)
     context = context_length(model) if model is not None else None
+    if not len(table): raise TinyTrainerError("no row is in these data.")
     _, reading = read_examples(ensure_template(tokenizer), table, max_length, context=context)
     return DataReport(**vars(reading), name=Path(data_origin(table)["name"]).name)
 

@@ -42,7 +42,7 @@ def wanted_panels(run) -> list[str]:
     "Titles of the panels a run has figures for."
     logged = run.journal.names("metrics")
     if "reward" in logged: titles = ["reward", "KL", "length", "completions", "value loss"]
-    elif "accuracy" in logged: return ["loss of a pair", "accuracy", "chosen", "rejected"]
+    elif "accuracy" in logged: titles = ["loss of a pair", "accuracy", "chosen", "rejected"]
     else: titles = ["loss", "learning rate"]
     return [title for title in titles if figure_name(title) in logged]
 
