@@ -6,7 +6,6 @@
 __all__ = ['token_flops']
 
 # %% ../../nbs/compute/14_flops.ipynb #16ff9ef1
-import torch
 from torch import nn
 
 # %% ../../nbs/compute/14_flops.ipynb #ab066fed
