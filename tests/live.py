@@ -3,7 +3,7 @@ it."""
 
 import time
 
-TIMES = ("time", "seconds", "tokens_per_s")  # what no two runs have in common
+TIMES = ("time", "seconds", "tokens_per_s", "mfu")  # what no two runs have in common
 
 
 def until(condition, what: str = "what was waited for", seconds: float = 60) -> None:

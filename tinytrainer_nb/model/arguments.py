@@ -14,17 +14,23 @@ from ..core import TinyTrainerError, data_file, local_path, may_be_on_hub, read_
 from ..settings import Settings, setting
 
 # %% ../../nbs/model/01_arguments.ipynb #25e5cb17
+def _shape(tokens: int, width: int, inner: int, layers: int, heads: int, groups: int, context: int, **more) -> dict:
+    "Settings of `transformers.LlamaConfig`; `groups` of heads share keys and values."
+    return dict(
+        vocab_size=tokens, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=groups, max_position_embeddings=context,
+        tie_word_embeddings=True, rope_theta=10000.0) | more
+
+_TINYLLAMA = dict(tie_word_embeddings=False, rms_norm_eps=1e-5)
 SHAPES = {
-    "tiny": dict(
-        vocab_size=1024, hidden_size=256, intermediate_size=640, num_hidden_layers=7,
-        num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=1024,
-        tie_word_embeddings=True, rope_theta=10000.0,
-    ),
-    "tinyllama-1.1b": dict(
-        vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
-        num_attention_heads=32, num_key_value_heads=4, max_position_embeddings=2048,
-        tie_word_embeddings=False, rope_theta=10000.0,
-    ),
+    "tiny": _shape(1024, 256, 640, 7, 8, 4, 1024),
+    "llama-1m": _shape(4096, 96, 256, 6, 3, 3, 1024),
+    "llama-3m": _shape(4096, 160, 448, 8, 5, 5, 1024),
+    "llama-12m": _shape(8192, 256, 704, 14, 8, 4, 1024),
+    "llama-30m": _shape(8192, 384, 1024, 16, 12, 6, 1024),
+    "llama-60m": _shape(8192, 512, 1408, 19, 8, 4, 2048),
+    "tinyllama-120m": _shape(32000, 768, 2048, 12, 12, 1, 2048, **_TINYLLAMA),
+    "tinyllama-1.1b": _shape(32000, 2048, 5632, 22, 32, 4, 2048, **_TINYLLAMA),
 }
 
 def known_shape(name: str) -> str:
@@ -38,7 +44,7 @@ class LoadArgs(Settings):
     "Which base is loaded, and in which form. Raises `TinyTrainerError` for a value that is not allowed."
     base: str = setting(
         "tiny", "tiny (the embedded base), smollm2, a model's folder, a .gguf file, a run's folder, a Hub id; "
-        "to pretrain also new:tiny (an untrained model)", path=True)
+        "to pretrain also new:PRESET (an untrained model, such as new:tiny)", path=True)
     quantization: str = setting("auto", "how the base's weights are stored", choices=("auto", "nf4", "int8", "none"))
     dtype: str = setting("auto", "number format of the computation", choices=("auto", "bf16", "fp16", "fp32"))
 

@@ -571,6 +571,16 @@ def existing_device(device: str | None) -> str: # None: a GPU if there is one
             f"device='cuda' was asked for, but PyTorch sees no GPU here{reason}. Use device='cpu'.")
     return device
 
+def _begin_as_tinyllama(model: nn.Module) -> None:
+    """Draw weights as TinyLlama's authors did (`lit_gpt/model.py`): each matrix by the number of its inputs, and those
+    at the end of an MLP smaller, by the number of layers."""
+    for name, layer in model.named_modules():
+        if not isinstance(layer, (nn.Linear, nn.Embedding)): continue
+        inputs = layer.weight.shape[1]
+        ends = name.endswith("down_proj")
+        std = inputs ** -0.5 / model.config.num_hidden_layers if ends else (2 / (5 * inputs)) ** 0.5
+        nn.init.normal_(layer.weight, std=std)
+
 def new_model(
     shape: str,            # name of a `model_preset`
     seed: int,             # of the random weights
@@ -585,7 +595,9 @@ def new_model(
     compute, why = probe_dtype(device) if dtype == "auto" else (DTYPES[dtype], "as asked")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(preset.config, dtype=torch.float32, trust_remote_code=False).to(device)
+        model = AutoModelForCausalLM.from_config(preset.config, dtype=torch.float32, trust_remote_code=False)
+        if shape.startswith("tinyllama"): _begin_as_tinyllama(model)
+    model = model.to(device)
     model.config._attn_implementation = "packed"
     name, size = f"new:{shape}", tensor_bytes(model)
     model.load_report = LoadReport(

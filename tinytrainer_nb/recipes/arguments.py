@@ -162,7 +162,8 @@ class PretrainArgs(TrainArgs):
         "adamw", "how weights follow their gradients: muon trains the matrices inside the blocks by Muon "
         "(kellerjordan.github.io/posts/muon) and the rest by AdamW", choices=("adamw", "muon"))
     muon_rate: float = setting(
-        3.0, "Muon's rate in multiples of learning_rate, for steps as large as AdamW's (arXiv 2502.16982)", gt=0, le=100)
+        3.0, "Muon's rate in multiples of learning_rate; at 1 its steps are as large as AdamW's (arXiv 2502.16982)",
+        gt=0, le=100)
     weight_decay: float = setting(0.1, "pull of the weights towards 0 (AdamW)", ge=0)
     decay_all: bool = setting(False, "weight decay for norms and biases too, as TinyLlama's own code has it")
     max_length: int = setting(256, "tokens per block", "tokens", ge=8)

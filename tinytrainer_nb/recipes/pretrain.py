@@ -16,6 +16,7 @@ import numpy as np
 from datasets import Dataset
 from ..core import TinyTrainerError, need_fit, one_line, patch_to, progress, say, whole_folder
 from ..settings import may_change
+from ..hardware import matrix_rate
 from ..data.formats import Sourced, data_origin, load_examples
 from ..data.tinyworld import corpus
 from ..data.rows import Reading, held_note
@@ -31,6 +32,7 @@ from ..model.layers import trainable
 from ..model.base import LoadRecord, _pretrained, model_preset, new_model
 from ..model.load import load_model, load_tokenizer, need_start, vocabulary_hash
 from ..compute.arguments import GenerateArgs
+from ..compute.flops import token_flops
 from ..compute.muon import MuonAdamW, hidden_matrices, muon_cost
 from ..compute.generate import generate, prompt_room
 from ..model.cache import base_hash, file_hashes
@@ -137,6 +139,7 @@ class PretrainTrainer(RunTrainer, Trainer):
     "Full training on blocks; the result is a model of its own in 16 bits."
     tokenizer = None
     plan = None # of stages
+    flops, rate = 0, 1.0 # operations of a token, and those that the processor could do in a second
     labels = () # of prepared folders
 
     def _get_train_sampler(self, train_dataset=None):
@@ -267,8 +270,10 @@ def _muon(self) -> MuonAdamW:
 # %% ../../nbs/recipes/06_pretrain.ipynb #a7c35e10
 @patch_to(PretrainTrainer)
 def count(self) -> None:
-    "Note what this step cost, and the share of each source in it."
+    "Note what this step cost, the share of the processor's speed that it used, and that of each source in it."
     super(PretrainTrainer, self).count()
+    used = self.figures["tokens_per_s"] * self.flops / self.rate
+    if self.flops: self.figures["mfu"] = round(used / self.args.world_size, 4)
     if not self.labels: return
     step, size = self.state.global_step - 1, self.settings.batch_size
     numbers = self.plan.samples_of(step) if self.plan else range(step * size, (step + 1) * size)
@@ -310,6 +315,7 @@ def built(
         run, args, LoadRecord.of(run.info).torch_dtype, model=model, train_dataset=train, eval_dataset=heldout or None,
         data_collator=BlockCollator(args.micro_batch_tokens))
     trainer.tokenizer = tokenizer
+    trainer.flops, trainer.rate = token_flops(model, length), matrix_rate(trainer.args.device, trainer.dtype)
     trainer.args.ignore_data_skip = bool(sources) # they begin where they are asked to
     if sources: trainer.labels = sources.labels()
     if sources and sources.stages: trainer.plan = Plan(sources.stages, length)

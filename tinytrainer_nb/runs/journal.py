@@ -54,7 +54,8 @@ def _cut_torn_line(f) -> None:
 STATES = ("running", "paused", "stopped", "finished", "failed", "interrupted")
 
 _EVERY = dict(time="moment", step="count", kind="text") # what each event has
-_FIGURES = {name: "number?" for name in ("loss", "reward", "kl", "accuracy", "seconds", "tokens", "tokens_per_s")}
+_FIGURES = {name: "number?" for name in (
+    "loss", "reward", "kl", "accuracy", "seconds", "tokens", "tokens_per_s", "mfu")}
 EVENTS = dict( # kind: sorts of its fields, besides those of each event, as in `core.unfit`
     metrics=_FIGURES | dict(numbers=["number?"]),
     evaluation=_FIGURES,

@@ -1,12 +1,14 @@
-"""Muon beside AdamW: against PyTorch's own optimisers, in a run, and resumed."""
+"""How a model is pretrained: Muon beside AdamW against PyTorch's own optimisers, in runs and resumed; presets, FLOP."""
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tinytrainer_nb.all import PretrainArgs, Run, TinyTrainerError, new_model, pretrain
+from tinytrainer_nb.all import PretrainArgs, Run, TinyTrainerError, model_preset, new_model, pretrain
+from tinytrainer_nb.compute.flops import token_flops
 from tinytrainer_nb.compute.muon import MuonAdamW, hidden_matrices, muon_cost
 from tinytrainer_nb.data.tinyworld import corpus
+from tinytrainer_nb.model.arguments import SHAPES
 from tinytrainer_nb.recipes.pretrain import train_tokenizer
 from tinytrainer_nb.recipes.trainer import _schedule, set_learning_rate
 
@@ -142,3 +144,38 @@ def test_what_cannot_be_is_said(monkeypatch):
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(TinyTrainerError, match="needs torch 2.9"):
         MuonAdamW([torch.nn.Parameter(torch.zeros(2, 2))], [], lr=1e-3, muon_rate=3.0)
+
+
+def test_a_preset_of_tinyllama_begins_as_its_authors_have_it(monkeypatch):
+    """Standard deviations of `lit_gpt/model.py`: sqrt(2/5/inputs), at the end of an MLP 1/sqrt(inputs)/layers."""
+    monkeypatch.setitem(SHAPES, "tinyllama-small", SHAPES["tinyllama-120m"] | dict(vocab_size=512, num_hidden_layers=3))
+    model = new_model("tinyllama-small", seed=0, dtype="fp32")
+    block = model.model.layers[1]
+    wanted = {
+        model.model.embed_tokens: (2 / 5 / 768) ** 0.5,
+        model.lm_head: (2 / 5 / 768) ** 0.5,
+        block.self_attn.o_proj: (2 / 5 / 768) ** 0.5,
+        block.mlp.up_proj: (2 / 5 / 768) ** 0.5,
+        block.mlp.down_proj: 2048**-0.5 / 3,
+    }
+    for layer, std in wanted.items():
+        assert layer.weight.std().item() == pytest.approx(std, rel=0.02)
+    assert model.config.rms_norm_eps == 1e-5 and not model.config.tie_word_embeddings
+
+
+def test_presets_have_the_size_that_their_name_says():
+    for name in SHAPES.keys() - {"tiny"}:
+        size = float(name.split("-")[1][:-1]) * (1e9 if name.endswith("b") else 1e6)
+        assert model_preset(name).num_parameters == pytest.approx(size, rel=0.07)
+    assert model_preset("tinyllama-1.1b").num_parameters == 1_100_048_384
+
+
+def test_the_journal_says_what_share_of_the_speed_was_used(tmp_path, texts, tokenizer):
+    run = pretrain(new_model("tiny", seed=0, dtype="fp32"), tokenizer, texts, settings(tmp_path / "run", max_steps=2))
+    steps = [e for e in run.events if e["kind"] == "metrics"]
+    assert all(0 < e["mfu"] < 1 for e in steps)
+    weights = sum(p.numel() for p in new_model("tiny", seed=0).parameters() if p.ndim == 2)
+    assert token_flops(run.model, 64) == 6 * (weights + 7 * 64 * 256)
+    mixture = torch.nn.Module()
+    mixture.experts = torch.nn.Parameter(torch.zeros(4, 2, 2))
+    assert token_flops(mixture, 64) == 0
