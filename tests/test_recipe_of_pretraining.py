@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tinytrainer_nb import hardware
 from tinytrainer_nb.all import PretrainArgs, Run, TinyTrainerError, model_preset, new_model, pretrain
 from tinytrainer_nb.compute.flops import token_flops
 from tinytrainer_nb.compute.muon import MuonAdamW, hidden_matrices, muon_cost
@@ -179,3 +180,11 @@ def test_the_journal_says_what_share_of_the_speed_was_used(tmp_path, texts, toke
     mixture = torch.nn.Module()
     mixture.experts = torch.nn.Parameter(torch.zeros(4, 2, 2))
     assert token_flops(mixture, 64) == 0
+
+
+def test_the_speed_of_a_cpu_is_measured_by_a_small_product(monkeypatch):
+    "Processes that train together call the CPU `cpu:0`; the product for a GPU would take minutes there"
+    sizes = []
+    monkeypatch.setattr(hardware, "seconds_of", lambda forward, x, *_, **__: sizes.append(len(x)) or 1.0)
+    assert hardware.matrix_rate("cpu:0", torch.float32) == hardware.matrix_rate("cpu", torch.float32) == 2 * 1024**3
+    assert sizes == [1024, 1024]

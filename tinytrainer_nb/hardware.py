@@ -108,7 +108,7 @@ def matrix_rate(
     dtype: torch.dtype,
 ) -> float: # FLOP/s
     "The speed of one large matrix product on a device: what the best training could reach."
-    size = 1024 if str(device) == "cpu" else 8192
+    size = 1024 if torch.device(device).type == "cpu" else 8192 # several processes call the CPU cpu:0
     x, w = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     shortest = seconds_of(lambda x: torch.nn.functional.linear(x, w), x, x, tries=9)
     return 2 * size**3 / shortest
