@@ -488,6 +488,7 @@ NASTY = (
 )
 
 
+@pytest.mark.slow  # test_talk.py and test_hostile.py look at the same escapes without a browser
 def test_what_is_said_is_text(scene):
     "In every panel and in the static twin: no script runs, nothing is fetched, what cannot be seen is written out"
     scene.cells(
@@ -633,6 +634,7 @@ def hostile_run(folder: Path, what: str, said) -> None:
         (folder / "summary.json").write_text(json.dumps(said), encoding="utf-8")
 
 
+@pytest.mark.slow  # test_hostile.py looks at the same escapes without a browser
 def test_strangers_runs_run_no_script(scene):
     "Ten folders, each shown in every way: as a value, by its panel, its rollouts, laid over another, as Markdown"
     for i, (what, said) in enumerate(HOSTILE.items()):

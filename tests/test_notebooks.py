@@ -49,10 +49,8 @@ def test_small_parameters_exist():
 LIVE = ["tutorials/04_live_panel", "tutorials/09_live_rewards", "tutorials/10_by_hand"]
 # Benchmarks start processes of their own, with other libraries in some: minutes for what tests/test_parameters.py
 # looks at in a second (their parameters and cases), and test_quickstart, tutorials and the peers' own cells for what
-# they train. Two of them, which need no other process, stay among the quick tests. The quickstart is executed by
-# tests/test_wheel.py, from an installed wheel.
-QUICK = ("benchmarks/05_panel_cost", "benchmarks/10_where_time_goes")
-LONG = ["tutorials/01_quickstart", *(n for n in NOTEBOOKS if n.startswith("benchmarks/") and n not in QUICK)]
+# they train. The quickstart is executed by tests/test_wheel.py, from an installed wheel.
+LONG = ["tutorials/01_quickstart", *(name for name in NOTEBOOKS if name.startswith("benchmarks/"))]
 
 
 @pytest.mark.parametrize(

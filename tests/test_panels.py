@@ -483,7 +483,7 @@ def test_dials_of_an_adapter_that_has_none_cannot_be_pressed(tmp_path):
     panel.close()
 
 
-@pytest.mark.parametrize("end", ("run.wait()", "pass"))
+@pytest.mark.parametrize("end", [pytest.param("run.wait()", marks=pytest.mark.slow), "pass"])
 def test_a_script_that_trains_live_ends_well(tmp_path, end):
     "Waited for or not: no abort at the process's end; the run that nobody waited for is stopped, not torn"
     max_steps = 4 if "wait" in end else 4000

@@ -470,6 +470,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert main(["resume", "run"]) == 0 and "finished" in capsys.readouterr().out
 
 
+@pytest.mark.slow  # test_processes.py trains SFT so, by the same trainer
 def test_two_processes_train_as_one(tmp_path):
     """Losses and figures agree to 1e-5, with other numbers of micro-batches in the two, and with a last batch of
     three pairs"""

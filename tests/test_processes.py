@@ -151,6 +151,7 @@ def test_two_processes_train_as_one(tmp_path, recipe):
         assert (x - load_file(tmp_path / "two/adapter/adapter_model.safetensors")[name]).abs().max() < 1e-3, name
 
 
+@pytest.mark.slow  # test_kills.py kills one process everywhere; two are tried above
 def test_two_processes_killed_and_resumed(tmp_path):
     """Both are killed after a checkpoint; resumed together they end with the adapter of the run that was left alone,
     bit for bit"""

@@ -1526,6 +1526,7 @@ def test_a_training_by_a_plan(tmp_path, monkeypatch):
     assert summary["tokens"] == sum(len(row) - 1 for rows in expected for row in rows)  # one window is short
 
 
+@pytest.mark.slow  # the sample lists of two processes are compared above, without training
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")
 def test_two_processes_share_the_batches_of_a_plan(tmp_path):
     prepared(tmp_path / "a", STORIES[:200])

@@ -72,9 +72,8 @@ def share_that_stops(tokenizer, model) -> float:
     return sum(ids[-1] == tokenizer.eos_token_id for ids in out.completion_ids) / len(prompts)
 
 
-@pytest.mark.parametrize(
-    "masked", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["as it is", "end token masked like padding"]
-)
+@pytest.mark.slow  # the quick tests of labels and padding hold what it rests on
+@pytest.mark.parametrize("masked", [False, True], ids=["as it is", "end token masked like padding"])
 def test_a_model_learns_to_stop_though_padding_is_its_end_token(tmp_path, masked, monkeypatch):
     "The second case makes the usual mistake, to show that the first would notice it"
     model, tokenizer = load_model("tiny", quantization="none", verbose=False)
