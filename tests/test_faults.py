@@ -144,7 +144,7 @@ FAULTS = {  # files, command, what the line says
     "prompts too long": (
         {"p.jsonl": [dict(prompt="word " * 1200)] * 4},
         ["ppo", *PPO, "--data", "p.jsonl", "--reward", "reference_overlap"],
-        ["longer than", "max_new_tokens"],
+        ["longer than 512 tokens", "raise max_length"],
     ),
     "prompts of plain text": ({"p.txt": "once"}, ["ppo", *PPO, "--data", "p.txt"], ["prompts"]),
     "too few prompts": ({"p.jsonl": [ROW]}, ["ppo", *PPO, "--data", "p.jsonl"], ["batch_size=2"]),

@@ -438,7 +438,7 @@ def test_flipped_bits_of_a_head_are_one_line_or_no_harm(whole, tmp_path):
 def test_weights_that_are_no_numbers_are_refused(whole, tmp_path):
     file = tmp_path / "m.gguf"
     file.write_bytes(whole[:-8] + struct.pack("<ff", float("nan"), 1.0))
-    with pytest.raises(TinyTrainerError, match="holds numbers that are none"):
+    with pytest.raises(TinyTrainerError, match="holds values that are not finite"):
         load_model(file, "none", "fp32", verbose=False)
 
 

@@ -322,7 +322,7 @@ STEPS = {  # what is done to a checkpoint, and what both ways to it say
     "no progress": (lambda at: (at / "progress.json").unlink(), "progress.json: is not there"),
     "a tensor less": (lambda at: rewritten(at, lambda t: dict(list(t.items())[1:])), "lacks|holds other tensors"),
     "a row that could be repeated": (lambda at: rewritten(at, lambda t: one_of(t, lambda x: x[:1])), "has the shape"),
-    "NaN": (lambda at: rewritten(at, lambda t: one_of(t, lambda x: x * float("nan"))), "numbers that are none"),
+    "NaN": (lambda at: rewritten(at, lambda t: one_of(t, lambda x: x * float("nan"))), "values that are not finite"),
 }
 
 

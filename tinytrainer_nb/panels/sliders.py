@@ -33,7 +33,7 @@ def saved_numbers(folder) -> list[float]: # of an adapter's folder
     except (OSError, ValueError, SafetensorError) as e:
         raise TinyTrainerError(f"{path}: its numbers cannot be read ({e!s:.100}). Restore the file.") from None
     if all(map(math.isfinite, found)): return found
-    raise TinyTrainerError(f"{path}: holds numbers that are none (NaN or infinite). Restore the file.")
+    raise TinyTrainerError(f"{path}: holds values that are not finite (NaN or infinity). Restore the file.")
 
 def _number(name: str) -> int:
     "The number at a tensor's name; PEFT's own form has a tensor for each row, and 10 comes after 9."

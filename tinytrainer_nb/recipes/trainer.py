@@ -228,13 +228,13 @@ def _not_finite(self, step: int, when: str) -> TinyTrainerError:
     "What to do about gradients that are not finite."
     return TinyTrainerError(
         f"step {step}: the gradient is not finite (NaN or infinite), {when}. What is trained was left as it was "
-        "before. Look for numbers that are none in the base, try a smaller learning rate than "
+        "before. Look for values that are not finite in the base, try a smaller learning rate than "
         f"{self.settings.learning_rate:g}, or dtype='fp32'.")
 
 # %% ../../nbs/recipes/04_trainer.ipynb #aad8dce6
 @patch_to(RunTrainer)
 def need_sound(self) -> None:
-    "Raise `TinyTrainerError` if what is to be saved holds numbers that are none, or if a whole run took no step."
+    "Raise `TinyTrainerError` if what is to be saved holds values that are not finite, or if a whole run took no step."
     step = self.state.global_step
     cure = f"Nothing was saved of it. {self.run.how_to_resume()} goes on from the checkpoint before, if there is one."
     need_finite(trainable(self.model), f"step {step}", cure)
