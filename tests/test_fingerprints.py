@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
+from doors import DOORS, said_by
 from safetensors.torch import load_file, save_file
 from small import ROWS, small_base
 
@@ -33,7 +34,6 @@ from tinytrainer_nb.all import (
     ppo,
     pretrain,
     reward_model,
-    save_merged,
     sft,
     stack_adapter,
 )
@@ -79,23 +79,11 @@ def edited(name: str) -> None:
             f.write(b"\1\2\3\4")
 
 
-OPENED = dict(
-    load=lambda: load_model("run", verbose=False),
-    merge=lambda: save_merged("run", "merged"),
-    train_on=lambda: main(["sft", "--base", "run", "--max_steps", "1", "--out", "next", "--eval_steps", "0"]),
-    evaluate=lambda: main(["evaluate", "--base", "run", "--task", "loss", "--limit", "2"]),
-)
-
-
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"])
 def test_a_changed_base_is_refused_by_every_door(run, name, capsys):
     edited(name)
-    for door, opened in OPENED.items():
-        try:
-            said = str(opened())
-        except TinyTrainerError as e:
-            said = str(e)
-        told = said if said != "2" else capsys.readouterr().err
+    for door, opened in DOORS.items():
+        told = said_by(opened, capsys)
         which = "the weights" if name.endswith("tensors") else name
         assert "not as it was when the run was started" in told and which in told, (door, told)
     assert not Path("merged").exists() and not Path("next").exists()

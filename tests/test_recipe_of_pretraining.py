@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tinytrainer_nb import hardware
 from tinytrainer_nb.all import PretrainArgs, Run, TinyTrainerError, model_preset, new_model, pretrain
 from tinytrainer_nb.compute.flops import token_flops
-from tinytrainer_nb.compute.muon import MuonAdamW, hidden_matrices, muon_cost
+from tinytrainer_nb.compute.muon import MuonAdamW, hidden_matrices, muon_cost, need_muon
 from tinytrainer_nb.data.tinyworld import corpus
 from tinytrainer_nb.model.arguments import SHAPES
 from tinytrainer_nb.recipes.pretrain import train_tokenizer
@@ -142,9 +142,11 @@ def test_decay_reaches_the_norms_if_it_is_asked_to(tmp_path, texts, tokenizer):
 def test_what_cannot_be_is_said(monkeypatch):
     with pytest.raises(TinyTrainerError, match="optimizer='sgd'.*adamw, muon"):
         PretrainArgs(optimizer="sgd")
+    with pytest.raises(TinyTrainerError, match="no matrices inside numbered blocks"):
+        need_muon(torch.nn.Linear(2, 2))
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(TinyTrainerError, match="needs torch 2.9"):
-        MuonAdamW([torch.nn.Parameter(torch.zeros(2, 2))], [], lr=1e-3, muon_rate=3.0)
+        need_muon(small())
 
 
 def test_a_preset_of_tinyllama_begins_as_its_authors_have_it(monkeypatch):
@@ -177,7 +179,8 @@ def test_the_journal_says_what_share_of_the_speed_was_used(tmp_path, texts, toke
     assert all(0 < e["mfu"] < 1 for e in steps)
     weights = sum(p.numel() for p in new_model("tiny", seed=0).parameters() if p.ndim == 2)
     assert token_flops(run.model, 64) == 6 * (weights + 7 * 64 * 256)
-    mixture = torch.nn.Module()
+    mixture = small()
+    assert token_flops(mixture, 64) > 0
     mixture.experts = torch.nn.Parameter(torch.zeros(4, 2, 2))
     assert token_flops(mixture, 64) == 0
 

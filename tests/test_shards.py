@@ -971,6 +971,17 @@ def batches(samples, workers: int, step: int = 0, batch_size: int = 12) -> list[
     return list(loader)
 
 
+def joined(steps: list[list], world: int, monkeypatch) -> list[list]:
+    "What the processes of a world get of each step, together and sorted"
+    shares = []
+    for rank in range(world):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        share = Shared(lambda rows: dict(rows=rows, num_items=1, num_tokens=1))
+        shares.append([share(rows)["rows"] for rows in steps])
+    return [sorted(itertools.chain(*parts)) for parts in zip(*shares)]
+
+
 def test_sample_lists_are_equal_for_worlds_workers_and_stops(tmp_path, monkeypatch):
     samples = samples_of(tmp_path)
     expected = [[samples[n].tolist() for n in range(12 * step, 12 * step + 12)] for step in range(20)]
@@ -979,13 +990,7 @@ def test_sample_lists_are_equal_for_worlds_workers_and_stops(tmp_path, monkeypat
         for step in (1, 7, 19, 20):
             assert batches(samples, workers, step) == expected[step:]
     for world in (1, 2, 3, 4):
-        shares = []
-        for rank in range(world):
-            monkeypatch.setenv("RANK", str(rank))
-            monkeypatch.setenv("WORLD_SIZE", str(world))
-            share = Shared(lambda rows: dict(rows=rows, num_items=1, num_tokens=1))
-            shares.append([share(rows)["rows"] for rows in batches(samples, 0, step=3)])
-        together = [sorted(itertools.chain(*parts)) for parts in zip(*shares)]
+        together = joined(batches(samples, 0, step=3), world, monkeypatch)
         assert together == [sorted(rows) for rows in expected[3:]]
 
 
@@ -1003,13 +1008,7 @@ def test_steps_of_a_plan_are_equal_for_worlds_and_stops(tmp_path, monkeypatch):
         trainer.plan = plan
         assert list(Steps(trainer)) == expected[stop:]
     for world in (1, 2, 3, 4):
-        shares = []
-        for rank in range(world):
-            monkeypatch.setenv("RANK", str(rank))
-            monkeypatch.setenv("WORLD_SIZE", str(world))
-            share = Shared(lambda rows: dict(rows=rows, num_items=1, num_tokens=1))
-            shares.append([share(rows)["rows"] for rows in expected])
-        assert [sorted(itertools.chain(*parts)) for parts in zip(*shares)] == expected
+        assert joined(expected, world, monkeypatch) == expected
 
 
 def test_a_start_at_step_one_million_is_immediate():

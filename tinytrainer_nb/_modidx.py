@@ -337,6 +337,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                              'tinytrainer_nb.compute.muon.hidden_matrices': ( 'compute/muon.html#hidden_matrices',
                                                                                               'tinytrainer_nb/compute/muon.py'),
                                              'tinytrainer_nb.compute.muon.muon_cost': ( 'compute/muon.html#muon_cost',
+                                                                                        'tinytrainer_nb/compute/muon.py'),
+                                             'tinytrainer_nb.compute.muon.need_muon': ( 'compute/muon.html#need_muon',
                                                                                         'tinytrainer_nb/compute/muon.py')},
             'tinytrainer_nb.compute.onednn': { 'tinytrainer_nb.compute.onednn._Blocked': ( 'compute/onednn.html#_blocked',
                                                                                            'tinytrainer_nb/compute/onednn.py'),

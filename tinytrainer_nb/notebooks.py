@@ -14,7 +14,7 @@ import nbformat
 import papermill
 import tinytrainer_nb
 import yaml
-from .core import TinyTrainerError, is_there, local_path, need_flat, one_line
+from .core import TinyTrainerError, first_line, is_there, local_path, need_flat, one_line
 from .core import shipped_notebooks, short_name
 from .model.arguments import NAMED_BASES
 from .runs.run import free_sibling
@@ -60,8 +60,7 @@ def notebook_parameters(path: Path | str) -> dict[str, Parameter]:
         cells = nbformat.read(path, as_version=4).cells
         source = "".join(next((c.source for c in cells if "parameters" in c.metadata.get("tags", [])), ""))
     except Exception as e:
-        why = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise TinyTrainerError(f"{path}: not readable as a notebook ({why:.120}).") from None
+        raise TinyTrainerError(f"{path}: not readable as a notebook ({first_line(e):.120}).") from None
     try: lines = ast.parse(source).body
     except (SyntaxError, ValueError, MemoryError, RecursionError) as e:
         where = f" (line {e.lineno})" if isinstance(e, SyntaxError) else ""

@@ -12,11 +12,12 @@ from torch import nn
 def token_flops(
     model: nn.Module, # a language model, all its weights trained
     length: int,      # tokens of a row
-) -> int:             # a token; 0 if the model has experts, of which a token asks a few
+) -> int:             # a token; 0 if that is not the count: for experts, of which a token asks a few, and without heads
     "Operations of a forward and a backward pass: 6 for each weight of a matrix, and those of causal attention."
-    if any(p.ndim == 3 for p in model.parameters()): return 0
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int) or any(p.ndim == 3 for p in model.parameters()): return 0
     layers = [m for m in model.modules() if not isinstance(m, nn.Embedding)]
     weights = sum(m.weight.numel() for m in layers if getattr(m, "weight", None) is not None and m.weight.ndim == 2)
-    config = model.config.get_text_config()
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 6 * weights + 6 * config.num_hidden_layers * length * config.num_attention_heads * head
+    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 6 * weights + 6 * config.num_hidden_layers * length * heads * head

@@ -13,7 +13,7 @@ from ..core import TinyTrainerError, progress
 from .decode import Decoder
 from .generate import NO_NUMBER
 from ..data.tokens import micro_trees, pack_trees
-from ..model.layers import context_length
+from ..model.layers import context_length, evaluating
 
 # %% ../../nbs/compute/12_likelihoods.ipynb #3a208a7d
 def _row(group: list[dict], context: int | None) -> dict: # context: tokens that the model is made for
@@ -65,12 +65,11 @@ def reading(model, dtype: torch.dtype | None = None): # None: as the model was l
     "Inside, `model` reads without gradient and without being changed; gives whether documents may share a row."
     share = hasattr(model, "load_report")
     repacking = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
-    values = [(m, "training", False) for m in model.modules()]
-    values += [(m, "support_avx512bf16_for_cpu", False) for m in repacking]
+    values = [(m, "support_avx512bf16_for_cpu", False) for m in repacking]
     if share: values.append((model.config, "_attn_implementation", "packed"))
     before = _set(values)
     try:
-        with Decoder(model, dtype, rows=1024).on(): yield share
+        with evaluating(model), Decoder(model, dtype, rows=1024).on(): yield share
     finally: _set(before)
 
 # %% ../../nbs/compute/12_likelihoods.ipynb #59e9af6a

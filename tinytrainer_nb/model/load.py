@@ -10,7 +10,7 @@ __all__ = ['is_finite', 'need_finite', 'need_as_loaded', 'need_whole_vocabulary'
 import contextlib, hashlib, json, re, time
 from pathlib import Path
 import torch
-from ..core import TinyTrainerError, builds, first_line, need_file, need_fit, quiet, say
+from ..core import TinyTrainerError, builds, first_line, need_file, quiet, say
 from ..hardware import DTYPES, dtype_name, num_threads, probe_dtype, random_kept
 from ..hardware import unused_gpu
 from torch import nn
@@ -368,7 +368,7 @@ def need_start(
     part: str = "start/", # the files whose names begin so
 ) -> None:
     "Raise `TinyTrainerError` if a file that the run began with is not as it was."
-    began = need_fit(run.folder / "run.json", run.info.get("start", {}), {...: "text"}) # an older run's tells of none
+    began = run.info.get("start", {}) # an older run's tells of none
     here = start_hashes(run.folder, part)
     if others := [name for name in began if name.startswith(part) and here.get(name) != began[name]]:
         raise TinyTrainerError(

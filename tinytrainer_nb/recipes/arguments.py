@@ -35,6 +35,7 @@ class TrainArgs(Settings):
     schedule: str = setting(
         "linear", "shape of the learning rate after the warm-up; all but constant fall to 0",
         choices=("linear", "cosine", "constant", "wsd"))
+    decay_share: float = setting(0.3, "part of the run in which the wsd schedule falls, linearly", gt=0, le=1)
     weight_decay: float = setting(0.0, "pull of the weights towards 0 (AdamW)", ge=0)
     max_grad_norm: float = setting(1.0, "longer gradients are clipped to this length", gt=0)
     max_length: int = setting(
@@ -156,8 +157,6 @@ class PretrainArgs(TrainArgs):
     schedule: str = setting(
         "wsd", "shape of the learning rate after the warm-up; all but constant fall to 0",
         choices=("linear", "cosine", "constant", "wsd"))
-    decay_share: float = setting(
-        0.3, "part of the run in which the wsd schedule falls, linearly", gt=0, le=1)
     optimizer: str = setting(
         "adamw", "how weights follow their gradients: muon trains the matrices inside the blocks by Muon "
         "(kellerjordan.github.io/posts/muon) and the rest by AdamW", choices=("adamw", "muon"))

@@ -25,7 +25,7 @@ from ..compute.generate import generate
 from ..data.formats import as_examples, data_origin, empty_rows, load_prompts
 from ..data.tokens import encode_chat, ensure_template, micro_batches, moment, one_moment, pack_row
 from ..data.rows import Reading, beyond_context, held_note, held_numbers, hold_out
-from ..model.layers import context_length, plain_model, trainable
+from ..model.layers import context_length, evaluating, plain_model, trainable
 from ..model.base import LoadRecord, compute_context
 from ..model.load import result_hashes, _fitting, _need_as_saved
 from ..model.lora import freeze_reference, save_adapter, saved_adapters, using_adapters
@@ -192,8 +192,7 @@ def heldout(self) -> tuple[dict, float]: # figures by name, and one that is high
     collator = getattr(self.data_collator, "collator", self.data_collator)
     batch = self._prepare_inputs(collator(list(self.eval_dataset)))
     self.pairs = {}
-    self.model.eval()
-    with torch.no_grad(), compute_context(self.model, self.dtype):
+    with evaluating(self.model), torch.no_grad(), compute_context(self.model, self.dtype):
         loss = sum(self.token_loss(self.model, micro, batch["num_items"]).item() for micro in batch["micro_batches"])
     return dict(loss=loss, **self.pairs), -loss
 

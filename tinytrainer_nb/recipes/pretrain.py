@@ -33,7 +33,7 @@ from ..model.base import LoadRecord, _pretrained, model_preset, new_model
 from ..model.load import load_model, load_tokenizer, need_start, vocabulary_hash
 from ..compute.arguments import GenerateArgs
 from ..compute.flops import token_flops
-from ..compute.muon import MuonAdamW, hidden_matrices, muon_cost
+from ..compute.muon import MuonAdamW, muon_cost, need_muon
 from ..compute.generate import generate, prompt_room
 from ..model.cache import base_hash, file_hashes
 from ..model.export import write_generation_config
@@ -253,13 +253,13 @@ def get_decay_parameter_names(self, model) -> list[str]:
 
 @patch_to(PretrainTrainer)
 def create_optimizer(self, *args, **kwargs):
-    "AdamW, or Muon beside it. Raises `TinyTrainerError` if the model has no matrix for Muon."
+    "AdamW, or Muon beside it. Raises `TinyTrainerError` as `need_muon` does."
     if self.settings.optimizer == "muon" and self.optimizer is None: self.optimizer = self._muon()
     return super(PretrainTrainer, self).create_optimizer(*args, **kwargs)
 
 @patch_to(PretrainTrainer)
 def _muon(self) -> MuonAdamW:
-    names, decayed, how = hidden_matrices(self.model), self.get_decay_parameter_names(self.model), self.args
+    names, decayed, how = need_muon(self.model), self.get_decay_parameter_names(self.model), self.args
     others = {name: p for name, p in trainable(self.model).items() if name not in names}
     groups = [dict(params=[p for name, p in others.items() if name in decayed]),
               dict(params=[p for name, p in others.items() if name not in decayed], weight_decay=0.0)]
@@ -315,7 +315,8 @@ def built(
         run, args, LoadRecord.of(run.info).torch_dtype, model=model, train_dataset=train, eval_dataset=heldout or None,
         data_collator=BlockCollator(args.micro_batch_tokens))
     trainer.tokenizer = tokenizer
-    trainer.flops, trainer.rate = token_flops(model, length), matrix_rate(trainer.args.device, trainer.dtype)
+    trainer.flops = token_flops(model, length)
+    if trainer.flops: trainer.rate = matrix_rate(trainer.args.device, trainer.dtype)
     trainer.args.ignore_data_skip = bool(sources) # they begin where they are asked to
     if sources: trainer.labels = sources.labels()
     if sources and sources.stages: trainer.plan = Plan(sources.stages, length)
@@ -368,11 +369,9 @@ def _tell_length(run: Run, length: int, args: PretrainArgs) -> None:
         tell(run, f"blocks have {length} tokens, the model's context, instead of max_length={args.max_length}")
 
 def _tell_optimizer(run: Run, model, length: int, args: PretrainArgs) -> None: # length: tokens a block
-    "Say which weights Muon trains, and what it costs. Raises `TinyTrainerError` if there are none."
+    "Say which weights Muon trains, and what it costs. Raises `TinyTrainerError` as `need_muon` does."
     if args.optimizer != "muon": return
-    names = hidden_matrices(model)
-    if not names: raise TinyTrainerError(
-        "optimizer='muon': this model has no matrices inside numbered blocks. Take optimizer='adamw'.")
+    names = need_muon(model)
     share = sum(model.get_parameter(name).numel() for name in names) / sum(p.numel() for p in model.parameters())
     tell(run, f"Muon trains {len(names)} matrices, {share:.0%} of the weights, and AdamW the rest; its products make "
               f"a step {muon_cost(model, args.batch_size * length):.0%} longer")

@@ -39,7 +39,7 @@ def _schedule(args: TrainArgs) -> dict:
     names = {"wsd": "warmup_stable_decay", "constant": "constant_with_warmup"}
     decay = {}
     if args.schedule == "wsd":
-        falls = round(getattr(args, "decay_share", 0.3) * args.max_steps)
+        falls = round(args.decay_share * args.max_steps)
         decay = dict(num_decay_steps=max(1, falls), decay_type="linear") # the default of `transformers` is a cosine
     return dict(lr_scheduler_type=names.get(args.schedule, args.schedule), lr_scheduler_kwargs=decay,
                 warmup_steps=min(args.warmup_steps, args.max_steps - 1))
