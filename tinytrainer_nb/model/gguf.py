@@ -15,10 +15,11 @@ from filelock import FileLock
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 from ..core import TinyTrainerError, one_line, read_json, say, whole_folder, write_json
 from ..hardware import versions
+from ..data.tokenizer import CUTS, with_scores, word_cut
 from .arguments import need_gguf
 from .cache import cache_folder, cache_limit, known_hash, make_room
 from .base import _without_memory
@@ -275,62 +276,30 @@ def _names(file: _File, config) -> dict[str, str]: # names in the file by those 
     raise TinyTrainerError(f"{file.path}: this GGUF file {why}. Take the model's own folder.")
 
 # %% ../../nbs/model/08_gguf.ipynb #3df7dcd6
-_LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-           r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-_CUTS = { # how words are cut, by the name in the file: digits alone, or a pattern
-    "smollm": "digits", "starcoder": "digits", "refact": "digits", "command-r": "digits", "codeshell": "digits",
-    "gpt-2": "", "llama-bpe": _LLAMA3, "llama3": _LLAMA3, "qwen2": _LLAMA3.replace("{1,3}", ""),
-}
-
 def _byte_level(file: _File, ids: dict[str, int]) -> Tokenizer: # ids: of the tokens
     "Byte-level BPE, as GPT-2 has it. Raises `TinyTrainerError` for a way to cut words that is not known."
     name = str(file.values.get("tokenizer.ggml.pre", "default"))
-    if (cut := _CUTS.get(name)) is None:
+    if name not in CUTS:
         raise TinyTrainerError(
             f"{file.path}: its tokenizer cuts words in the way {name!r:.40}, which is not known here. "
-            f"Known: {', '.join(_CUTS)}. Take the model's own folder.")
+            f"Known: {', '.join(CUTS)}. Take the model's own folder.")
     merges = [tuple(merge.split(" ")) for merge in file.values["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(BPE(vocab=ids, merges=merges, ignore_merges=name in ("llama-bpe", "llama3")))
-    digits, pattern = cut == "digits", cut not in ("digits", "")
-    before = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
-    if pattern: before = [pre_tokenizers.Split(Regex(cut), "isolated")]
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not pattern)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before, level])
+    tokenizer.pre_tokenizer, tokenizer.decoder = word_cut(name), decoders.ByteLevel()
     if name == "qwen2": tokenizer.normalizer = normalizers.NFC()
-    tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
-# %% ../../nbs/model/08_gguf.ipynb #bd85cf1e
-_LONGEST_TOKEN, _MOST_MERGES = 1000, 4_000_000 # characters; six times what the largest vocabularies have
-
-def _merges(tokens: list[str], scores) -> list[tuple[str, str]]: # scores: a number for each token
-    "The ways to make each token of two others, in the order of its score. Raises `ValueError` for far too many."
-    ids, found = {token: i for i, token in enumerate(tokens)}, []
-    for i in sorted(range(len(tokens)), key=lambda i: (-scores[i], i)):
-        token = tokens[i]
-        splits = ((token[:at], token[at:]) for at in range(1, len(token)))
-        ways = [(a, b) for a, b in splits if a in ids and b in ids]
-        found += sorted(ways, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
-        if len(found) > _MOST_MERGES: raise ValueError(f"its tokens have more than {_MOST_MERGES:,} ways to be merged")
-    return found
-
 # %% ../../nbs/model/08_gguf.ipynb #fc7a0004
-_SPACE = "\N{LOWER ONE EIGHTH BLOCK}" # stands for a blank in tokens of sentencepiece's style
-
-def _with_scores(file: _File, ids: dict[str, int]) -> Tokenizer: # ids: of the tokens
-    "BPE in sentencepiece's style: blanks are a character, and what is no token is written in bytes."
+def _scored(file: _File, ids: dict[str, int]) -> Tokenizer: # ids: of the tokens
+    "A tokenizer in sentencepiece's style. Raises `ValueError` where it cannot be one."
     tokens, scores = list(ids), file.values["tokenizer.ggml.scores"]
     if len(scores) != len(tokens): raise ValueError(f"{len(scores):,} scores for {len(tokens):,} tokens")
     unknown = tokens[file.values.get("tokenizer.ggml.unknown_token_id", 0)]
-    model = BPE(vocab=ids, merges=_merges(tokens, scores), unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    tokenizer, in_front = Tokenizer(model), file.values.get("tokenizer.ggml.add_space_prefix", True)
-    first, last = ("first", [decoders.Strip(" ", 1, 0)]) if in_front else ("never", [])
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme=first, split=False)
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *last])
-    return tokenizer
+    return with_scores(ids, scores, unknown, file.values.get("tokenizer.ggml.add_space_prefix", True))
 
 # %% ../../nbs/model/08_gguf.ipynb #2ae5d7e3
+_LONGEST_TOKEN = 1000 # characters
+
 def _tokens(file: _File) -> list[str]:
     "The tokens in the order of their ids. Raises `TinyTrainerError` for none, and for ids that stand for none."
     tokens = file.values.get("tokenizer.ggml.tokens")
@@ -363,11 +332,11 @@ def _tokenizer(file: _File) -> PreTrainedTokenizerFast:
     if str(kind) not in ("gpt2", "llama"):
         raise TinyTrainerError(
             f"{file.path}: a tokenizer of the kind {str(kind)!r:.40} is not read here. Take the model's own folder.")
-    make = _byte_level if kind == "gpt2" else _with_scores
+    make = _byte_level if kind == "gpt2" else _scored
     tokenizer = make(file, {token: i for i, token in enumerate(tokens)})
     _add_marked(file, tokenizer, tokens)
     special = {name.removesuffix("_id"): tokens[i] for name, i in _special(file).items()}
-    begins = kind == "llama" or _CUTS.get(file.values.get("tokenizer.ggml.pre")) == _LLAMA3 # if the file does not say
+    begins = kind == "llama" or file.values.get("tokenizer.ggml.pre") in ("llama-bpe", "llama3") # if the file does not say
     if file.values.get("tokenizer.ggml.add_bos_token", begins) and "bos_token" in special:
         bos = dict(id="BOS", ids=[tokens.index(special["bos_token"])], tokens=[special["bos_token"]])
         tokenizer.post_processor = processors.TemplateProcessing("BOS $A", "BOS $A BOS $B", [bos])

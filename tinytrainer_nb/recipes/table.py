@@ -59,7 +59,7 @@ RECIPES = {row.name: row for row in [
            "tinytrainer_nb.recipes.preference", "tinytrainer_nb.recipes.arguments:RewardModelArgs", "", command=False),
     Recipe("pretrain", "Train all weights on plain text, of a loaded model or of a new one.",
            "tinytrainer_nb.recipes.pretrain", "tinytrainer_nb.recipes.arguments:PretrainArgs", "tinyworld",
-           reads="tinytrainer_nb.recipes.pretrain:read_texts",
+           reads="tinytrainer_nb.data.documents:read_texts",
            loads="tinytrainer_nb.recipes.pretrain:load_for_pretraining", whole=True),
 ]} # by name
 
