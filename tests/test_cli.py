@@ -299,6 +299,7 @@ def in_shell(command: str, cwd: Path, **env) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unbuffered", ["", pytest.param("1", marks=pytest.mark.slow)])
 def test_a_pipe_that_closes_ends_no_run(tmp_path, unbuffered):
     few = "--max_steps 1 --eval_steps 0 --save_steps 0 --sample_steps 0"

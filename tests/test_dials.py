@@ -136,6 +136,7 @@ def test_the_panel_asks_both(tmp_path):
     assert said["moved"] == alone() != said["trained"]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_turned_continues_bit_for_bit(tmp_path):
     alone = start(tmp_path / "alone").wait()
     run = start(tmp_path / "turned")
@@ -191,6 +192,7 @@ def test_a_page_that_rounds_is_no_hand():
     panel.close()
 
 
+@pytest.mark.slow
 def test_locked_while_it_goes_on(tmp_path):
     run = start(tmp_path / "run", max_steps=60)
     panel = dial_panel(run)

@@ -305,6 +305,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 def test_damaged_events_are_passed_over_and_counted(runs, tmp_path):
     "Each field of each kind of event with a value that it cannot have, and all of these in one journal"
     folder, wrong = tmp_path / "run", []
@@ -404,6 +405,7 @@ def says_a_line(argv: list[str], monkeypatch) -> None:
     assert visible(said) == said, said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 def test_commands_on_a_damaged_run_say_a_line(part, runs, tmp_path, monkeypatch):
     "resume, or chat and evaluate: what is wrong in one line, or it works"
@@ -861,7 +863,7 @@ def test_a_template_that_blows_up_is_refused(template):
         encode_chat(tokenizer, [dict(role="user", content="a"), dict(role="assistant", content="b")])
 
 
-@pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz", ".zst"])
+@pytest.mark.parametrize("ending", [".gz", *(pytest.param(e, marks=pytest.mark.slow) for e in (".bz2", ".xz", ".zst"))])
 def test_a_packed_bomb_is_refused_before_it_fills_the_memory(ending, tmp_path):
     pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}.get(ending)
     part = b" " * 2**24

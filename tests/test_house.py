@@ -360,6 +360,7 @@ def toy(tmp_path, monkeypatch):
     importlib.reload(cli)
 
 
+@pytest.mark.slow
 def test_a_toy_recipe_of_one_file_and_one_row(toy, tmp_path, monkeypatch, capsys):
     "It has a command with help, a form, a panel; it is killed and resumed, and repeated by its command"
     from live import adapter

@@ -475,7 +475,9 @@ print("taken", taken)
 """
 
 
-@pytest.mark.parametrize("kind, tries", [("with locks", 200), ("without locks", 60)])
+@pytest.mark.parametrize(
+    "kind, tries", [pytest.param("with locks", 200, marks=pytest.mark.slow), ("with locks", 40), ("without locks", 60)]
+)
 def test_two_never_train_into_one_folder(tmp_path, kind, tries):
     """Two processes, each with a clock of its own, want the same folder again and again; many are killed while they
     have it. There is never more than one inside, and always somebody gets in."""

@@ -424,6 +424,7 @@ def test_what_others_change_is_shown(tmp_path):
     launcher.close()
 
 
+@pytest.mark.slow
 def test_a_panel_sees_that_its_run_goes_on_elsewhere(tmp_path):
     run = train(tmp_path / "run", live=True, max_steps=60)
     panel = RunPanel(run, every=0.05)
@@ -483,6 +484,7 @@ def test_dials_of_an_adapter_that_has_none_cannot_be_pressed(tmp_path):
     panel.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [pytest.param("run.wait()", marks=pytest.mark.slow), "pass"])
 def test_a_script_that_trains_live_ends_well(tmp_path, end):
     "Waited for or not: no abort at the process's end; the run that nobody waited for is stopped, not torn"

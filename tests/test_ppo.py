@@ -98,7 +98,9 @@ def small(out, **more):
 
 
 @pytest.mark.parametrize("after_sft", [False, True])
-@pytest.mark.parametrize("kind", [dict(), dict(dtype="bf16", quantization="nf4")], ids=["fp32", "nf4"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(dict(), marks=pytest.mark.slow), dict(dtype="bf16", quantization="nf4")], ids=["fp32", "nf4"]
+)
 def test_first_pass_starts_at_the_reference(tmp_path, after_sft, kind):
     "Ratio 1, KL 0, nothing clipped; the reference is the policy as handed over, also when it was fine-tuned before"
     model, tokenizer = tiny_policy(**kind)

@@ -83,6 +83,7 @@ def test_data_columns_quantization_and_adapter():
     assert as_command(second).replace("--out runs/a-2", "--out runs/a") == command
 
 
+@pytest.mark.slow
 def test_a_run_as_base_and_a_reward_from_a_file_that_is_executed_once():
     first = sft(*model(), str(data_file("heldout.jsonl")), SFTArgs(max_steps=2, batch_size=4, out="first", **SMALL))
     Path("judge.py").write_text(
@@ -103,6 +104,7 @@ def test_a_run_as_base_and_a_reward_from_a_file_that_is_executed_once():
     assert Path("executed").read_text() == "xxx"
 
 
+@pytest.mark.slow
 def test_python_that_trains_on_from_a_model_in_memory():
     "The model that SFT has trained is the base of PPO: its command names the first run"
     policy, tokenizer = model()

@@ -75,6 +75,7 @@ def broken(page: Path, address: str, pages: dict[Path, Page]) -> str:
     return "no such anchor" if anchor and target in pages and anchor not in pages[target].anchors else ""
 
 
+@pytest.mark.slow
 def test_every_link_leads_somewhere(site, pages):
     inner = [
         (path, link)
@@ -86,6 +87,7 @@ def test_every_link_leads_somewhere(site, pages):
     assert not wrong, "\n".join(sorted(set(wrong)))
 
 
+@pytest.mark.slow
 def test_no_page_loads_from_elsewhere(site, pages):
     loads = [(path, load) for path, page in pages.items() for load in page.loads if is_outside(load)]
     for path in [*site.rglob("*.css"), *site.rglob("*.html")]:
@@ -93,6 +95,7 @@ def test_no_page_loads_from_elsewhere(site, pages):
     assert not loads, "\n".join(f"{path.relative_to(site)}: {load}" for path, load in loads)
 
 
+@pytest.mark.slow
 def test_the_search_knows_every_notebook(site):
     index = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))
     titles = {entry["location"]: re.sub(r"<[^>]+>", "", entry["title"]) for entry in index["docs"]}
@@ -105,6 +108,7 @@ def test_the_search_knows_every_notebook(site):
         assert titles.get(page) == first.splitlines()[0].removeprefix("# ").replace("`", ""), page
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_search_and_dark_mode_work_from_the_disk(site, chromium):
     from playwright.sync_api import sync_playwright

@@ -143,6 +143,7 @@ def test_a_run_on_a_run_is_saved_loaded_and_merged(tmp_path):
     assert (logits(AutoModelForCausalLM.from_pretrained(tmp_path / "whole")) - expected).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 def test_a_stopped_stack_resumes_to_the_same_end(tmp_path):
     def train(out, live=False):
         model, tokenizer = base()

@@ -116,7 +116,7 @@ def same(a, b):
     )
 
 
-@pytest.mark.parametrize("recipe", ["sft", "grpo"])
+@pytest.mark.parametrize("recipe", ["sft", pytest.param("grpo", marks=pytest.mark.slow)])
 def test_a_run_that_was_asked_ends_as_one_that_was_left_alone(recipe, recipes, tmp_path):
     alone = recipes(recipe, tmp_path / "alone").wait()
     run = recipes(recipe, tmp_path / "asked")

@@ -321,6 +321,7 @@ def test_a_line_goes_round():
     assert torch.equal(number(from_line(base("nf4")[0], wrapped)), number(model))
 
 
+@pytest.mark.slow
 def test_a_base_from_the_hub_is_known_by_its_files(tmp_path):
     "As they lie in the cache: the same adapter fits the same weights from a folder"
     commit = "0123456789abcdef0123456789abcdef01234567"
