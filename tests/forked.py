@@ -68,7 +68,7 @@ class Command:
     """`tinytrainer ARGV...` in processes that train together, with the variables that `accelerate launch` would set;
     as much of a `subprocess.Popen` as tests ask for"""
 
-    def __init__(self, *argv, processes: int = 1):
+    def __init__(self, *argv, processes: int = 1, **env):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -91,7 +91,7 @@ class Command:
                 target=_command,
                 args=(
                     [*map(str, argv)],
-                    dict(os.environ) | {k: str(v) for k, v in together(rank).items()},
+                    dict(os.environ) | env | {k: str(v) for k, v in together(rank).items()},
                     str(self.said),
                 ),
             )

@@ -834,7 +834,7 @@ SPOILT = {
     "nothing in it": lambda path: (path / "progress.json").write_text(""),
     "a list": lambda path: (path / "progress.json").write_text("[]"),
     "a field": lambda path: (path / "progress.json").write_text('{"tokens": "many"}'),
-    "no optimiser": lambda path: (path / "optimizer.pt").unlink(),
+    "no optimiser": lambda path: (path / "optimizer.safetensors").unlink(),
     "no tensors": lambda path: (path / "trained.safetensors").unlink(),
 }
 

@@ -359,7 +359,9 @@ def stopped(tmp_path) -> Run:
     return run
 
 
-@pytest.mark.parametrize("file", ["trained.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"])
+@pytest.mark.parametrize(
+    "file", ["trained.safetensors", "optimizer.safetensors", "scheduler.json", "trainer_state.json"]
+)
 def test_a_checkpoint_with_a_flipped_bit_is_named(stopped, file, capsys):
     "And when it is removed, as the line says, the run goes on from the one before"
     checkpoint, step = stopped.last_checkpoint()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small import small_base
 
@@ -234,12 +235,14 @@ def spoil_weights(checkpoint: Path, value: float) -> None:
 
 
 def spoil_optimizer(checkpoint: Path, value: float, only: str = "exp_avg_sq") -> None:
-    saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)
-    for state in saved["state"].values():
-        for name in {only, "exp_avg_sq"}:
-            state[name].fill_(value)
-    torch.save(saved, checkpoint / "optimizer.pt")
-    rehashed(checkpoint, "optimizer.pt")
+    file = checkpoint / "optimizer.safetensors"
+    with safe_open(file, "pt") as f:
+        saved, about = {name: f.get_tensor(name) for name in f.keys()}, f.metadata()
+    for name, tensor in saved.items():
+        if name.endswith((f"|{only}", "|exp_avg_sq")):
+            tensor.fill_(value)
+    save_file(saved, file, metadata=about)
+    rehashed(checkpoint, file.name)
 
 
 @pytest.mark.parametrize(

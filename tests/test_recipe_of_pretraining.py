@@ -5,7 +5,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tinytrainer_nb import hardware
-from tinytrainer_nb.all import PretrainArgs, Run, TinyTrainerError, model_preset, new_model, pretrain
+from tinytrainer_nb.all import (
+    PretrainArgs,
+    Run,
+    TinyTrainerError,
+    model_preset,
+    new_model,
+    pretrain,
+)
 from tinytrainer_nb.compute.flops import token_flops
 from tinytrainer_nb.compute.muon import MuonAdamW, hidden_matrices, muon_cost, need_muon
 from tinytrainer_nb.data.tinyworld import corpus

@@ -9,12 +9,13 @@ __all__ = ['TinyTrainerError', 'data_file', 'read_json', 'write_json', 'hardware
            'model_preset', 'new_model', 'add_lora', 'stack_adapter', 'adapter_line', 'add_tinylora', 'from_line',
            'load_model', 'load_tokenizer', 'save_merged', 'GenerateArgs', 'Rollouts', 'generate', 'stream',
            'run_figure', 'story_figure', 'Chat', 'DataReport', 'data_report', 'DPOArgs', 'GRPOArgs', 'PPOArgs',
-           'PretrainArgs', 'RewardModelArgs', 'SFTArgs', 'sft', 'pretrain', 'train_tokenizer', 'bytes_per_token',
-           'ngram_bits', 'Reward', 'exact_answer', 'find_reward', 'flexible_answer', 'format_reward', 'length_reward',
-           'reference_overlap', 'repetition_reward', 'dpo', 'model_reward', 'reward_model', 'sample_pairs', 'ppo',
-           'group_advantages', 'grpo', 'Evaluation', 'Scores', 'answer_table', 'bits_per_byte', 'compare', 'evaluate',
-           'score_table', 'run_settings', 'as_command', 'as_parameters', 'as_python', 'settings_form', 'chat_panel',
-           'rollout_panel', 'dial_panel', 'compare_panel', 'follow', 'has_front_end', 'launch_panel', 'run_panel']
+           'PretrainArgs', 'RewardModelArgs', 'SFTArgs', 'sft', 'pretrain', 'decayed_copy', 'LAUNCH', 'train_tokenizer',
+           'bytes_per_token', 'ngram_bits', 'Reward', 'exact_answer', 'find_reward', 'flexible_answer', 'format_reward',
+           'length_reward', 'reference_overlap', 'repetition_reward', 'dpo', 'model_reward', 'reward_model',
+           'sample_pairs', 'ppo', 'group_advantages', 'grpo', 'Evaluation', 'Scores', 'answer_table', 'bits_per_byte',
+           'compare', 'evaluate', 'score_table', 'run_settings', 'as_command', 'as_parameters', 'as_python',
+           'settings_form', 'chat_panel', 'rollout_panel', 'dial_panel', 'compare_panel', 'follow', 'has_front_end',
+           'launch_panel', 'run_panel']
 
 # %% ../nbs/99_all.ipynb #b4febece
 from .core import TinyTrainerError, data_file, read_json, write_json
@@ -26,6 +27,7 @@ from .data.tinyworld import CORPUS_PROMPT
 from .data.shards import open_shards
 from .data.prepare import prepare
 from .data.order import open_sources
+from .compute.sharded import LAUNCH
 from .data.tokenizer import bytes_per_token, train_tokenizer
 from .data.ngram import ngram_bits
 from .runs.run import Run
@@ -44,7 +46,7 @@ from .views.chat import Chat
 from .views.data_report import DataReport, data_report
 from .recipes.arguments import DPOArgs, GRPOArgs, PPOArgs, PretrainArgs, RewardModelArgs, SFTArgs
 from .recipes.sft import sft
-from .recipes.pretrain import pretrain
+from .recipes.pretrain import decayed_copy, pretrain
 from .recipes.rewards import Reward, exact_answer, find_reward, flexible_answer, format_reward
 from .recipes.rewards import length_reward, reference_overlap, repetition_reward
 from .recipes.preference import dpo, model_reward, reward_model, sample_pairs
@@ -73,7 +75,7 @@ _all_ = [
     "GenerateArgs", "Rollouts", "generate", "stream",
     "run_figure", "story_figure", "Chat", "DataReport", "data_report",
     "DPOArgs", "GRPOArgs", "PPOArgs", "PretrainArgs", "RewardModelArgs", "SFTArgs",
-    "sft", "pretrain", "train_tokenizer", "bytes_per_token", "ngram_bits",
+    "sft", "pretrain", "decayed_copy", "LAUNCH", "train_tokenizer", "bytes_per_token", "ngram_bits",
     "Reward", "exact_answer", "find_reward", "flexible_answer", "format_reward", "length_reward", "reference_overlap",
     "repetition_reward", "dpo", "model_reward", "reward_model", "sample_pairs", "ppo", "group_advantages", "grpo",
     "Evaluation", "Scores", "answer_table", "bits_per_byte", "compare", "evaluate", "score_table",

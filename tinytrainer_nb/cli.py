@@ -225,6 +225,10 @@ def _resume_flags(parser: Parser) -> None:
     parser.add_argument("folder", metavar="DIR", help="a run's folder")
     parser.add_argument("--reward", help="of PPO and GRPO: needed again if it was file.py:function or a function")
     parser.add_argument("--accept", metavar="ID,...", help="what may differ from what the run began with: reward")
+    parser.add_argument("--decay", metavar="STEPS", type=_tokens,
+                        help="of pretraining: train a copy, whose learning rate falls to its end in so many steps; "
+                             "the run itself may go on meanwhile")
+    parser.add_argument("--out", metavar="DIR", help="with --decay: folder of the copy [NAME-decayed]")
     parser.add_argument("--take-over", action="store_true",
                         help="if the run's process cannot be seen from here (another host or container) and has ended")
 
@@ -233,7 +237,12 @@ def resume_command(parser: Parser, given: dict) -> int: # exit status
     from tinytrainer_nb.runs.run import Run
     folder = given["folder"]
     run = Run.open(folder)
-    if run.status == "finished":
+    if "out" in given and "decay" not in given: raise TinyTrainerError(
+        "--out is the folder of a copy, which --decay makes; a run goes on in its own folder.")
+    if "decay" in given:
+        from tinytrainer_nb.recipes.pretrain import decayed_copy
+        run = decayed_copy(run, given["decay"], given.get("out", ""))
+    elif run.status == "finished":
         say(f"{folder}: this run is finished, there is nothing to resume. "
             f"`{shell_line('tinytrainer', 'chat', folder)}` talks to what it made; "
             f"`{shell_line('--base', folder)}` trains on from it.")

@@ -1,7 +1,7 @@
 """Fetch the books that the base `books` has read: python tools/fetch_books.py FOLDER
 
-data/books.csv names each book's repository at Standard Ebooks and the commit. One text file a book comes of it: chapters
-in their order, paragraphs apart by an empty line, chapters by two; without front matter, notes and pictures."""
+data/books.csv names each book's repository at Standard Ebooks and the commit. One text file a book comes of it:
+chapters in their order, paragraphs apart by an empty line, chapters by two; without front matter, notes, pictures."""
 
 import argparse
 import csv

@@ -104,7 +104,7 @@ def _respelled(token: str, i: int) -> str: # i: its id
     "A byte-level token in sentencepiece's style."
     data = bytes(_LETTERS[letter] for letter in token)
     try: return data.decode().replace(" ", SPACE)
-    except UnicodeDecodeError: return f"<0x{data[0]:02X}>" if len(data) == 1 else f"<part {i}>"
+    except UnicodeDecodeError: return f"<0x{data[0]:02X}>" if len(data) == 1 else f"\N{REPLACEMENT CHARACTER}{i}"
 
 def as_sentencepiece(tokenizer) -> tuple[PreTrainedTokenizerFast, list[float]]: # and the score of each token
     "A byte-level tokenizer with the same ids in sentencepiece's style; count with `rows_that_differ` what it changes."

@@ -336,7 +336,8 @@ def _tokenizer(file: _File) -> PreTrainedTokenizerFast:
     tokenizer = make(file, {token: i for i, token in enumerate(tokens)})
     _add_marked(file, tokenizer, tokens)
     special = {name.removesuffix("_id"): tokens[i] for name, i in _special(file).items()}
-    begins = kind == "llama" or file.values.get("tokenizer.ggml.pre") in ("llama-bpe", "llama3") # if the file does not say
+    # if the file does not say:
+    begins = kind == "llama" or file.values.get("tokenizer.ggml.pre") in ("llama-bpe", "llama3")
     if file.values.get("tokenizer.ggml.add_bos_token", begins) and "bos_token" in special:
         bos = dict(id="BOS", ids=[tokens.index(special["bos_token"])], tokens=[special["bos_token"]])
         tokenizer.post_processor = processors.TemplateProcessing("BOS $A", "BOS $A BOS $B", [bos])

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['Blocks', 'BlockCollator', 'PretrainTrainer', 'save_base', 'Positions', 'Steps', 'built', 'read_back', 'pretrain',
-           'load_for_pretraining', 'tokenizer_for']
+           'decayed_copy', 'load_for_pretraining', 'tokenizer_for']
 
 # %% ../../nbs/recipes/06_pretrain.ipynb #39b3a205
-import contextlib, copy, hashlib, itertools
+import contextlib, copy, hashlib, itertools, json, shutil
 from dataclasses import replace
 from pathlib import Path
 import torch
 import numpy as np
-from ..core import TinyTrainerError, need_fit, one_line, patch_to, say, whole_folder
+from ..core import TinyTrainerError, link_or_copy, local_path, need_fit, one_line, patch_to, say
+from ..core import whole_folder, write_json, write_whole
 from ..settings import may_change
 from ..hardware import matrix_rate
 from ..data.rows import Reading, held_note
@@ -29,6 +30,7 @@ from ..model.base import LoadRecord, _pretrained, model_preset, new_model
 from ..model.load import load_model, load_tokenizer, need_start, vocabulary_hash
 from ..compute.arguments import GenerateArgs
 from ..compute.flops import token_flops
+from ..compute.sharded import LAUNCH, sharding
 from ..compute.muon import MuonAdamW, muon_cost, need_muon
 from ..compute.generate import generate, prompt_room
 from ..model.cache import base_hash, file_hashes
@@ -36,7 +38,7 @@ from ..model.export import write_generation_config
 from .arguments import PretrainArgs
 from .trainer import RunTrainer, _schedule
 from .start import describe, held_count, held_wanted, need_heldout, start, tell
-from ..runs.run import SOURCE, STAGE, Run
+from ..runs.run import SOURCE, STAGE, Run, free_sibling
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers import Trainer
 
@@ -70,7 +72,7 @@ class BlockCollator:
 # %% ../../nbs/recipes/06_pretrain.ipynb #386c8ca0
 class PretrainTrainer(RunTrainer, Trainer):
     "Full training on blocks; the result is a model of its own in 16 bits."
-    tokenizer = None
+    tokenizer, shardable = None, True
     plan = None # of stages
     flops, rate = 0, 1.0 # operations of a token, and those that the processor could do in a second
     labels = () # of prepared folders
@@ -192,6 +194,9 @@ def create_optimizer(self, *args, **kwargs):
 
 @patch_to(PretrainTrainer)
 def _muon(self) -> MuonAdamW:
+    if sharding(): raise TinyTrainerError(
+        f"optimizer='muon' needs whole matrices, which {sharding()} shares out. Take optimizer='adamw', or start "
+        f"accelerate with whole models in each process: {LAUNCH['ddp']}.")
     names, decayed, how = need_muon(self.model), self.get_decay_parameter_names(self.model), self.args
     others = {name: p for name, p in trainable(self.model).items() if name not in names}
     groups = [dict(params=[p for name, p in others.items() if name in decayed]),
@@ -396,6 +401,61 @@ def _on_sources(model, tokenizer, sources: Sources, args: PretrainArgs, live: bo
     with run.failing(): model = model.float().requires_grad_(True)
     return start(run, model, tokenizer, args, built, live, sources=sources)
 
+# %% ../../nbs/recipes/06_pretrain.ipynb #6c708d45
+def _fall_begins(args: PretrainArgs) -> int | None: # None for a schedule that falls all the way
+    "The step at which the learning rate begins to fall."
+    if args.schedule == "constant": return args.max_steps
+    return args.max_steps - max(1, round(args.decay_share * args.max_steps)) if args.schedule == "wsd" else None
+
+def _need_height(run: Run, step: int) -> None: # step: of the newest checkpoint
+    "Raise `TinyTrainerError` for a run whose learning rate is not at its height there."
+    info = run.info
+    if info["recipe"] != "pretrain": why = f"is a run of {info['recipe']}, and only pretraining has such an end"
+    elif info["settings"].get("stages"): why = "follows stages, which say how long it takes"
+    elif not step: why = "has no checkpoint yet"
+    else:
+        args = PretrainArgs(**info["settings"])
+        begins = _fall_begins(args)
+        if begins is None: why = f"has the schedule {args.schedule}, which falls all the way"
+        elif step > begins: why = f"is at step {step}, and its learning rate falls since step {begins}"
+        elif step < args.warmup_steps: why = f"is at step {step}, and still warms up"
+        else: return
+    raise TinyTrainerError(f"{run.folder}: {why}. No copy of it can be ended early.")
+
+
+# %% ../../nbs/recipes/06_pretrain.ipynb #c3a1b7f0
+def _copy(run: Run, checkpoint: Path, step: int, folder: Path) -> None:
+    "Write a checkpoint of a run, and all that it needs, into a folder of its own."
+    copied = lambda source, target: shutil.copytree(source, target, copy_function=link_or_copy)
+    copied(checkpoint, folder / "checkpoints" / checkpoint.name)
+    for name in ("start", "data"):
+        if (run.place / name).is_dir(): copied(run.place / name, folder / name)
+    kept = [e for e in run.events if e["step"] <= step and e["kind"] not in ("status", "checkpoint")]
+    write_whole(folder / "events.jsonl", "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in kept))
+
+def decayed_copy(
+    run: Run | Path | str, # of pretraining, which may go on meanwhile; with wsd or a constant rate
+    steps: int,            # in which the learning rate falls to `min_lr`
+    out: str | Path = "",  # folder of the copy; empty: NAME-decayed beside the run
+) -> Run:
+    """A copy of a run at its newest checkpoint, with an end of its own: `resume()` trains it.
+    Raises `TinyTrainerError` for a run whose learning rate is not at its height."""
+    run = Run.open(run)
+    if steps < 1: raise TinyTrainerError(f"steps={steps} must be at least 1.")
+    checkpoint, step = run.last_checkpoint()
+    _need_height(run, step)
+    target, info = free_sibling(local_path(out or f"{run.folder}-decayed")), run.info
+    ends = dict(out=str(target), schedule="wsd", max_steps=step + steps, decay_share=steps / (step + steps))
+    with whole_folder(target) as folder:
+        _copy(run, checkpoint, step, folder)
+        told = {name: value for name, value in info.items() if name not in ("result", "process", "status")}
+        write_json(folder / "run.json", told | dict(
+            status="interrupted", settings=info["settings"] | ends, process=dict(pid=0, started=0.0)))
+    copy = Run.open(target)
+    copy.log("note", step, message=f"a copy of {run.folder} after step {step}; its learning rate falls from here")
+    return copy
+
+
 # %% ../../nbs/recipes/06_pretrain.ipynb #9f6b5103
 _SHOWN = 1000 # letters of a text in which tokens are counted
 
@@ -407,7 +467,8 @@ def _learned(base: str, preset, texts: list[str], name: str, error: bool = False
     tokenizer = train_tokenizer(texts, size, "sums" if name == "tinyworld" else "smollm")
     some = [text[:_SHOWN] for text in texts[:500]]
     own, tiny = (bytes_per_token(t, some) for t in (tokenizer, load_tokenizer("tiny")))
-    say(f"{base}: a token is {own:.1f} bytes of these texts; the tokenizer of tiny makes tokens of {tiny:.1f}", error=error)
+    say(f"{base}: a token is {own:.1f} bytes of these texts; the tokenizer of tiny makes tokens of {tiny:.1f}",
+        error=error)
     return tokenizer
 
 def _tokenizer_of(sources: Sources):

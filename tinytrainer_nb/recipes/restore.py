@@ -18,6 +18,7 @@ from ..model.layers import trainable
 from ..model.base import LoadRecord, new_model, _pretrained
 from ..model.lora import saved_adapters
 from ..model.load import load_recorded, need_finite, need_start, with_adapter
+from ..compute.sharded import local, part_of
 from transformers import AutoTokenizer
 from peft import set_peft_model_state_dict
 
@@ -66,7 +67,7 @@ def _copy(saved: dict[str, torch.Tensor], now: dict[str, nn.Parameter], path: Pa
     if other := [name for name, p in now.items() if saved[name].shape != p.shape]: # `copy_` would repeat a short one
         found, fits = (list(x[other[0]].shape) for x in (saved, now))
         raise TinyTrainerError(f"{path}: {other[0]} has the shape {found}, and must have {fits}.")
-    for name, p in now.items(): p.copy_(saved[name])
+    for name, p in now.items(): local(p).copy_(local(part_of(saved[name], p)))
 
 # %% ../../nbs/recipes/02_restore.ipynb #9eb274db
 _BEST = {None: "may be null", "score": "number", "step": "count", "worse": "count"}

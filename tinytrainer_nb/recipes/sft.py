@@ -29,7 +29,7 @@ from transformers import Trainer
 # %% ../../nbs/recipes/05_sft.ipynb #06c51bbf
 class SFTTrainer(RunTrainer, Trainer):
     "Supervised fine-tuning on packed rows, with greedy samples from held-out questions."
-    collates = Collator
+    collates, shardable = Collator, True
 
     def __init__(self, *args, questions: list, tokenizer, **kwargs):
         self.questions, self.tokenizer = questions, tokenizer
@@ -124,7 +124,7 @@ def built(
 # %% ../../nbs/recipes/05_sft.ipynb #eba5e82f
 class UpperTrainer(SFTTrainer):
     "The same from the lowest trained layer up, on hidden states that are computed before the first step."
-    collates = UpperCollator
+    collates, shardable = UpperCollator, False
 
     def train(self, *args, **kwargs):
         began, step = self.clock(), self.run.last_checkpoint()[1]
