@@ -1,23 +1,29 @@
 """How a model is pretrained: Muon beside AdamW against PyTorch's own optimisers, in runs and resumed; presets, FLOP."""
 
+import shutil
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tinytrainer_nb import hardware
 from tinytrainer_nb.all import (
+    PrepareArgs,
     PretrainArgs,
     Run,
     TinyTrainerError,
     model_preset,
     new_model,
+    prepare,
     pretrain,
 )
+from tinytrainer_nb.cli import main
 from tinytrainer_nb.compute.flops import token_flops
 from tinytrainer_nb.compute.muon import MuonAdamW, hidden_matrices, muon_cost, need_muon
+from tinytrainer_nb.core import read_json, write_json
 from tinytrainer_nb.data.tinyworld import corpus
 from tinytrainer_nb.model.arguments import SHAPES
-from tinytrainer_nb.recipes.pretrain import train_tokenizer
+from tinytrainer_nb.recipes.pretrain import decayed_copy, train_tokenizer
 from tinytrainer_nb.recipes.trainer import _schedule, set_learning_rate
 
 
@@ -198,3 +204,69 @@ def test_the_speed_of_a_cpu_is_measured_by_a_small_product(monkeypatch):
     monkeypatch.setattr(hardware, "seconds_of", lambda forward, x, *_, **__: sizes.append(len(x)) or 1.0)
     assert hardware.matrix_rate("cpu:0", torch.float32) == hardware.matrix_rate("cpu", torch.float32) == 2 * 1024**3
     assert sizes == [1024, 1024]
+
+
+@pytest.fixture
+def long_run(tmp_path, tokenizer, texts, request):
+    "A run of twelve steps at one height, of which the last four fall; with checkpoints after 4 and 8"
+    data = texts
+    if request.param == "prepared":
+        data = prepare(texts, tokenizer, PrepareArgs(out=str(tmp_path / "shards"))).folder
+    args = PretrainArgs(
+        max_steps=12,
+        batch_size=2,
+        max_length=32,
+        warmup_steps=2,
+        decay_share=1 / 3,
+        save_steps=4,
+        eval_steps=0,
+        sample_steps=0,
+        min_lr=1e-4,
+        keep_checkpoints=9,
+        out=str(tmp_path / "long"),
+    )
+    run = pretrain(new_model("llama-1m", seed=0, dtype="fp32"), tokenizer, data, args)
+    shutil.rmtree(run.folder / "checkpoints/step-000012")
+    return run
+
+
+@pytest.mark.parametrize("long_run", ["in memory", "prepared"], indirect=True)
+def test_a_copy_ends_while_the_run_goes_on(long_run, tmp_path, capsys):
+    """The rows, the optimiser and the random numbers go on where the run was: the first step of the copy is the run's own
+    ninth, to the bit; then the rate falls in a line to min_lr"""
+    before = {f: f.stat().st_mtime_ns for f in long_run.folder.rglob("*") if f.is_file()}
+    assert main(["resume", str(long_run.folder), "--decay", "4", "--out", str(tmp_path / "early")]) == 0
+    assert {f: f.stat().st_mtime_ns for f in long_run.folder.rglob("*") if f.is_file()} == before
+    copy = Run.open(tmp_path / "early")
+    assert copy.status == "finished" and copy.summary["steps"] == 12
+    steps, rates = copy.history("learning_rate")
+    assert steps == list(range(1, 13))
+    assert rates[8:] == pytest.approx([2e-3, 1.525e-3, 1.05e-3, 5.75e-4])
+    assert copy.history("loss")[1] == long_run.history("loss")[1]  # which falls at the same steps
+    for file in ("model.safetensors", "tokenizer.json"):
+        assert (copy.folder / "model" / file).read_bytes() == (long_run.folder / "model" / file).read_bytes()
+
+
+@pytest.mark.parametrize("long_run", ["in memory"], indirect=True)
+def test_what_cannot_end_early_is_a_line(long_run, tmp_path, capsys):
+    def refused(said, **settings):
+        info = read_json(long_run.folder / "run.json")
+        other = tmp_path / f"other{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(long_run.folder, other)
+        write_json(other / "run.json", info | dict(settings=info["settings"] | settings))
+        with pytest.raises(TinyTrainerError, match=said):
+            decayed_copy(other, 4)
+        return other
+
+    refused("has the schedule cosine, which falls all the way", schedule="cosine")
+    refused("is at step 8, and its learning rate falls since step 6", decay_share=0.5)
+    refused("is at step 8, and still warms up", warmup_steps=9)
+    refused("follows stages", stages="plan.yaml")
+    with pytest.raises(TinyTrainerError, match="steps=0 must be at least 1"):
+        decayed_copy(long_run, 0)
+    shutil.rmtree(long_run.folder / "checkpoints")
+    with pytest.raises(TinyTrainerError, match="has no checkpoint yet"):
+        decayed_copy(long_run, 4)
+    assert main(["resume", str(long_run.folder), "--out", str(tmp_path / "x")]) == 2
+    assert "--out is the folder of a copy, which --decay makes" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*-decayed"))
