@@ -14,8 +14,8 @@ __all__ = ['TinyTrainerError', 'data_file', 'read_json', 'write_json', 'hardware
            'length_reward', 'reference_overlap', 'repetition_reward', 'dpo', 'model_reward', 'reward_model',
            'sample_pairs', 'ppo', 'group_advantages', 'grpo', 'Evaluation', 'Scores', 'answer_table', 'bits_per_byte',
            'compare', 'evaluate', 'score_table', 'run_settings', 'as_command', 'as_parameters', 'as_python',
-           'settings_form', 'chat_panel', 'rollout_panel', 'dial_panel', 'compare_panel', 'follow', 'has_front_end',
-           'launch_panel', 'run_panel']
+           'settings_form', 'StagesForm', 'chat_panel', 'rollout_panel', 'dial_panel', 'compare_panel', 'follow',
+           'has_front_end', 'launch_panel', 'run_panel']
 
 # %% ../nbs/99_all.ipynb #b4febece
 from .core import TinyTrainerError, data_file, read_json, write_json
@@ -58,6 +58,7 @@ from .recipes.table import run_settings
 from .recipes import train # noqa: F401, adds `resume` to a run
 from .recipes.reproduce import as_command, as_parameters, as_python
 from .panels.settings_form import settings_form
+from .panels.stages_form import StagesForm
 from .panels.conversation import chat_panel
 from .panels.rollouts import rollout_panel
 from .panels.sliders import dial_panel
@@ -80,5 +81,5 @@ _all_ = [
     "repetition_reward", "dpo", "model_reward", "reward_model", "sample_pairs", "ppo", "group_advantages", "grpo",
     "Evaluation", "Scores", "answer_table", "bits_per_byte", "compare", "evaluate", "score_table",
     "run_settings", "as_command", "as_parameters", "as_python",
-    "settings_form", "chat_panel", "rollout_panel", "dial_panel", "compare_panel",
+    "settings_form", "StagesForm", "chat_panel", "rollout_panel", "dial_panel", "compare_panel",
     "follow", "has_front_end", "launch_panel", "run_panel"]
