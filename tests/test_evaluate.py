@@ -244,3 +244,12 @@ def test_prompts_without_room_name_the_limit_that_leaves_them_out(small, recipe,
         with pytest.raises(TinyTrainerError, match=said):
             recipe(model, tokenizer, prompts, "length", args(batch_size=4, out=str(tmp_path / "run"), **settings))
     assert not (tmp_path / "run").exists()
+
+
+def test_few_documents_have_no_endless_interval():
+    "Three of them allow none at 95 %; it was printed from -inf to inf"
+    found = room.Evaluation("bits_per_byte", 2.0, 3, ["a", "b", "c"], rewards=[1.0, 2.0, 3.0], weights=[1, 1, 1])
+    assert found.interval is None and "inf" not in repr(found)
+    many = room.Evaluation("bits_per_byte", 2.0, 30, ["a"] * 30, rewards=[1.0, 2.0, 3.0] * 10, weights=[1] * 30)
+    low, high = many.interval
+    assert low < 2 < high

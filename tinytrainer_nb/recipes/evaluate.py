@@ -98,7 +98,9 @@ class Evaluation:
     def interval(self) -> tuple[float, float] | None:
         "95 % interval: Wilson's if each reward is 0 or 1, else normal; by documents with weights; else None."
         if not self.rewards or self.weights and self.n < 2: return None # one document says nothing
-        if self.weights: return bootstrap(self.rewards, self.weights)[:2]
+        if self.weights:
+            low, high, _ = bootstrap(self.rewards, self.weights)
+            return (low, high) if math.isfinite(high - low) else None # too few documents
         if _right_or_wrong(self.rewards): return wilson(self.score, self.n)
         half = Z * math.sqrt(sum((r - self.score) ** 2 for r in self.rewards)) / self.n
         return self.score - half, self.score + half

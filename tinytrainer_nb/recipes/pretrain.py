@@ -420,7 +420,8 @@ def _need_height(run: Run, step: int) -> None: # step: of the newest checkpoint
         elif step > begins: why = f"is at step {step}, and its learning rate falls since step {begins}"
         elif step < args.warmup_steps: why = f"is at step {step}, and still warms up"
         else: return
-    raise TinyTrainerError(f"{run.folder}: {why}. No copy of it can be ended early.")
+    raise TinyTrainerError(f"{run.folder}: {why}. No copy of it can be ended early: that takes a "
+                           "checkpoint at the full learning rate, of a run with --schedule wsd or constant.")
 
 
 # %% ../../nbs/recipes/06_pretrain.ipynb #c3a1b7f0
