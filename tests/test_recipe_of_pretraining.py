@@ -232,7 +232,7 @@ def long_run(tmp_path, tokenizer, texts, request):
 
 @pytest.mark.parametrize("long_run", ["in memory", "prepared"], indirect=True)
 def test_a_copy_ends_while_the_run_goes_on(long_run, tmp_path, capsys):
-    """The rows, the optimiser and the random numbers go on where the run was: the first step of the copy is the run's own
+    """Rows, optimiser and random numbers go on where the run was: the first step of the copy is the run's own
     ninth, to the bit; then the rate falls in a line to min_lr"""
     before = {f: f.stat().st_mtime_ns for f in long_run.folder.rglob("*") if f.is_file()}
     assert main(["resume", str(long_run.folder), "--decay", "4", "--out", str(tmp_path / "early")]) == 0

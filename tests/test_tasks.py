@@ -838,7 +838,7 @@ def test_bits_of_data(tmp_path, tiny, capsys):
     assert evaluate(model, tokenizer, TEXTS, "bits_per_byte", limit=1).n == 1
     said = json.loads(json.dumps(found.to_dict()))
     assert said["task"] == "bits_per_byte" and said["n"] == 3 and said["perplexity"] == found.figures["perplexity"]
-    assert said["interval"][0] < said["score"] < said["interval"][1] and said["how"]["dtype"] == "fp32"
+    assert "interval" not in said and said["how"]["dtype"] == "fp32"  # three documents allow none
     with pytest.raises(TinyTrainerError, match="reads plain texts"):
         evaluate(model, tokenizer, [dict(prompt="a", completion="b")], "bits_per_byte")
 

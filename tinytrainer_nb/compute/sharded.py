@@ -45,7 +45,7 @@ def full(
 
 def part_of(
     tensor: torch.Tensor, # whole, of any shape, the same in all processes
-    like: torch.Tensor,   # of the same shape, shared out or not
+    like: torch.Tensor,   # of any shape, shared out or not
 ) -> torch.Tensor:        # of its shape, or with fewer rows
     "A whole tensor as it is shared out in another one of its shape."
     if not isinstance(like, DTensor) or tensor.shape != like.shape: return tensor.to(like.device)

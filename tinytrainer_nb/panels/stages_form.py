@@ -38,7 +38,8 @@ class StageRow(widgets.VBox):
         if ramp := self.ramp_tokens.value.strip(): said["ramp_tokens"] = ramp
         try: said["sources"] = yaml.safe_load(f"{{{self.sources.value}}}")
         except (yaml.YAMLError, RecursionError): raise TinyTrainerError(
-            f"sources: {self.sources.value!r:.60} must be folders with weights, such as books: 3, code: [1, 3].") from None
+            f"sources: {self.sources.value!r:.60} must be folders with weights, such as books: 3, code: [1, 3]."
+        ) from None
         return said
 
 def _as_text(value) -> str:
@@ -114,7 +115,7 @@ def _told(self, stages: list[Stage]) -> Markup:
 
 @patch_to(StagesForm)
 def save(self) -> None:
-    "Write the file; another one that is there already is left alone."
+    "Write the file; another one that is there already is left alone, and a `TinyTrainerError` is shown."
     path = local_path(self.file.value)
     try:
         if is_there(path) and path != self.known:
