@@ -2591,6 +2591,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                      'tinytrainer_nb/panels/stages_form.py'),
                                                    'tinytrainer_nb.panels.stages_form.StagesForm.__init__': ( 'panels/stages_form.html#stagesform.__init__',
                                                                                                               'tinytrainer_nb/panels/stages_form.py'),
+                                                   'tinytrainer_nb.panels.stages_form.StagesForm._need_free': ( 'panels/stages_form.html#stagesform._need_free',
+                                                                                                                'tinytrainer_nb/panels/stages_form.py'),
                                                    'tinytrainer_nb.panels.stages_form.StagesForm._told': ( 'panels/stages_form.html#stagesform._told',
                                                                                                            'tinytrainer_nb/panels/stages_form.py'),
                                                    'tinytrainer_nb.panels.stages_form.StagesForm.add': ( 'panels/stages_form.html#stagesform.add',

@@ -114,12 +114,17 @@ def _told(self, stages: list[Stage]) -> Markup:
     return Markup("{}{}").format(table, Markup("<br>").join(map(small, lines)))
 
 @patch_to(StagesForm)
+def _need_free(self, path: Path) -> None:
+    "Raise `TinyTrainerError` for a file that the form has neither read nor written."
+    if not is_there(path) or path == self.known: return
+    raise TinyTrainerError(f"{path}: is there already. Choose another name, or open the form with this one.")
+
+@patch_to(StagesForm)
 def save(self) -> None:
-    "Write the file; another one that is there already is left alone, and a `TinyTrainerError` is shown."
+    "Write the file; another one that is there already is left alone."
     path = local_path(self.file.value)
     try:
-        if is_there(path) and path != self.known:
-            raise TinyTrainerError(f"{path}: is there already. Choose another name, or open the form with this one.")
+        self._need_free(path)
         write_whole(path, self.text())
     except TinyTrainerError as e:
         self.said.value = complaint(e)
