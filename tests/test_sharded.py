@@ -201,19 +201,11 @@ def launched(*command, timeout: float = 300, **env) -> str:
     return process.stderr
 
 
-def has_deepspeed() -> bool:
-    try:
-        import deepspeed  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in LAUNCH if not name.endswith("nodes")])
 def test_each_file_of_settings_starts(name, whole_runs, texts, tmp_path):
-    if name.startswith("zero") and not has_deepspeed():
-        pytest.skip("needs DeepSpeed: pip install deepspeed")
+    if name.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="needs DeepSpeed: pip install deepspeed")
     accelerate = ["accelerate.commands.launch", "--config_file", LAUNCH[name], "--main_process_port", "0"]
     more = dict(DS_ACCELERATOR="cpu") if name.startswith("zero") else {}
     launched(*accelerate, "-m", "tinytrainer_nb.cli", *PRETRAIN, "--data", texts, "--out", tmp_path / "run", **more)

@@ -9,8 +9,8 @@ __all__ = ['StageRow', 'StagesForm']
 from pathlib import Path
 import ipywidgets as widgets
 import yaml
-from ..core import Markup, TinyTrainerError, is_there, local_path, patch_to, write_whole
-from ..data.plan import Plan, Stage, open_stages, read_stages, reads_of, stage_of, stages_record
+from ..core import Markup, TinyTrainerError, is_there, local_path, patch_to, shell_line, write_whole
+from ..data.plan import PLANS, Plan, Stage, open_stages, read_stages, reads_of, stage_of, stages_record
 from .widgets import Panel, button, complaint, small, wrapped
 from ..views.plots import table_html
 
@@ -57,19 +57,24 @@ class StagesForm(Panel):
         length: int = 2048,             # tokens of a window, as the training's max_length
     ):
         self.length = length
-        self.file = widgets.Text(value=str(path), description="file", continuous_update=False)
+        ships = str(path) in PLANS
+        self.file = widgets.Text(
+            value="plan.yaml" if ships else str(path), description="file", continuous_update=False)
         self.rows, self.shown, self.said = widgets.VBox(), widgets.HTML(), widgets.HTML()
         self.plus = button("add a stage", "plus", "a stage after the last one", self.add, "9em")
         self.write = button("save", "save", "write the file", self.save)
         super().__init__([self.rows, wrapped(self.plus, self.file, self.write), self.said, self.shown])
         self.known = local_path(path) if is_there(local_path(path)) else None # the file that may be written over
-        for said in stages_record(read_stages(path)) if self.known or _ships(path) else [None]: self.add(said)
+        for said in stages_record(read_stages(path)) if self.known or ships else [None]: self.add(said)
 
     @property
     def value(self) -> list[Stage]:
         "The stages as the form has them now. Raises `TinyTrainerError` if a row is not a stage."
-        base = local_path(self.file.value).parent
-        return [stage_of(row.data(), f"stage {i}", base) for i, row in enumerate(self.rows.children, 1)]
+        return [self._stage(i, row) for i, row in enumerate(self.rows.children, 1)]
+
+    def _stage(self, i: int, row: StageRow) -> Stage: # i: from 1
+        "The stage of a row. Raises `TinyTrainerError` if it is none."
+        return stage_of(row.data(), f"stage {i}", local_path(self.file.value).parent)
 
     def add(self, said: dict | None = None) -> None: # said: as the file has it
         "One stage more."
@@ -81,18 +86,13 @@ class StagesForm(Panel):
         if len(self.rows.children) > 1: self.rows.children = tuple(r for r in self.rows.children if r is not row)
         self.update()
 
-def _ships(path) -> bool:
-    "Whether this is the name of a plan that comes with the project."
-    from tinytrainer_nb.data.plan import PLANS
-    return str(path) in PLANS
-
 # %% ../../nbs/panels/08_stages_form.ipynb #47045b5f
 @patch_to(StagesForm)
 def update(self) -> None:
     "Say what is wrong at its row, or what the plan comes to."
-    base, stages = local_path(self.file.value).parent, []
+    stages = []
     for i, row in enumerate(self.rows.children, 1):
-        try: stages.append(stage_of(row.data(), f"stage {i}", base))
+        try: stages.append(self._stage(i, row))
         except TinyTrainerError as e: row.error.value = complaint(e)
         else: row.error.value = ""
     whole = len(stages) == len(self.rows.children)
@@ -129,7 +129,7 @@ def save(self) -> None:
     except TinyTrainerError as e:
         self.said.value = complaint(e)
         return
-    self.known, self.said.value = path, small(f"saved: tinytrainer pretrain --stages {path}")
+    self.known, self.said.value = path, small(f"saved: {shell_line('tinytrainer', 'pretrain', '--stages', path)}")
 
 @patch_to(StagesForm)
 def text(self) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import numpy as np
 from ..core import TinyTrainerError, link_or_copy, local_path, need_fit, one_line, patch_to, say
-from ..core import whole_folder, write_json, write_whole
+from ..core import share, whole_folder, write_json, write_whole
 from ..settings import may_change
 from ..hardware import matrix_rate
 from ..data.rows import Reading, held_note
@@ -445,16 +445,22 @@ def decayed_copy(
     if steps < 1: raise TinyTrainerError(f"steps={steps} must be at least 1.")
     checkpoint, step = run.last_checkpoint()
     _need_height(run, step)
-    target, info = free_sibling(local_path(out or f"{run.folder}-decayed")), run.info
+    target = Path(share(str(free_sibling(local_path(out or f"{run.folder}-decayed")))))
+    if run.leads: _write_copy(run, checkpoint, step, target, steps)
+    share(None) # it is there for all processes
+    return Run.open(target)
+
+def _write_copy(run: Run, checkpoint: Path, step: int, target: Path, steps: int) -> None:
+    "Make the folder of a copy that ends in `steps`."
+    info = run.info
     ends = dict(out=str(target), schedule="wsd", max_steps=step + steps, decay_share=steps / (step + steps))
     with whole_folder(target) as folder:
         _copy(run, checkpoint, step, folder)
         told = {name: value for name, value in info.items() if name not in ("result", "process", "status")}
         write_json(folder / "run.json", told | dict(
             status="interrupted", settings=info["settings"] | ends, process=dict(pid=0, started=0.0)))
-    copy = Run.open(target)
-    copy.log("note", step, message=f"a copy of {run.folder} after step {step}; its learning rate falls from here")
-    return copy
+    Run.open(target).log(
+        "note", step, message=f"a copy of {run.folder} after step {step}; its learning rate falls from here")
 
 
 # %% ../../nbs/recipes/06_pretrain.ipynb #9f6b5103

@@ -21,7 +21,8 @@ from ..compute.dropout import OwnDropout, drops
 from ..compute.onednn import has_blocks
 from ..compute.path import choose_path, on_path
 from ..compute.sharded import full, is_sharded, load_optimizer, load_random, local
-from ..compute.sharded import need_shardable, save_optimizer, save_random, shard_on_cpu, unsharded
+from ..compute.sharded import need_shardable, save_optimizer, save_random, shard_on_cpu
+from ..compute.sharded import sharding, unsharded
 from ..model.layers import count_trainable, evaluating, keep_gradients, trainable
 from ..model.base import compute_context
 from ..model.load import need_finite, result_hashes
@@ -440,7 +441,7 @@ def _complete(self, staging: Path) -> None:
     shutil.rmtree(self._staging)
     if self.settings.keep_best and self.best and self.best_weights.exists():
         link_or_copy(self.best_weights, staging / BEST)
-    hashes = {file.name: file_hash(file) for file in sorted(staging.iterdir())}
+    hashes = {file.name: file_hash(file) for file in sorted(staging.iterdir()) if file.is_file()} # DeepSpeed's folder
     write_json(staging / "progress.json", dict(
         tokens=self.tokens, seconds=self.seconds + self.clock(), settings=self.settings.to_dict(),
         best=self.best, sha256=hashes))
@@ -723,10 +724,11 @@ def path(self) -> dict:
 
 @patch_to(RunTrainer)
 def _plain_path(self, known: dict | None) -> dict:
-    "The path of a model that is shared out: its weights are there only while `transformers` calls a layer."
-    plain = dict(blocks=False, copies=False, recompute=False, why="off: the weights are shared out among the processes")
+    "The path under FSDP or DeepSpeed, which put the weights in place when `transformers` calls a layer."
+    why = f"off: {sharding()} works where `transformers` calls a layer"
+    plain = dict(blocks=False, copies=False, recompute=False, why=why)
     if not known: self.run.update_info(fast=plain)
-    tell(self.run, f"fast path: {plain['why']}")
+    tell(self.run, f"fast path: {why}")
     return plain
 
 def _leaner(path: dict, known: dict) -> bool:
