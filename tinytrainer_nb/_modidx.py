@@ -1015,6 +1015,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'tinytrainer_nb/data/prepare.py'),
                                              'tinytrainer_nb.data.prepare._work': ( 'data/prepare.html#_work',
                                                                                     'tinytrainer_nb/data/prepare.py'),
+                                             'tinytrainer_nb.data.prepare.held_by_hash': ( 'data/prepare.html#held_by_hash',
+                                                                                           'tinytrainer_nb/data/prepare.py'),
                                              'tinytrainer_nb.data.prepare.id_count': ( 'data/prepare.html#id_count',
                                                                                        'tinytrainer_nb/data/prepare.py'),
                                              'tinytrainer_nb.data.prepare.is_made': ( 'data/prepare.html#is_made',

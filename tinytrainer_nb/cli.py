@@ -212,7 +212,7 @@ def prepare_command(parser: Parser, given: dict) -> int: # exit status
     need_out(local_path(args.out))
     from tinytrainer_nb.recipes.pretrain import tokenizer_for
     quiet_bars()
-    tokenizer = tokenizer_for(load.base, data.data, data.columns or None, data.split)
+    tokenizer = tokenizer_for(load.base, data.data, data.columns or None, data.split, args.heldout)
     try: shards = prepare(data.data, tokenizer, args, data.columns or None, data.split)
     except KeyboardInterrupt:
         say("", "interrupted: the same command goes on.", error=True)

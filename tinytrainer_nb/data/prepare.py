@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'NAMED', 'tokenizer_hash', 'id_count', 'Encoder', 'Job', 'sketches_of', 'make_part', 'is_made', 'make_parts',
-           'make_stream_parts', 'seeds', 'Side', 'write_shards', 'need_out', 'prepare', 'summary_of']
+           'make_stream_parts', 'held_by_hash', 'seeds', 'Side', 'write_shards', 'need_out', 'prepare', 'summary_of']
 
 # %% ../../nbs/data/09_prepare.ipynb #dd09820b
 import contextlib, itertools, json, multiprocessing, os, re, signal, threading
@@ -22,7 +22,7 @@ from ..core import read_json, read_typed, remove_whole, say, sync_file, write_js
 from ..hardware import num_threads
 from .arguments import PrepareArgs
 from .formats import PACKED
-from .near import KEPT, Sketches, family, sketches
+from .near import KEPT, Sketches, family, letters, sketches, text_hash
 from .shards import FORMAT, NAME, VERSION, Shard, Shards, ShardWriter
 from .shards import are_shards, open_shards, token_dtype
 from .tokens import _first, control_words, ensure_template, text_ids
@@ -283,6 +283,10 @@ def _taken(rows: Iterator[dict], name: str) -> list[dict]:
 def _lowest(hashes: np.ndarray, share: float) -> np.ndarray: # bool (documents,)
     "Which documents are held out by their hash."
     return hashes < np.uint64(min(int(share * 2**64), 2**64 - 1))
+
+def held_by_hash(text: str, share: float) -> bool:
+    "Whether a document is among the held-out `share` by its hash; its near copies follow it there."
+    return bool(_lowest(np.uint64(text_hash(text, letters(text))), share))
 
 def seeds(
     pieces,       # gives what is known of all documents, some at a time

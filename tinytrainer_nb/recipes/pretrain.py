@@ -18,7 +18,7 @@ from ..settings import may_change
 from ..hardware import matrix_rate
 from ..data.rows import Reading, held_note
 from ..data.units import open_data
-from ..data.prepare import id_count, tokenizer_hash
+from ..data.prepare import held_by_hash, id_count, tokenizer_hash
 from ..data.documents import documents, read_texts, token_stream
 from ..data.tokenizer import bytes_per_token, train_tokenizer
 from ..data.order import Samples, Sources, are_sources, heldout_windows, open_sources, training_samples
@@ -511,6 +511,7 @@ def tokenizer_for(
     data,                              # what `prepare` takes
     columns: dict | str | None = None, # {"text": "content"}, or text=content
     split: str = "train",              # of a Hub data set, or of a folder
+    heldout: float = 0,                # share of the documents that `prepare` holds out; nothing is learned from them
 ):
     "A base's tokenizer; a new model's is learned from the first documents. Raises `TinyTrainerError` as both do."
     if not base.startswith("new:"): return load_tokenizer(base)
@@ -518,7 +519,9 @@ def tokenizer_for(
     rows = source.rows if source.units is None else None
     texts = (text for unit in source.units or () for text, _ in source.documents(unit)) if rows is None \
         else (row.get(source.column) for row in rows)
-    return _learned(base, preset, list(_first_megabytes(filter(None, texts), 50)), source.name, error=True)
+    some = list(_first_megabytes(filter(None, texts), 50))
+    learned = [text for text in some if not held_by_hash(text, heldout)]
+    return _learned(base, preset, learned or some, source.name, error=True)
 
 def _first_megabytes(texts, most: int):
     "The first 20,000 texts, or as many as have `most` million letters."
