@@ -61,6 +61,7 @@ BORROWED = [
     ("torch:ops.mkldnn", "_reorder_linear_weight", "a weight in oneDNN's order"),
     ("torch:ops.mkldnn", "_is_mkldnn_bf16_supported", "whether there is such an order"),
     ("torch:cpu", "_is_avx512_bf16_supported", "whether the processor has bf16 instructions"),
+    ("torch:cpu", "_is_amx_tile_supported", "whether the processor has fast bf16 instructions"),
     ("torch:ops.aten", "_softmax_backward_data", "the derivative of attention's softmax"),
     ("bitsandbytes:functional", "_convert_weight_packed_for_cpu", "4-bit weights for the kernel of few rows"),
     ("datasets.arrow_dataset", "_fingerprint", "whether a table is still what was read"),

@@ -137,10 +137,11 @@ def default_device() -> str: # "cuda" or "cpu"
     "The device that is used if nobody names one."
     return "cuda" if torch.cuda.is_available() else "cpu"
 
-def _has_bf16_instructions() -> bool:
-    "Whether the CPU has AVX512-BF16, as those with AMX have too, and no variable hides it from PyTorch."
+def _has_fast_bf16() -> bool:
+    "Whether the CPU has AMX, or is AMD's with AVX512-BF16, and no variable hides it from PyTorch."
     hidden = any(os.environ.get(name) for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"))
-    return not hidden and torch.cpu._is_avx512_bf16_supported()
+    if hidden or not torch.cpu._is_avx512_bf16_supported(): return False
+    return torch.cpu._is_amx_tile_supported() or "AMD" in _cpu_model()
 
 @functools.cache
 def _bf16_gain(threads: int) -> float:
@@ -154,8 +155,8 @@ def probe_dtype(device: str) -> tuple[torch.dtype, str]: # the compute dtype, an
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return (torch.bfloat16, "this GPU has bf16 units") if bf16 else (torch.float16, "this GPU has no bf16 units")
     ratio = _bf16_gain(torch.get_num_threads())
-    if ratio < 1.2 and _has_bf16_instructions():
-        return torch.bfloat16, f"this CPU has bf16 instructions, though just now a product was {ratio:.1f}x as fast"
+    if ratio < 1.2 and _has_fast_bf16():
+        return torch.bfloat16, f"this CPU has fast bf16 instructions, though just now a product was {ratio:.1f}x as fast"
     near = "; a near tie; set dtype='bf16' or 'fp32' to decide it for good"
     told = f"{ratio:.1f}x as fast as fp32 on this CPU{near * (0.8 < ratio < 1.8)}"
     if ratio > 1.2: return torch.bfloat16, f"a bf16 product is {told}"
