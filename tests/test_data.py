@@ -35,11 +35,13 @@ from tinytrainer_nb.data.formats import (
     load_examples,
     load_prompts,
 )
-from tinytrainer_nb.data.rows import encode_rows, hold_out, read_examples
+from tinytrainer_nb.data.rows import encode_rows, held_note, hold_out, read_examples
 from tinytrainer_nb.data.tokens import encode_chat, ensure_template, render
 from tinytrainer_nb.hardware import _cgroup_free, peak_memory
+from tinytrainer_nb.recipes.arguments import PPOArgs
 from tinytrainer_nb.recipes.pretrain import read_texts
 from tinytrainer_nb.recipes.rewards import exact_answer
+from tinytrainer_nb.recipes.rounds import held_first, held_out
 from tinytrainer_nb.recipes.sft import _lessons
 from tinytrainer_nb.views.data_report import data_report
 
@@ -814,7 +816,7 @@ def test_rows_left_out_keep_the_numbers_of_the_file(tmp_path):
 
 def test_held_out_rows_may_all_be_too_long():
     tokenizer = ensure_template(AutoTokenizer.from_pretrained(data_file("tiny")))
-    train, held = hold_out(load_examples([dict(prompt="a", completion="b")] * 10), 1, 0)
+    train, held = hold_out(load_examples([dict(prompt=f"a{i}", completion="b") for i in range(10)]), 1, 0)
     assert len(encode_rows(tokenizer, train, 64)[0]) == 9
     assert read_examples(tokenizer, load_examples([dict(prompt="a", completion="b " * 99)]), 64)[0] == []
 
@@ -927,3 +929,30 @@ def test_the_cure_fits_the_cause(row, cure):
     with pytest.raises(TinyTrainerError) as e:
         encode_rows(tokenizer, load_examples([row]), 64)
     assert str(e.value) == f"no row is left of 1: {cure}."
+
+
+def test_what_is_held_out_has_no_copy_among_the_rows_that_are_learned():
+    rows = [dict(prompt=f"q{i % 30}", completion="a") for i in range(55)]  # of 30 questions, five stand once
+    train, held = hold_out(load_examples(rows), 64, 0)
+    asked = [m[0]["content"] for m in held["messages"]]
+    assert len(held) == 5 == len(set(asked)) and not set(asked) & {m[0]["content"] for m in train["messages"]}
+    assert len(train) == 50 and held_note(55, 5, 5) == "held out: 5 rows"
+    assert hold_out(load_examples(rows[:25] * 2), 64, 0)[1].num_rows == 0
+    assert held_note(50, 64, 0) == "held out: 0 rows; every other one has a copy"
+    answers = load_examples([dict(prompt="Pick a number.", completion=str(i)) for i in range(40)])
+    assert hold_out(answers, 4, 0)[1].num_rows == 4, "the same question with another answer is no copy"
+
+
+def test_prompts_that_are_held_out_have_no_copy():
+    args = PPOArgs(eval_rows=3, eval_steps=1)
+    prompts = load_prompts([dict(prompt=f"q{i % 30}", reference_answer="a") for i in range(55)])
+    ordered = held_first(prompts, args)
+    asked = [p["messages"][-1]["content"] for p in ordered]
+    held = held_out(ordered, args)
+    assert (
+        held == 3
+        and not set(asked[:held]) & set(asked[held:])
+        and sorted(asked) == sorted(p["messages"][-1]["content"] for p in prompts)
+    )
+    plain = load_prompts([dict(prompt=f"q{i}", reference_answer="a") for i in range(55)])
+    assert held_first(plain, args) == plain, "without copies the order is as it was"

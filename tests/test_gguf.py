@@ -635,7 +635,7 @@ def test_a_changed_file_is_refused_by_every_door(run, whole, capsys):
         told = said_by(opened, capsys)
         assert "not as it was when the run was started: the weights changed" in told, (door, told)
     Path("m.gguf").unlink()
-    with pytest.raises(TinyTrainerError, match="m.gguf: no such model"):
+    with pytest.raises(TinyTrainerError, match="m.gguf: no such file or folder"):
         load_model("run", verbose=False)
     assert not Path("merged").exists() and not Path("next").exists()
 

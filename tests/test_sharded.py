@@ -1,8 +1,10 @@
 """Processes that share out a model's weights: what they train is what one process trains, and each kind of process goes
 on from each other's checkpoints."""
 
+import functools
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -13,6 +15,7 @@ import yaml
 from forked import Command, Script
 from safetensors.torch import load_file
 from small import small_base
+from test_kills import check_whole
 
 from tinytrainer_nb.all import LAUNCH, Run, load_model
 
@@ -158,6 +161,92 @@ def back_to(run, step: int) -> None:
     info["status"] = "interrupted"
     info.pop("result", None)
     (run / "run.json").write_text(json.dumps(info), encoding="utf8")
+
+
+KILLED = """
+import os, signal, sys
+from tinytrainer_nb.cli import main
+writes, wanted, plain = 0, int(sys.argv[1]), os.replace
+def counted(*args, **kwargs):
+    global writes
+    writes += 1
+    if writes == wanted: os.kill(os.getpid(), signal.SIGKILL)
+    return plain(*args, **kwargs)
+os.replace = counted # whatever is written gets its name by it
+code = main(sys.argv[2:])
+print(writes)
+sys.exit(code)
+"""
+PLAN = """
+- tokens: 768
+  sources: {text: 1}
+  batch_tokens: 256
+- tokens: 1024
+  sources: {text: [1, 0], more: [0, 1]}
+  batch_tokens: 512
+"""
+
+
+def killed_at(write: int, kind: str, command: list) -> str:
+    "Train until the first process has made so many writes; then all of them get a SIGKILL. 0: to the end"
+    count, env = (1, {}) if kind == "one" else (2, engine(kind))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        env |= dict(WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1")
+        env["MASTER_PORT"] = str(free.getsockname()[1])
+    scripts = []
+    for rank in range(count):
+        place = dict(env, RANK=str(rank), LOCAL_RANK=str(rank)) if count > 1 else {}
+        scripts.append(Script(KILLED, write * (rank == 0), *command, **place))
+    scripts[0].process.join(300)
+    for script in scripts[1:] if write else []:
+        script.kill()
+    said = [script.communicate(300) for script in scripts]
+    assert scripts[0].returncode == (-9 if write else 0), said
+    return said[0][0]
+
+
+@pytest.fixture(scope="module")
+def planned(texts, tmp_path_factory):
+    "By each kind of process: the command of a plan of two stages, a run to its end, and how many writes that took"
+    folder = tmp_path_factory.mktemp("planned")
+    for name, share in (("text", "0.1"), ("more", "0.2")):
+        command = ["prepare", "--data", texts, "--base", small_base(), "--out", folder / name, "--heldout", share]
+        train("one", *command)
+    (folder / "plan.yaml").write_text(PLAN)
+    flags = (
+        "--dtype fp32 --max_length 64 --warmup_steps 0 --save_steps 1 --eval_steps 2 --sample_steps 0 --eval_blocks 4"
+    )
+    command = ["pretrain", "--stages", folder / "plan.yaml", "--base", small_base(), *flags.split(), "--out"]
+
+    @functools.cache
+    def of(kind: str):
+        said = killed_at(0, kind, [*command, folder / kind])
+        return command, folder / kind, int(said.split()[-1])
+
+    return of
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+@pytest.mark.parametrize(
+    "kind, i",
+    [pytest.param(k, i, marks=[] if (k, i) == ("one", 0) else pytest.mark.slow) for k in KINDS for i in range(8)],
+)
+def test_a_kill_at_any_write(kind, i, planned, tmp_path):
+    "Also at the border of two stages: what was saved can be read, and one process goes on from it to the same end"
+    command, reference, writes = planned(kind)
+    at = random.Random().randint(1, writes)
+    killed_at(at, kind, [*command, tmp_path / "run"])
+    check_whole(tmp_path / "run")
+    if not (tmp_path / "run/run.json").exists():
+        assert not (tmp_path / "run").exists(), f"killed at write {at} of {writes}: something is in the way"
+        return
+    train("one", "resume", tmp_path / "run")
+    expected, found = journal(reference), journal(tmp_path / "run")
+    assert [step for step, kind in expected if kind == "metrics"] == [1, 2, 3, 4, 5]
+    assert expected.keys() == found.keys(), f"killed at write {at} of {writes}"
+    assert all(found[key] == pytest.approx(loss, abs=1e-5) for key, loss in expected.items()), f"write {at}"
+    assert not list((tmp_path / "run").rglob(".*partial*"))
 
 
 @pytest.mark.slow

@@ -63,7 +63,8 @@ def add_settings(
         default = defaults.get(f.name, "none" if f.default == "" else f.default)
         limits = allowed(f)
         limits = "" if limits == "text" else f"; {limits}"
-        words = f"{f.metadata['help']}{limits} (default {default}{unit})"
+        about = f.metadata["help"].partition("; empty:")[0] if f.name in defaults else f.metadata["help"]
+        words = f"{about}{limits} (default {default}{unit})"
         switch = dict(nargs="?", const=as_text(True)) if kind is bool else {}
         metavar = {int: "N", float: "X", bool: "BOOL"}.get(kind, "TEXT")
         group.add_argument(f"--{prefix}{f.name}", metavar=metavar, help=words.replace("%", "%%"), **switch)
@@ -242,6 +243,7 @@ def resume_command(parser: Parser, given: dict) -> int: # exit status
     if "decay" in given:
         from tinytrainer_nb.recipes.pretrain import decayed_copy
         run = decayed_copy(run, given["decay"], given.get("out", ""))
+        say(f"the copy is {run.folder}")
     elif run.status == "finished":
         say(f"{folder}: this run is finished, there is nothing to resume. "
             f"`{shell_line('tinytrainer', 'chat', folder)}` talks to what it made; "

@@ -7,7 +7,7 @@ __all__ = ['NGrams', 'ngram_bits']
 
 # %% ../../nbs/data/14_ngram.ipynb #d941b79d
 import numpy as np
-from ..core import TinyTrainerError
+from ..core import TinyTrainerError, patch_to
 from .documents import documents
 
 # %% ../../nbs/data/14_ngram.ipynb #f3d4e9c5
@@ -40,10 +40,11 @@ def _found(sorted_numbers: np.ndarray, asked: np.ndarray, values: np.ndarray) ->
     at = np.minimum(np.searchsorted(sorted_numbers, asked), len(sorted_numbers) - 1)
     return np.where(sorted_numbers[at] == asked, values[at], 0)
 
-def _bits(table: NGrams, text: str) -> np.ndarray: # (bytes,)
-    "What each byte of a text costs."
+@patch_to(NGrams)
+def bits(self, text: str) -> np.ndarray: # (bytes,)
+    "What each byte of a text costs, in bits."
     chance = np.full(len(text.encode()), 1 / 256)
-    for k, (grams, counts, contexts, totals, kinds) in enumerate(table.tables, 1):
+    for k, (grams, counts, contexts, totals, kinds) in enumerate(self.tables, 1):
         asked = _grams(text, k)
         count, context = _found(grams, asked, counts), asked // np.uint64(_BASE)
         total, kind = _found(contexts, context, totals), _found(contexts, context, kinds)
@@ -58,7 +59,7 @@ def ngram_bits(
     "Bits per byte that a table of n-grams needs for held-out text. Raises `TinyTrainerError` as `documents` does."
     table, bits, size = NGrams(texts, n), 0.0, 0
     for text in documents(heldout):
-        found = _bits(table, text)
+        found = table.bits(text)
         bits, size = bits + float(found.sum()), size + len(found)
     if size: return bits / size
     raise TinyTrainerError("there is no text to predict: all documents are empty.")

@@ -463,8 +463,10 @@ def _need_some(info: dict, job: Job, count: int) -> None:
     named = f" ({', '.join(places[:5])}{', ...' if empty > 5 else ''})" if places else ""
     if empty and info["documents"]:
         say(f"{job.data.name}: {empty:,} of {rows:,} rows left out: no text{named}", error=True)
-    if not info["documents"]: raise TinyTrainerError(
-        f"{job.data.name}: no text in it, of {rows:,} rows{named}. Fill it, or name another column or file.")
+    if not info["documents"]:
+        plain = job.data.units is not None and all(unit.kind in ("texts", "halves") for unit in job.data.units)
+        of, cure = ("", "another file") if plain else (f", of {rows:,} rows{named}", "another column or file")
+        raise TinyTrainerError(f"{job.data.name}: no text in it{of}. Fill it, or name {cure}.")
     if info["documents"] == info["heldout_documents"]: raise TinyTrainerError(
         f"{job.data.name}: all {rows:,} documents are near copies of each other, so none is left to train on. "
         "--heldout 0 holds nothing out.")

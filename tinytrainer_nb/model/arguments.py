@@ -99,7 +99,8 @@ def find_base(base: str | Path) -> str:
         if (path / "config.json").exists(): return str(path.resolve())
         raise TinyTrainerError(f"{base}: {_why_no_model(path)}")
     if may_be_on_hub(str(base)): return str(base)
-    found = "is a file, and a model is a folder or a .gguf file" if path.is_file() else "no such model"
+    found = "no such file or folder" if path.suffix == ".gguf" or len(path.parts) > 2 else "no such model"
+    if path.is_file(): found = "is a file, and a model is a folder or a .gguf file"
     if str(base).startswith("new:"): found = "an untrained model can only be pretrained"
     raise TinyTrainerError(f"{base}: {found}. {_KNOWN} such as {DEFAULT_BASE}.")
 

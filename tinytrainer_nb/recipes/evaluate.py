@@ -125,7 +125,7 @@ def __repr__(self) -> str:
     also = [f"{name}: {mean:.4f}" for name, mean in self.also.items()]
     also += [f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value:,}"
              for name, value in self.figures.items()]
-    return ", ".join([f"{one_line(self.task)}: {self.score:.4f} over {self.n} rows{sure}", *also])
+    return ", ".join([f"{one_line(self.task)}: {self.score:.4f} over {self.n} row{'s' * (self.n != 1)}{sure}", *also])
 
 # %% ../../nbs/recipes/16_evaluate.ipynb #a8a225e9
 def _put_into(prompt_format: str, question: str) -> str:
@@ -146,7 +146,8 @@ def _evaluate_loss(model, tokenizer, data, limit: int, max_length: int, dtype: t
     table = table.select(range(min(limit or len(table), len(table))))
     rows, reading = encode_rows(tokenizer, table, max_length, context=context_length(model))
     if reading.reasons() != "none": say(f"left out: {reading.reasons()}", error=True)
-    return Evaluation("loss", mean_loss(model, _to_device(Collator(4096)(rows), model), dtype), len(rows))
+    scored = reading.rows - sum(map(len, reading.left_out.values()))
+    return Evaluation("loss", mean_loss(model, _to_device(Collator(4096)(rows), model), dtype), scored)
 
 def _askable(model, tokenizer, found: list[dict], prompt_format: str | None, new: int) -> tuple[list[dict], list]:
     "Prompts that leave room for `new` tokens, and how each is asked. Raises `TinyTrainerError` if none does."
@@ -351,7 +352,7 @@ def _as_text(scores: Scores) -> str:
 # %% ../../nbs/recipes/16_evaluate.ipynb #4c63301d
 def public_names(task) -> list[str]:
     """The public tasks that `task` names; empty if it is another kind of task.
-    Raises `TinyTrainerError` for rewards and public tasks in one list, and for a name that is like a public task's."""
+    Raises `TinyTrainerError` for rewards and public tasks in one list, and for a name that is none of all."""
     if not isinstance(task, str) or task in ("loss", "bits_per_byte"): return []
     names = [name.strip() for name in task.split(",") if name.strip()]
     public, rewards = [n for n in names if is_public(n)], [n for n in names if n.partition("=")[0] in BUILT_IN]
@@ -359,7 +360,12 @@ def public_names(task) -> list[str]:
         raise TinyTrainerError(f"{rewards[0]} is a reward, and {public[0]} is a public task. Score them one by one.")
     unknown = [name for name in names if name not in public + rewards and not set(name) & set("=:")]
     likely = [name for name in unknown if near_task(name) and not suggestion(name, BUILT_IN)]
-    return task_names(task) if public or likely else []
+    if public or likely: return task_names(task)
+    if not unknown: return []
+    own = ("loss", "bits_per_byte", *BUILT_IN)
+    raise TinyTrainerError(
+        f"unknown task {one_line(unknown[0])}.{suggestion(unknown[0], own)} A task is {', '.join(own)}, "
+        "file.py:function, or a public task such as piqa.")
 
 def _need_own_words(names: list[str], prompt_format: str | None) -> None: # names: of public tasks
     "Raise `TinyTrainerError` for a form of the question that is not the task's."

@@ -60,7 +60,8 @@ def need_heldout(
     if (args.keep_best or args.patience) and not rows:
         raise TinyTrainerError(
             "keep_best and patience look at evaluations, and no row is held back for them "
-            "(at most a tenth of the data is). Bring more data or raise the number of held-out rows.")
+            "(at most a tenth of the data is, and no row that has a copy). Bring more data or raise the number of "
+            "held-out rows.")
 
 # %% ../../nbs/recipes/03_start.ipynb #82afc116
 def room_beside(model, max_new_tokens: int) -> int: # tokens
@@ -115,6 +116,12 @@ def kept_rows(
     if (i := next(bare, None)) is None: return rows
     raise TinyTrainerError(f"{path}: [{i}] has neither messages nor a text. Restore the file.")
 
+def _short_warmup(args: TrainArgs) -> str:
+    "What is said if the run is shorter than its warm-up; empty if it is not."
+    if args.warmup_steps < args.max_steps or getattr(args, "stages", ""): return ""
+    return (f"warmup_steps={args.warmup_steps} is more than max_steps={args.max_steps} leaves room for: "
+            f"the learning rate rises to the last step")
+
 def tell(run: Run, message: str) -> None:
     "A note in the journal and on the screen, before the first step."
     run.log("note", 0, message=message)
@@ -149,7 +156,9 @@ def start(
     "Build a run's trainer and train. Raises `TinyTrainerError` if another run is being trained in this process."
     run.model, run.tokenizer = model, tokenizer
     with run.failing():
-        if "start" not in run.info: run.update_info(start=start_hashes(run.folder))
+        if "start" not in run.info:
+            run.update_info(start=start_hashes(run.folder))
+            if short := _short_warmup(args): tell(run, short)
     begun = run.info.get("created") # chat templates that write the date write that of the run, also tomorrow
     with run.failing(), random_kept(), one_moment(begun), ExitStack() as stack:
         seed_everything(args.seed)
