@@ -16,7 +16,7 @@ from tinytrainer_nb.notebooks import (
     notebook_parameters,
     read_parameters,
 )
-from tinytrainer_nb.recipes.arguments import DPOArgs, GRPOArgs, PPOArgs, SFTArgs
+from tinytrainer_nb.recipes.arguments import DPOArgs, GRPOArgs, PPOArgs, PretrainArgs, SFTArgs
 from tinytrainer_nb.settings import check_value, field_type
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +27,7 @@ ALIASES = {
     "ppo_steps": (PPOArgs, "max_steps"),
     "cot_steps": (SFTArgs, "max_steps"),
     "sft_learning_rate": (SFTArgs, "learning_rate"),
+    "lora_learning_rate": (SFTArgs, "learning_rate"),
     "u": (TinyLoraArgs, "u"),
     "n_tie": (TinyLoraArgs, "n_tie"),
 }
@@ -36,6 +37,9 @@ RECIPES = {
     "grpo": GRPOArgs,
     "thirteen": GRPOArgs,
     "preferences": DPOArgs,
+    "zero": PretrainArgs,
+    "another": PretrainArgs,
+    "processes": PretrainArgs,
 }
 
 
@@ -73,6 +77,8 @@ def test_parameters_are_settings(notebook):
         "tokens",
         "quantization",
         "curve_steps",
+        "old_data",
+        "task",
     }
     for name, parameter in parameters.items():
         field = setting_of(notebook, name)

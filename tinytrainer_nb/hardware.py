@@ -137,6 +137,13 @@ def default_device() -> str: # "cuda" or "cpu"
     "The device that is used if nobody names one."
     return "cuda" if torch.cuda.is_available() else "cpu"
 
+def _cpu_model() -> str:
+    "Processor name as the system gives it."
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf8").splitlines():
+            if line.startswith("model name"): return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
 def _has_fast_bf16() -> bool:
     "Whether the CPU has AMX, or is AMD's with AVX512-BF16, and no variable hides it from PyTorch."
     hidden = any(os.environ.get(name) for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"))
@@ -156,7 +163,7 @@ def probe_dtype(device: str) -> tuple[torch.dtype, str]: # the compute dtype, an
         return (torch.bfloat16, "this GPU has bf16 units") if bf16 else (torch.float16, "this GPU has no bf16 units")
     ratio = _bf16_gain(torch.get_num_threads())
     if ratio < 1.2 and _has_fast_bf16():
-        return torch.bfloat16, f"this CPU has fast bf16 instructions, though just now a product was {ratio:.1f}x as fast"
+        return torch.bfloat16, f"this CPU has fast bf16, though just now a product was {ratio:.1f}x as fast as fp32"
     near = "; a near tie; set dtype='bf16' or 'fp32' to decide it for good"
     told = f"{ratio:.1f}x as fast as fp32 on this CPU{near * (0.8 < ratio < 1.8)}"
     if ratio > 1.2: return torch.bfloat16, f"a bf16 product is {told}"
@@ -185,13 +192,6 @@ def unused_gpu() -> str:
             "brings one that uses it")
 
 # %% ../nbs/02_hardware.ipynb #ebde54ca
-def _cpu_model() -> str:
-    "Processor name as the system gives it."
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf8").splitlines():
-            if line.startswith("model name"): return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
 def hardware() -> dict:
     "CPU and GPU model, cores, memory in GiB."
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
