@@ -13,7 +13,7 @@ from typing import NamedTuple
 from ..core import TinyTrainerError, one_line
 from .own_files import Found, Message, OwnFile
 
-# %% ../../nbs/data/16_chats.ipynb #27fa43a4
+# %% ../../nbs/data/16_chats.ipynb #f6bdf30b
 _UNSEEN = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff" # direction of writing, and BOM
 _BLANK = "[ \u00a0\u202f]"
 _AM = "vorm.|上午|午前|오전|ص|π.μ.|de.|öö|fm|dop.|ap.|ق.ظ.|дп|пр.об.|sa|ก่อนเที่ยง"
@@ -24,7 +24,7 @@ _HEAD = re.compile(rf"""
     (?P<a>\d{{1,4}})[\u200e\u200f]?[./-]{_BLANK}?(?P<b>\d{{1,2}})[\u200e\u200f]?[./-]{_BLANK}?(?P<c>\d{{1,4}})
     \.?[,،]?{_BLANK}{{0,2}}(?:(?:klo|kl\.|at|à|às|um){_BLANK})?
     (?:(?P<before>{_MARK}){_BLANK}?)?(?P<hour>\d{{1,2}})[:.](?P<minute>\d\d)(?:[:.](?P<second>\d\d))?
-    (?:{_BLANK}?(?P<after>{_MARK}))?
+    (?:[ _\u00a0\u202f]?(?P<after>{_MARK}))?
     (?(open)\]|{_BLANK}[-–])(?:{_BLANK}|$)(?P<rest>.*)""", re.VERBOSE | re.IGNORECASE)
 
 # %% ../../nbs/data/16_chats.ipynb #0a637eea
