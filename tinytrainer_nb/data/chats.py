@@ -197,13 +197,13 @@ def _entries(text: str, order: str) -> tuple[list[tuple[int, str]], str]: # time
         elif entries: entries[-1][1].append(line)
     return [(time, "\n".join(part)) for time, part in entries], unsure
 
-# %% ../../nbs/data/16_chats.ipynb #c5f3e2f9
+# %% ../../nbs/data/16_chats.ipynb #a8b0d8de
 _TITLE = re.compile(r"(?:WhatsApp Chat (?:with|mit|-)|Chat (?:de )?WhatsApp con|Чат WhatsApp с|"
                     r"Discussion WhatsApp avec|Conversa (?:no|do) WhatsApp com)[ _]+", re.IGNORECASE)
 
 def _title(name: str) -> str:
     "The title of a chat, from the name of its file."
-    parts = [re.sub(r"\.(txt|zip)$", "", part, flags=re.IGNORECASE) for part in name.split("/")]
+    parts = [re.sub(r"\.(txt|md|zip)$", "", part, flags=re.IGNORECASE) for part in name.split("/")]
     part = parts[-2] if len(parts) > 1 and parts[-1].lower() in ("_chat", "chat", "index") else parts[-1]
     if re.search("whatsapp_", part, re.IGNORECASE): part = part.replace("_", " ")
     return _TITLE.sub("", part).strip() or part

@@ -39,7 +39,7 @@ def _rows(text: str) -> tuple[list, int]: # values; lines that hold none
         except (ValueError, RecursionError): bad += 1
     return found, bad
 
-# %% ../../nbs/data/17_messengers.ipynb #d4e4b59f
+# %% ../../nbs/data/17_messengers.ipynb #be592e32
 _ASSIGNED = re.compile(r"\s{0,9}window\.YTD\.[\w.]{1,60}\s{0,9}=") # X writes scripts
 
 def _parsed(file: OwnFile) -> tuple[object, str]: # the value; what could not be read
@@ -49,9 +49,9 @@ def _parsed(file: OwnFile) -> tuple[object, str]: # the value; what could not be
     try: return json.loads(text, strict=False), ""
     except RecursionError: cut = 0
     except ValueError as e: cut = getattr(e, "pos", 0)
-    if text[:cut].rstrip().endswith("}") or file.suffix == ".jsonl":
+    if "\n{" in text:
         rows, bad = _rows(text)
-        if len(rows) > 1 or rows and bad: return rows, f"{bad} lines could not be read and are missing" if bad else ""
+        if len(rows) > max(1, bad): return rows, f"{bad} lines could not be read and are missing" if bad else ""
     with contextlib.suppress(ValueError, RecursionError):
         note = f"is damaged: what comes after character {cut:,} of {len(text):,} could not be read and is missing"
         if value := json.loads(_repaired(text[:cut]), strict=False): return value, note
@@ -98,7 +98,7 @@ def _once(title: str, used: Counter) -> str:
     used[title] += 1
     return title if used[title] == 1 else f"{title} ({used[title]})"
 
-# %% ../../nbs/data/17_messengers.ipynb #bb8c4906
+# %% ../../nbs/data/17_messengers.ipynb #38bc52bc
 def _joined(value) -> str:
     "A text that is whole, or in parts."
     if not isinstance(value, list): return _text(value)
@@ -124,6 +124,8 @@ def telegram(value, source: str) -> Found:
         _telegram_chat(found, chat, _once(_text(chat.get("name")) or default, used))
     me = _dict(value.get("personal_information"))
     found.user = f"{_text(me.get('first_name'))} {_text(me.get('last_name'))}".strip()
+    own = (m for chat in chats for m in _dicts(chat.get("messages")) if m.get("from_id") == f"user{me.get('user_id')}")
+    found.user = next(filter(None, (_text(m.get("from")) for m in own)), found.user) # as the messages call them
     return found
 
 # %% ../../nbs/data/17_messengers.ipynb #33962bf5
@@ -488,19 +490,20 @@ def export_in(file: OwnFile) -> Found:
     if found := _read(file, _Beside([])): return found
     raise TinyTrainerError(f"{one_line(file.name)}: is no export of a conversation that is known here.")
 
-# %% ../../nbs/data/17_messengers.ipynb #acc7a61b
+# %% ../../nbs/data/17_messengers.ipynb #73c57f77
 _IN_PARTS = ("Slack channel", "Facebook chat", "Instagram chat") # conversations that are exported as many files
 
 def _together(found: list[Found]) -> list[Found]:
     "One finding for each conversation of many files."
     groups = {}
     for one in found:
-        key = (one.kind, _folder(one.source)) if one.kind in _IN_PARTS and _folder(one.source) else id(one)
+        title = one.messages[0].chat if one.messages else one.source
+        key = (one.kind, _folder(one.source), title) if one.kind in _IN_PARTS else id(one)
         groups.setdefault(key, []).append(one)
     return [group[0] if len(group) == 1 else _merged(group) for group in groups.values()]
 
 def _merged(group: list[Found]) -> Found:
-    found = Found(group[0].kind, _folder(group[0].source), user=group[0].user)
+    found = Found(group[0].kind, _folder(group[0].source) or group[0].source, user=group[0].user)
     for one in group:
         found.messages += one.messages
         for reason, count in one.left_out.items(): found.leave_out(reason, count=count)
@@ -523,5 +526,5 @@ def chats_in(
         else: rest.append(file)
     copies = {_folder(f.source) for f in found if f.kind == "Signal chat" and f.source.endswith("data.json")}
     found = [f for f in found if not (f.source.endswith("chat.md") and _folder(f.source) in copies)]
-    copied = {f"{where}/index.html" for where in copies if where}
+    copied = {f"{where}/index.html".lstrip("/") for where in copies}
     return _together(found), [file for file in rest if file.name not in beside.used | copied]
