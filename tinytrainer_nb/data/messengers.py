@@ -57,7 +57,7 @@ def _parsed(file: OwnFile) -> tuple[object, str]: # the value; what could not be
         if value := json.loads(_repaired(text[:cut]), strict=False): return value, note
     raise TinyTrainerError(f"{one_line(file.name)}: is no JSON that can be read. Was it cut off?")
 
-# %% ../../nbs/data/17_messengers.ipynb #0564e764
+# %% ../../nbs/data/17_messengers.ipynb #d20b0144
 def _text(value) -> str:
     "A text; empty for anything else. Halves of characters, which no file could hold, become U+FFFD."
     if not isinstance(value, str): return ""
@@ -66,11 +66,11 @@ def _text(value) -> str:
 def _dict(value) -> dict: return value if isinstance(value, dict) else {}
 def _dicts(value) -> list[dict]: return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
 
-def _seconds(value, unit: float = 1.0) -> float | None: # unit: seconds that 1 stands for
+def _seconds(value, per_second: int = 1) -> float | None: # per_second: 1000 for milliseconds
     "Seconds since 1970 of a number, of a number as text, or of a date in ISO form; None if it is nothing of these."
     if isinstance(value, bool) or not isinstance(value, (int, float, str)): return None
     with contextlib.suppress(ValueError, OverflowError):
-        found = float(value) * unit
+        found = float(value) / per_second
         return found if math.isfinite(found) and abs(found) < 1e11 else None
     with contextlib.suppress(ValueError, OverflowError, AttributeError): # a number has no `strip`
         at = datetime.fromisoformat(value.strip())
@@ -144,11 +144,11 @@ def discord(value, source: str) -> Found:
             _add(found, title, name, _seconds(m.get("timestamp")), text)
     return found
 
-# %% ../../nbs/data/17_messengers.ipynb #1d1b762c
+# %% ../../nbs/data/17_messengers.ipynb #03609043
 def _mended(texts: list[str]) -> Callable[[str], str]:
     "What undoes the doubled UTF-8 of Facebook's exports, if all texts have it; otherwise nothing."
     undone = lambda text: text.encode("latin-1").decode("utf-8")
-    try: return undone if any(undone(t) != t for t in texts) else str
+    try: return undone if list(map(undone, texts)) != texts else str
     except UnicodeError: return str
 
 _FILES = ("photos", "videos", "audio_files", "gifs", "sticker", "share", "files", "media")
@@ -169,7 +169,7 @@ def _is_sentence(text: str, author: str, m: dict) -> bool:
         if _DID.fullmatch(done) or done.endswith(".") and any(m.get(part) for part in _FILES): return True
     return False
 
-# %% ../../nbs/data/17_messengers.ipynb #531ccd45
+# %% ../../nbs/data/17_messengers.ipynb #2088c153
 def _fields(m: dict) -> tuple: # author, time and text
     "Who wrote a message, when and what; exports of encrypted chats have other names for it."
     if "sender_name" in m: return m["sender_name"], m.get("timestamp_ms"), m.get("content")
@@ -194,7 +194,7 @@ def facebook(value, source: str) -> Found:
         if m.get("is_unsent") or m.get("isUnsent"): found.leave_out("a message that was taken back", text)
         elif m.get("type") in ("Call", "Subscribe", "Unsubscribe") or _is_sentence(text.strip(), author, m):
             found.leave_out("a sentence of the program's own", text)
-        else: _add(found, title, author, _seconds(_fields(m)[1], 0.001), text)
+        else: _add(found, title, author, _seconds(_fields(m)[1], 1000), text)
     found.messages = _in_time(found.messages[::-1])
     return found
 
@@ -236,7 +236,7 @@ def slack(value, source: str, people: dict[str, str] = {}, rooms: dict[str, str]
             _add(found, title, name, _seconds(m.get("ts")), _unmarked(text, people, rooms))
     return found
 
-# %% ../../nbs/data/17_messengers.ipynb #bb818cbe
+# %% ../../nbs/data/17_messengers.ipynb #9f266c44
 _CALL = re.compile(r"(?:Incoming|Outgoing|Missed)(?: voice| video| group)? call(?: \([^()\n]{1,80}\))?")
 
 def _signal_export(rows: list[dict], source: str) -> Found:
@@ -262,11 +262,11 @@ def _signal_cli(rows: list[dict], source: str) -> Found:
         group = _dict(m.get("groupInfo"))
         to = _text(sent.get("destinationName")) or _text(sent.get("destination")) or author
         chat = _text(group.get("groupName")) or _text(group.get("groupId")) or to
-        time = _seconds(m.get("timestamp") or e.get("timestamp"), 0.001)
+        time = _seconds(m.get("timestamp") or e.get("timestamp"), 1000)
         _add(found, chat, author, time, m.get("message"), "a receipt, a call or media without words")
     return found
 
-# %% ../../nbs/data/17_messengers.ipynb #3636e28f
+# %% ../../nbs/data/17_messengers.ipynb #ad2f87b5
 def _signal_names(rows: list[dict]) -> dict[str, str]: # by the number of a contact or a group
     "What contacts and groups are called in Signal's own export; the owner is `Me`."
     found = {}
@@ -288,7 +288,7 @@ def _signal_backup(rows: list[dict], source: str) -> Found:
         chat = titles.get(str(m.get("chatId")), "Signal")
         author = "Me" if "outgoing" in m else names.get(str(m.get("authorId")), "")
         text = _dict(said.get("text")).get("body")
-        _add(found, chat, author, _seconds(m.get("dateSent"), 0.001), text, "media, a call or a notice")
+        _add(found, chat, author, _seconds(m.get("dateSent"), 1000), text, "media, a call or a notice")
     return found
 
 def signal(value, source: str) -> Found:
@@ -354,7 +354,7 @@ def direct_messages(value, source: str, account: dict = {}) -> Found:
     found.messages = _in_time(found.messages)
     return found
 
-# %% ../../nbs/data/17_messengers.ipynb #dee43935
+# %% ../../nbs/data/17_messengers.ipynb #f003f849
 def _branch(chat: dict) -> list[dict]: # nodes, from the first
     "The living branch of a tree of messages."
     nodes = {key: node for key, node in _dict(chat.get("mapping")).items() if isinstance(node, dict)}
@@ -384,7 +384,7 @@ def chatgpt(value, source: str) -> Found:
         if others: found.leave_out("in a branch that was replaced", count=others)
         for m in (_dict(node.get("message")) for node in branch if node.get("message")):
             parts = _dict(m.get("content")).get("parts")
-            text = "\n".join(filter(None, map(_joined, parts if isinstance(parts, list) else [])))
+            text = "\n".join(filter(None, map(_text, parts if isinstance(parts, list) else [])))
             author = _text(_dict(m.get("author")).get("role"))
             if why := _why_not(m): found.leave_out(why, text)
             else: _add(found, title, author, _seconds(m.get("create_time")), text)
