@@ -1,4 +1,4 @@
-"""Exports of chats: every message and nothing else, by lists written by hand; damaged files end in a finding or one line."""
+"""Exports of chats: each message and nothing else, by lists written by hand; damage ends in a finding or one line."""
 
 import json
 import random
@@ -113,7 +113,7 @@ def test_where_nothing_tells_day_and_month_apart_it_says_so(tmp_path):
 
 # WhatsApp: whole files, by hand
 
-IPHONE = f"""[12.03.24, 09:00:00] Garden: {LRM}Messages and calls are end-to-end encrypted. No one outside can read them.
+IPHONE = f"""[12.03.24, 09:00:00] Garden: {LRM}Messages and calls are end-to-end encrypted. No one can read them.
 [12.03.24, 09:00:01] Garden: {LRM}Rosa created this group
 [12.03.24, 21:15:03] Rosa: Who brings
   the spade?
@@ -209,6 +209,21 @@ def test_copied_messages_begin_no_message(tmp_path):
     found = whatsapp(file_of(tmp_path, "_chat.txt", "\n".join(lines)))
     assert len(found.messages) == 29
     assert found.messages[4].text == "day 5\n[04.03.24, 09:00:00] Omar: copied"
+
+
+def test_notices_with_a_colon_are_no_messages(tmp_path):
+    notices = [
+        'Rosa changed the subject from "A" to "B: C"',
+        "Rosa hat den Betreff zu „Garten: Sonntag“ geändert",
+        "Rosa changed the group description: sea",
+        "This business uses a secure service from Meta: read on",
+    ]
+    lines = [*notices, "Rosa: hi", "Rosa Luz: ho", 'Omar "Omi" Diaz: he', "Rosa: so"]
+    found = whatsapp(file_of(tmp_path, "_chat.txt", "".join(f"13/03/24, 10:00 - {line}\n" for line in lines)))
+    assert said(found) == [("Rosa", "hi"), ("Rosa Luz", "ho"), ('Omar "Omi" Diaz', "he"), ("Rosa", "so")]
+    assert (
+        found.left_out == {"a line of WhatsApp's own": 4} and found.examples["a line of WhatsApp's own"] == notices[:3]
+    )
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le"])
@@ -346,7 +361,7 @@ CHATGPT = [
             "a": {"parent": "s", "children": [], "message": {"author": {"role": "user"}, "create_time": 1}
                   | {"content": {"content_type": "text", "parts": ["Wy?"]}}},
             "b": {"parent": "s", "children": ["t"], "message": {"author": {"role": "user"}, "create_time": 2.5}
-                  | {"content": {"content_type": "multimodal_text", "parts": [{"asset": "x"}, "Why?", {"text": "So."}]}}},
+                  | {"content": {"content_type": "multimodal_text", "parts": [{"asset": "x"}, "Why?"]}}},
             "t": {"parent": "b", "children": ["h"], "message": {"author": {"role": "assistant"}, "recipient": "python"}
                   | {"content": {"content_type": "code", "text": "print()"}}},
             "h": {"parent": "t", "children": ["e"], "message": {"author": {"role": "user"}}
@@ -521,6 +536,28 @@ def test_slack_as_a_folder_and_as_an_archive(tmp_path):
         assert found[0].left_out == {"a system message": 1, "written by a bot": 1, "media without words": 1}
 
 
+def test_slacks_direct_messages_are_called_after_who_talks(tmp_path):
+    row = {"type": "message", "user": "U1", "text": "psst", "ts": "1.0"}
+    for name, value in {
+        "users.json": [
+            {"id": "U1", "profile": {"display_name": "Rosa"}},
+            {"id": "U2", "profile": {"real_name": "Omar"}},
+        ],
+        "dms.json": [{"id": "D1", "members": ["U1", "U2"]}],
+        "D1/2024-03-12.json": [row],
+    }.items():
+        file_of(tmp_path, name, value)
+    found, rest = chats_in(own_files(tmp_path))
+    assert [(m.chat, m.author, m.text) for m in found[0].messages] == [("Rosa, Omar", "Rosa", "psst")] and not rest
+
+
+def test_words_beside_a_link_are_kept(tmp_path):
+    rows = [{"sender_name": "Rosa", "timestamp_ms": 1, "content": "You should see this.", "share": {"link": "a"}}]
+    rows += [{"sender_name": "Rosa", "timestamp_ms": 2, "content": "Rosa hat einen Anhang gesendet.", "share": {}}]
+    found = export_in(file_of(tmp_path, "message_1.json", {"messages": rows, "title": "Rosa"}))
+    assert said(found) == [("Rosa", "You should see this.")]
+
+
 def test_signal_export(tmp_path):
     file_of(tmp_path, "out/Rosa/data.json", SIGNAL)
     file_of(tmp_path, "out/Rosa/chat.md", SIGNAL_TEXT)
@@ -537,6 +574,9 @@ def test_signal_export(tmp_path):
     assert found[0].left_out == {"media without words": 1, "a deleted message": 1, "a call": 1}
     other = export_in(text)
     assert timed(other) == expected and (other.kind, other.user) == ("Signal chat", "Me")
+    old = export_in(file_of(tmp_path, "old.txt", "[2019-12-24, 12:23] Me: Hello\n[2020-01-17, 21:49] Rosa: Hi\n"))
+    assert timed(old) == [(at("2019-12-24 12:23"), "Me", "Hello"), (at("2020-01-17 21:49"), "Rosa", "Hi")]
+    assert (old.kind, old.user) == ("Signal chat", "Me")
 
 
 def test_signals_own_export_and_signal_cli(tmp_path):

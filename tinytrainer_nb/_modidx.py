@@ -934,6 +934,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'tinytrainer_nb/data/messengers.py'),
                                                 'tinytrainer_nb.data.messengers._signal_names': ( 'data/messengers.html#_signal_names',
                                                                                                   'tinytrainer_nb/data/messengers.py'),
+                                                'tinytrainer_nb.data.messengers._talks': ( 'data/messengers.html#_talks',
+                                                                                           'tinytrainer_nb/data/messengers.py'),
                                                 'tinytrainer_nb.data.messengers._telegram_chat': ( 'data/messengers.html#_telegram_chat',
                                                                                                    'tinytrainer_nb/data/messengers.py'),
                                                 'tinytrainer_nb.data.messengers._text': ( 'data/messengers.html#_text',

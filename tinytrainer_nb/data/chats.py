@@ -27,7 +27,7 @@ _HEAD = re.compile(rf"""
     (?:[ _\u00a0\u202f]?(?P<after>{_MARK}))?
     (?(open)\]|{_BLANK}[-–])(?:{_BLANK}|$)(?P<rest>.*)""", re.VERBOSE | re.IGNORECASE)
 
-# %% ../../nbs/data/16_chats.ipynb #0a637eea
+# %% ../../nbs/data/16_chats.ipynb #68e2deb3
 class _Head(NamedTuple):
     "The beginning of a message."
     date: tuple[str, str, str] # its three parts, as they are written
@@ -42,6 +42,7 @@ def _clock(hour: int, minute: int, second: int, mark: str) -> int | None:
     return hour * 3600 + minute * 60 + second if hour < 24 and minute < 60 and second < 60 else None
 
 def _head(line: str) -> _Head | None:
+    "What a line begins with; None if it begins no message."
     if not (m := _HEAD.match(line)): return None
     hour, minute, second = (int(m[part] or 0) for part in ("hour", "minute", "second"))
     clock = _clock(hour, minute, second, m["after"] or m["before"] or "")
@@ -77,7 +78,7 @@ def _decided(dates: list[tuple[str, str, str]]) -> tuple[str, str]: # the order;
     unsure = (parts for parts, a, b in zip(dates, read["dmy"], read["mdy"]) if a != b)
     return order, next(map("/".join, unsure), "")
 
-# %% ../../nbs/data/16_chats.ipynb #8a9559d7
+# %% ../../nbs/data/16_chats.ipynb #996cfe48
 _QUOTES = re.compile('["“”„«»]')
 _LONGEST_NAME = 100
 
@@ -98,10 +99,12 @@ def _is_notice(name: str, known: Counter) -> bool:
     "Whether what stands before a colon is no name, but the phone's own words."
     if len(_QUOTES.findall(name)) % 2: return True
     words = name.split(" ")
-    return known[name] == 1 and any(" ".join(words[:n]) in known for n in range(1, min(len(words) - 2, 20)))
+    return known[name] == 1 and (len(words) > 6 or any(" ".join(words[:n]) in known for n in range(1, len(words) - 2)))
 
-# %% ../../nbs/data/16_chats.ipynb #0469d45b
-def _phrases(text: str) -> frozenset[str]: return frozenset(re.split(r"[|\n]", text.lower()))
+# %% ../../nbs/data/16_chats.ipynb #21d7c86f
+def _phrases(text: str) -> frozenset[str]:
+    "The phrases of a list, in small letters."
+    return frozenset(re.split(r"[|\n]", text.lower()))
 
 _OMITTED = _phrases("""image omitted|video omitted|audio omitted|sticker omitted|GIF omitted|document omitted
 Contact card omitted|video note omitted|Bild weggelassen|Video weggelassen|Audio weggelassen|Sticker weggelassen
@@ -119,8 +122,8 @@ nálepka vynechána|dokument vynechán|GIF vynechán|Vizitka vynechána|لم ي�
 تم حذف الملصقات|null""")
 _DELETED = _phrases("""This message was deleted|You deleted this message|Diese Nachricht wurde gelöscht
 Du hast diese Nachricht gelöscht|Se eliminó este mensaje|Eliminaste este mensaje|Este mensaje fue eliminado
-Ce message a été supprimé|Vous avez supprimé ce message|Questo messaggio è stato eliminato|Hai eliminato questo messaggio
-Esta mensagem foi apagada|Você apagou esta mensagem|Apagou esta mensagem|Mensagem apagada|Dit bericht is verwijderd
+Ce message a été supprimé|Vous avez supprimé ce message|Questo messaggio è stato eliminato
+Hai eliminato questo messaggio|Esta mensagem foi apagada|Você apagou esta mensagem|Apagou esta mensagem|Mensagem apagada|Dit bericht is verwijderd
 Je hebt dit bericht verwijderd|U hebt dit bericht verwijderd|Данное сообщение удалено|Вы удалили данное сообщение
 Це повідомлення було видалено|Ви видалили це повідомлення|Tato zpráva byla smazána|Tuto zprávu jste smazal/a
 Bu mesaj silindi|הודעה זו נמחקה|تم حذف هذه الرسالة""")

@@ -6,14 +6,14 @@
 __all__ = ['telegram', 'discord', 'facebook', 'slack', 'signal', 'signal_text', 'tweets', 'direct_messages', 'chatgpt', 'claude',
            'export_in', 'chats_in']
 
-# %% ../../nbs/data/17_messengers.ipynb #1cc80606
+# %% ../../nbs/data/17_messengers.ipynb #bf1318b8
 import contextlib, html, json, math, re
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from datetime import datetime, timezone
 from ..core import TinyTrainerError, one_line
 from .chats import chat_in
-from .own_files import Document, Found, Message, OwnFile, READ_MOST
+from .own_files import EXAMPLES, Document, Found, Message, OwnFile
 
 # %% ../../nbs/data/17_messengers.ipynb #6357395e
 _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|["{}\[\]]', re.DOTALL)
@@ -57,14 +57,19 @@ def _parsed(file: OwnFile) -> tuple[object, str]: # the value; what could not be
         if value := json.loads(_repaired(text[:cut]), strict=False): return value, note
     raise TinyTrainerError(f"{one_line(file.name)}: is no JSON that can be read. Was it cut off?")
 
-# %% ../../nbs/data/17_messengers.ipynb #d20b0144
+# %% ../../nbs/data/17_messengers.ipynb #9ef573c6
 def _text(value) -> str:
     "A text; empty for anything else. Halves of characters, which no file could hold, become U+FFFD."
     if not isinstance(value, str): return ""
     return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
-def _dict(value) -> dict: return value if isinstance(value, dict) else {}
-def _dicts(value) -> list[dict]: return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
+def _dict(value) -> dict:
+    "A dictionary; an empty one for anything else."
+    return value if isinstance(value, dict) else {}
+
+def _dicts(value) -> list[dict]:
+    "The dictionaries in a list; none for anything else."
+    return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
 
 def _seconds(value, per_second: int = 1) -> float | None: # per_second: 1000 for milliseconds
     "Seconds since 1970 of a number, of a number as text, or of a date in ISO form; None if it is nothing of these."
@@ -98,13 +103,14 @@ def _once(title: str, used: Counter) -> str:
     used[title] += 1
     return title if used[title] == 1 else f"{title} ({used[title]})"
 
-# %% ../../nbs/data/17_messengers.ipynb #38bc52bc
+# %% ../../nbs/data/17_messengers.ipynb #fed65496
 def _joined(value) -> str:
     "A text that is whole, or in parts."
     if not isinstance(value, list): return _text(value)
     return "".join(_text(part) or _text(_dict(part).get("text")) for part in value)
 
 def _telegram_chat(found: Found, chat: dict, title: str) -> None:
+    "Add the messages of one chat."
     for m in _dicts(chat.get("messages")):
         text = _joined(m.get("text"))
         if m.get("type") != "message": found.leave_out("a service message", _text(m.get("action")))
@@ -144,7 +150,7 @@ def discord(value, source: str) -> Found:
             _add(found, title, name, _seconds(m.get("timestamp")), text)
     return found
 
-# %% ../../nbs/data/17_messengers.ipynb #03609043
+# %% ../../nbs/data/17_messengers.ipynb #b09d5845
 def _mended(texts: list[str]) -> Callable[[str], str]:
     "What undoes the doubled UTF-8 of Facebook's exports, if all texts have it; otherwise nothing."
     undone = lambda text: text.encode("latin-1").decode("utf-8")
@@ -163,21 +169,25 @@ _SAID = re.compile(r"(?:Reacted .{1,30} to your message|Liked a message|"
 def _is_sentence(text: str, author: str, m: dict) -> bool:
     "Whether a text is a sentence of the program about what somebody did."
     if _SAID.fullmatch(text): return True
-    for name in (author, author.split(" ")[0], "You"):
+    for name in filter(None, (author, author.split(" ")[0], "You")):
         done = text.removeprefix(f"{name} ")
         if done == text or "\n" in done: continue
-        if _DID.fullmatch(done) or done.endswith(".") and any(m.get(part) for part in _FILES): return True
+        of_file = name != "You" and done.endswith(".") and any(part in m for part in _FILES)
+        if of_file or _DID.fullmatch(done): return True
     return False
 
-# %% ../../nbs/data/17_messengers.ipynb #2088c153
+# %% ../../nbs/data/17_messengers.ipynb #1e4ab485
 def _fields(m: dict) -> tuple: # author, time and text
     "Who wrote a message, when and what; exports of encrypted chats have other names for it."
     if "sender_name" in m: return m["sender_name"], m.get("timestamp_ms"), m.get("content")
     return m.get("senderName"), m.get("timestamp"), m.get("text")
 
-def _is_meta(m: dict) -> bool: return "sender_name" in m or "senderName" in m
+def _is_meta(m: dict) -> bool:
+    "Whether a message is one of Facebook's or Instagram's."
+    return "sender_name" in m or "senderName" in m
 
 def _people(value: dict) -> list[str]:
+    "The names of those who take part in a thread."
     named = value.get("participants")
     return [_text(p) or _text(_dict(p).get("name")) for p in named] if isinstance(named, list) else []
 
@@ -198,7 +208,7 @@ def facebook(value, source: str) -> Found:
     found.messages = _in_time(found.messages[::-1])
     return found
 
-# %% ../../nbs/data/17_messengers.ipynb #1e9ce097
+# %% ../../nbs/data/17_messengers.ipynb #b139434f
 _MARKED = re.compile(r"<([^<>\n]{1,2000})>")
 
 def _unmarked(text: str, people: dict[str, str], rooms: dict[str, str]) -> str:
@@ -221,11 +231,21 @@ def _names(value) -> dict[str, str]: # by the id
         found[_text(one.get("id"))] = next(filter(None, map(_text, names)), "")
     return found
 
+def _talks(value, people: dict[str, str]) -> dict[str, str]: # by the id
+    "Who talks in the direct messages of `dms.json`."
+    found = {}
+    for talk in _dicts(value):
+        members = talk.get("members")
+        ids = filter(None, map(_text, members if isinstance(members, list) else []))
+        found[_text(talk.get("id"))] = ", ".join(people.get(one) or one for one in ids)
+    return found
+
 _SLACK_TEXTS = ("", "thread_broadcast", "me_message", "file_share") # subtypes of what somebody wrote
 
 def slack(value, source: str, people: dict[str, str] = {}, rooms: dict[str, str] = {}) -> Found: # names by ids
     "The messages of one day in a channel of Slack's."
     found, title = Found("Slack channel", source), ([""] + source.split("/"))[-2] or "Slack"
+    title = rooms.get(title) or title # a talk between two is in a folder that has a number
     for m in _dicts(value):
         text, user, about = _text(m.get("text")), _text(m.get("user")), _dict(m.get("user_profile"))
         kind = m.get("subtype") or ""
@@ -314,7 +334,7 @@ def signal_text(text: str, source: str) -> Found | None: # None: the text is no 
     if any(m.author == "Me" for m in found.messages): found.user = "Me"
     return found
 
-# %% ../../nbs/data/17_messengers.ipynb #67aedcaa
+# %% ../../nbs/data/17_messengers.ipynb #a2007506
 def _unshortened(tweet: dict) -> str:
     "A tweet's text with the links that were written, and without those to its pictures."
     text, entities = _text(tweet.get("full_text")) or _text(tweet.get("text")), _dict(tweet.get("entities"))
@@ -324,7 +344,8 @@ def _unshortened(tweet: dict) -> str:
         if short := _text(link.get("url")): text = text.replace(short, "")
     return html.unescape(text).strip()
 
-def _tweeted(value) -> float | None: # a date such as Tue Mar 12 21:15:00 +0000 2024
+def _tweeted(value) -> float | None:
+    "Seconds of a date such as `Tue Mar 12 21:15:00 +0000 2024`."
     with contextlib.suppress(ValueError): return datetime.strptime(_text(value), "%a %b %d %H:%M:%S %z %Y").timestamp()
     return _seconds(value)
 
@@ -405,8 +426,10 @@ def claude(value, source: str) -> Found:
             _add(found, title, _text(m.get("sender")), _seconds(m.get("created_at")), text)
     return found
 
-# %% ../../nbs/data/17_messengers.ipynb #e35dcce0
-def _any(rows, *keys: str) -> bool: return any(all(key in row for key in keys) for row in _dicts(rows))
+# %% ../../nbs/data/17_messengers.ipynb #1ec612de
+def _any(rows, *keys: str) -> bool:
+    "Whether any row has all of the keys."
+    return any(all(key in row for key in keys) for row in _dicts(rows))
 
 def _reader(value) -> Callable | None:
     "The reader of a value; None if it is no export of a conversation."
@@ -424,10 +447,13 @@ def _reader(value) -> Callable | None:
     return telegram if any(_is_telegram(chat) for chat in telegrams) else None
 
 def _is_telegram(chat: dict) -> bool:
+    "Whether a value is one chat of Telegram's."
     return isinstance(chat.get("messages"), list) and "type" in chat and ("id" in chat or "name" in chat)
 
-# %% ../../nbs/data/17_messengers.ipynb #5f4be443
-def _folder(name: str) -> str: return name.rpartition("/")[0]
+# %% ../../nbs/data/17_messengers.ipynb #4c52709f
+def _folder(name: str) -> str:
+    "The folder of a file, by its name; empty if it lies in none."
+    return name.rpartition("/")[0]
 
 def _quietly(file: OwnFile):
     "The value in a file beside an export; None if there is none."
@@ -445,6 +471,10 @@ class _Beside:
                 rows = _dicts(_quietly(file))
                 self.accounts[where] = _dict(rows[0].get("account")) if rows else {}
 
+        for file in files:
+            where, _, name = file.name.rpartition("/")
+            if name == "dms.json": self.rooms[where] |= _talks(_quietly(file), self.people[where])
+
     def arguments(self, reader: Callable, source: str) -> tuple:
         "What a reader needs besides the value and the name of its file."
         where = _folder(source)
@@ -457,7 +487,7 @@ class _Beside:
             self.used.add(f"{root}/{name}.json".lstrip("/"))
         return self.people[root], self.rooms[root]
 
-# %% ../../nbs/data/17_messengers.ipynb #8a3eb65c
+# %% ../../nbs/data/17_messengers.ipynb #2cc56be0
 _BY_NAME = [(r"result\.json", "Telegram chat"), (r"message_\d{1,9}\.json", "Facebook chat"),
             (r"main\.jsonl", "Signal chat"), (r"conversations(-\d{1,9})?\.json", "ChatGPT conversations"),
             (r"tweets?(-part\d{1,9})?\.js", "tweets"), (r"direct-messages[\w-]{0,20}\.js", "X direct messages"),
@@ -469,6 +499,7 @@ def _kind_by_name(name: str) -> str:
     return next((kind for pattern, kind in _BY_NAME if re.fullmatch(pattern, name)), "")
 
 def _from_json(file: OwnFile, beside: _Beside) -> Found | None:
+    "What is found in a file of JSON."
     value, damage = _parsed(file)
     if not (reader := _reader(value)): return None
     found = reader(value, file.name, *beside.arguments(reader, file.name))
@@ -476,8 +507,10 @@ def _from_json(file: OwnFile, beside: _Beside) -> Found | None:
     return found
 
 def _from_text(file: OwnFile) -> Found | None:
+    "What is found in a text. Dates as of signal-export, in brackets and without seconds, are of no phone."
     text = file.text()
-    return signal_text(text, file.name) if file.suffix == ".md" else chat_in(text, file.name)
+    is_signal = file.suffix == ".md" or re.match(r"\[\d{4}-\d\d-\d\d,? \d\d:\d\d\] ", text)
+    return signal_text(text, file.name) if is_signal else chat_in(text, file.name)
 
 def _read(file: OwnFile, beside: _Beside) -> Found | None: # None: no conversation
     "What is found in a file. Raises `TinyTrainerError` if it cannot be read."
@@ -490,7 +523,7 @@ def export_in(file: OwnFile) -> Found:
     if found := _read(file, _Beside([])): return found
     raise TinyTrainerError(f"{one_line(file.name)}: is no export of a conversation that is known here.")
 
-# %% ../../nbs/data/17_messengers.ipynb #73c57f77
+# %% ../../nbs/data/17_messengers.ipynb #f72db087
 _IN_PARTS = ("Slack channel", "Facebook chat", "Instagram chat") # conversations that are exported as many files
 
 def _together(found: list[Found]) -> list[Found]:
@@ -503,11 +536,12 @@ def _together(found: list[Found]) -> list[Found]:
     return [group[0] if len(group) == 1 else _merged(group) for group in groups.values()]
 
 def _merged(group: list[Found]) -> Found:
+    "One finding made of many, in the order of time."
     found = Found(group[0].kind, _folder(group[0].source) or group[0].source, user=group[0].user)
     for one in group:
         found.messages += one.messages
         for reason, count in one.left_out.items(): found.leave_out(reason, count=count)
-        for reason, texts in one.examples.items(): found.examples[reason] = (found.examples[reason] + texts)[:3]
+        for reason, texts in one.examples.items(): found.examples[reason] = (found.examples[reason] + texts)[:EXAMPLES]
         found.notes += [f"{one.source}: {note}" for note in one.notes]
     found.messages = _in_time(found.messages)
     return found
