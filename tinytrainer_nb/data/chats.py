@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ORDERS', 'chat_in', 'whatsapp', 'looks_like_chat']
 
-# %% ../../nbs/data/16_chats.ipynb #2fc5db8e
-import re
+# %% ../../nbs/data/16_chats.ipynb #05d646dd
+import functools, re
 from collections import Counter
 from datetime import date
 from typing import NamedTuple
@@ -49,9 +49,10 @@ def _head(line: str) -> _Head | None:
     if clock is None: return None
     return _Head((m["a"], m["b"], m["c"]), clock, (bool(m["open"]), bool(m["second"])), m["rest"])
 
-# %% ../../nbs/data/16_chats.ipynb #d7c61c28
+# %% ../../nbs/data/16_chats.ipynb #f27f5db4
 ORDERS = ("dmy", "mdy", "ymd") # of day, month and year
 
+@functools.lru_cache(10_000)
 def _day(parts: tuple[str, str, str], order: str) -> int | None: # days since 1970
     "The day of a date that is read in an order; None if there is no such day."
     if len(parts[0]) == 4: order = "ymd"
@@ -101,7 +102,7 @@ def _is_notice(name: str, known: Counter) -> bool:
     words = name.split(" ")
     return known[name] == 1 and (len(words) > 6 or any(" ".join(words[:n]) in known for n in range(1, len(words) - 2)))
 
-# %% ../../nbs/data/16_chats.ipynb #21d7c86f
+# %% ../../nbs/data/16_chats.ipynb #8abe605b
 def _phrases(text: str) -> frozenset[str]:
     "The phrases of a list, in small letters."
     return frozenset(re.split(r"[|\n]", text.lower()))
@@ -123,7 +124,8 @@ nálepka vynechána|dokument vynechán|GIF vynechán|Vizitka vynechána|لم ي�
 _DELETED = _phrases("""This message was deleted|You deleted this message|Diese Nachricht wurde gelöscht
 Du hast diese Nachricht gelöscht|Se eliminó este mensaje|Eliminaste este mensaje|Este mensaje fue eliminado
 Ce message a été supprimé|Vous avez supprimé ce message|Questo messaggio è stato eliminato
-Hai eliminato questo messaggio|Esta mensagem foi apagada|Você apagou esta mensagem|Apagou esta mensagem|Mensagem apagada|Dit bericht is verwijderd
+Hai eliminato questo messaggio|Esta mensagem foi apagada|Você apagou esta mensagem
+Apagou esta mensagem|Mensagem apagada|Dit bericht is verwijderd
 Je hebt dit bericht verwijderd|U hebt dit bericht verwijderd|Данное сообщение удалено|Вы удалили данное сообщение
 Це повідомлення було видалено|Ви видалили це повідомлення|Tato zpráva byla smazána|Tuto zprávu jste smazal/a
 Bu mesaj silindi|הודעה זו נמחקה|تم حذف هذه الرسالة""")
@@ -211,7 +213,7 @@ def _title(name: str) -> str:
     if re.search("whatsapp_", part, re.IGNORECASE): part = part.replace("_", " ")
     return _TITLE.sub("", part).strip() or part
 
-# %% ../../nbs/data/16_chats.ipynb #24c217e7
+# %% ../../nbs/data/16_chats.ipynb #6af449fc
 def _is_chat(text: str, entries: list, known: Counter, name: str) -> bool:
     "Whether a text with such entries is an exported chat."
     if not known: return False
@@ -230,19 +232,20 @@ def chat_in(
     known = Counter(first[0] for first in firsts if first)
     if not _is_chat(text, entries, known, name): return None
     found = Found("WhatsApp chat", name)
-    for time, entry in entries: _add(found, time, entry, known)
+    title = _title(name)
+    for time, entry in entries: _add(found, title, time, entry, known)
     if unsure: found.notes.append(f"day and month cannot be told apart: dates such as {unsure} are read as day first; "
                                   "order='mdy' reads the other")
     return found
 
-def _add(found: Found, time: int, entry: str, known: Counter) -> None:
+def _add(found: Found, title: str, time: int, entry: str, known: Counter) -> None:
     "Add a message, or count why it is none."
     first, end, more = entry.partition("\n")
     named = _named(first, known)
     if not named or _is_notice(named[0], known): return found.leave_out("a line of WhatsApp's own", first)
     text, reason = _said(named[1] + end + more)
     if reason: found.leave_out(reason, entry)
-    else: found.messages.append(Message(_title(found.source), named[0], float(time), text, found.source))
+    else: found.messages.append(Message(title, named[0], float(time), text, found.source))
 
 # %% ../../nbs/data/16_chats.ipynb #7bb47307
 def whatsapp(

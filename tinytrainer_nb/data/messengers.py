@@ -39,7 +39,7 @@ def _rows(text: str) -> tuple[list, int]: # values; lines that hold none
         except (ValueError, RecursionError): bad += 1
     return found, bad
 
-# %% ../../nbs/data/17_messengers.ipynb #be592e32
+# %% ../../nbs/data/17_messengers.ipynb #e55241db
 _ASSIGNED = re.compile(r"\s{0,9}window\.YTD\.[\w.]{1,60}\s{0,9}=") # X writes scripts
 
 def _parsed(file: OwnFile) -> tuple[object, str]: # the value; what could not be read
@@ -53,7 +53,7 @@ def _parsed(file: OwnFile) -> tuple[object, str]: # the value; what could not be
         rows, bad = _rows(text)
         if len(rows) > max(1, bad): return rows, f"{bad} lines could not be read and are missing" if bad else ""
     with contextlib.suppress(ValueError, RecursionError):
-        note = f"is damaged: what comes after character {cut:,} of {len(text):,} could not be read and is missing"
+        note = f"is damaged near character {cut:,} of {len(text):,}: what follows could not be read and is missing"
         if value := json.loads(_repaired(text[:cut]), strict=False): return value, note
     raise TinyTrainerError(f"{one_line(file.name)}: is no JSON that can be read. Was it cut off?")
 
