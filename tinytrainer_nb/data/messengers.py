@@ -208,7 +208,7 @@ def facebook(value, source: str) -> Found:
     found.messages = _in_time(found.messages[::-1])
     return found
 
-# %% ../../nbs/data/17_messengers.ipynb #b139434f
+# %% ../../nbs/data/17_messengers.ipynb #901794ab
 _MARKED = re.compile(r"<([^<>\n]{1,2000})>")
 
 def _unmarked(text: str, people: dict[str, str], rooms: dict[str, str]) -> str:
@@ -222,6 +222,7 @@ def _unmarked(text: str, people: dict[str, str], rooms: dict[str, str]) -> str:
     text = _MARKED.sub(shown, text)
     return text.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
 
+# %% ../../nbs/data/17_messengers.ipynb #7d0a3a20
 def _names(value) -> dict[str, str]: # by the id
     "Names in `users.json` or `channels.json`."
     found = {}
@@ -240,6 +241,7 @@ def _talks(value, people: dict[str, str]) -> dict[str, str]: # by the id
         found[_text(talk.get("id"))] = ", ".join(people.get(one) or one for one in ids)
     return found
 
+# %% ../../nbs/data/17_messengers.ipynb #09629cbd
 _SLACK_TEXTS = ("", "thread_broadcast", "me_message", "file_share") # subtypes of what somebody wrote
 
 def slack(value, source: str, people: dict[str, str] = {}, rooms: dict[str, str] = {}) -> Found: # names by ids
@@ -256,7 +258,7 @@ def slack(value, source: str, people: dict[str, str] = {}, rooms: dict[str, str]
             _add(found, title, name, _seconds(m.get("ts")), _unmarked(text, people, rooms))
     return found
 
-# %% ../../nbs/data/17_messengers.ipynb #9f266c44
+# %% ../../nbs/data/17_messengers.ipynb #d223f136
 _CALL = re.compile(r"(?:Incoming|Outgoing|Missed)(?: voice| video| group)? call(?: \([^()\n]{1,80}\))?")
 
 def _signal_export(rows: list[dict], source: str) -> Found:
@@ -286,7 +288,7 @@ def _signal_cli(rows: list[dict], source: str) -> Found:
         _add(found, chat, author, time, m.get("message"), "a receipt, a call or media without words")
     return found
 
-# %% ../../nbs/data/17_messengers.ipynb #ad2f87b5
+# %% ../../nbs/data/17_messengers.ipynb #f510f4a7
 def _signal_names(rows: list[dict]) -> dict[str, str]: # by the number of a contact or a group
     "What contacts and groups are called in Signal's own export; the owner is `Me`."
     found = {}
@@ -318,7 +320,7 @@ def signal(value, source: str) -> Found:
     cli = any("envelope" in row or "params" in row for row in rows)
     return (_signal_cli if cli else _signal_export)(rows, source)
 
-# %% ../../nbs/data/17_messengers.ipynb #7f40da13
+# %% ../../nbs/data/17_messengers.ipynb #1a19b9b0
 _LINK = re.compile(r"!?\[[^\]\n]{0,200}\]\(\.{1,2}/[^)\n]{1,500}\)")
 
 def signal_text(text: str, source: str) -> Found | None: # None: the text is no such chat
@@ -334,7 +336,7 @@ def signal_text(text: str, source: str) -> Found | None: # None: the text is no 
     if any(m.author == "Me" for m in found.messages): found.user = "Me"
     return found
 
-# %% ../../nbs/data/17_messengers.ipynb #a2007506
+# %% ../../nbs/data/17_messengers.ipynb #cee60bcb
 def _unshortened(tweet: dict) -> str:
     "A tweet's text with the links that were written, and without those to its pictures."
     text, entities = _text(tweet.get("full_text")) or _text(tweet.get("text")), _dict(tweet.get("entities"))
@@ -361,6 +363,7 @@ def tweets(value, source: str, account: dict = {}) -> Found: # account: of accou
         else: found.documents.append(Document(one_line(text)[:60], author, time, text, source))
     return found
 
+# %% ../../nbs/data/17_messengers.ipynb #dab1a6e0
 def direct_messages(value, source: str, account: dict = {}) -> Found:
     "The direct messages in an archive of X's, which names people by their numbers."
     me = _text(account.get("accountDisplayName")) or _text(account.get("username")) or _text(account.get("accountId"))
@@ -375,7 +378,7 @@ def direct_messages(value, source: str, account: dict = {}) -> Found:
     found.messages = _in_time(found.messages)
     return found
 
-# %% ../../nbs/data/17_messengers.ipynb #f003f849
+# %% ../../nbs/data/17_messengers.ipynb #9381c8c7
 def _branch(chat: dict) -> list[dict]: # nodes, from the first
     "The living branch of a tree of messages."
     nodes = {key: node for key, node in _dict(chat.get("mapping")).items() if isinstance(node, dict)}
@@ -411,7 +414,7 @@ def chatgpt(value, source: str) -> Found:
             else: _add(found, title, author, _seconds(m.get("create_time")), text)
     return found
 
-# %% ../../nbs/data/17_messengers.ipynb #bcd07cf4
+# %% ../../nbs/data/17_messengers.ipynb #5d27a303
 def claude(value, source: str) -> Found:
     "The conversations with Claude; what it thought is left out."
     found, used = Found("Claude conversations", source, user="human"), Counter()
@@ -426,7 +429,7 @@ def claude(value, source: str) -> Found:
             _add(found, title, _text(m.get("sender")), _seconds(m.get("created_at")), text)
     return found
 
-# %% ../../nbs/data/17_messengers.ipynb #1ec612de
+# %% ../../nbs/data/17_messengers.ipynb #ca0250ab
 def _any(rows, *keys: str) -> bool:
     "Whether any row has all of the keys."
     return any(all(key in row for key in keys) for row in _dicts(rows))
@@ -450,7 +453,7 @@ def _is_telegram(chat: dict) -> bool:
     "Whether a value is one chat of Telegram's."
     return isinstance(chat.get("messages"), list) and "type" in chat and ("id" in chat or "name" in chat)
 
-# %% ../../nbs/data/17_messengers.ipynb #4c52709f
+# %% ../../nbs/data/17_messengers.ipynb #cc8b3a13
 def _folder(name: str) -> str:
     "The folder of a file, by its name; empty if it lies in none."
     return name.rpartition("/")[0]
@@ -487,7 +490,7 @@ class _Beside:
             self.used.add(f"{root}/{name}.json".lstrip("/"))
         return self.people[root], self.rooms[root]
 
-# %% ../../nbs/data/17_messengers.ipynb #2cc56be0
+# %% ../../nbs/data/17_messengers.ipynb #db399391
 _BY_NAME = [(r"result\.json", "Telegram chat"), (r"message_\d{1,9}\.json", "Facebook chat"),
             (r"main\.jsonl", "Signal chat"), (r"conversations(-\d{1,9})?\.json", "ChatGPT conversations"),
             (r"tweets?(-part\d{1,9})?\.js", "tweets"), (r"direct-messages[\w-]{0,20}\.js", "X direct messages"),
@@ -523,7 +526,7 @@ def export_in(file: OwnFile) -> Found:
     if found := _read(file, _Beside([])): return found
     raise TinyTrainerError(f"{one_line(file.name)}: is no export of a conversation that is known here.")
 
-# %% ../../nbs/data/17_messengers.ipynb #f72db087
+# %% ../../nbs/data/17_messengers.ipynb #2b3835dd
 _IN_PARTS = ("Slack channel", "Facebook chat", "Instagram chat") # conversations that are exported as many files
 
 def _together(found: list[Found]) -> list[Found]:
@@ -546,6 +549,7 @@ def _merged(group: list[Found]) -> Found:
     found.messages = _in_time(found.messages)
     return found
 
+# %% ../../nbs/data/17_messengers.ipynb #18b28eaf
 def chats_in(
     files: list[OwnFile], # as of `own_files`
 ) -> tuple[list[Found], list[OwnFile]]: # what was recognised; files for other readers
