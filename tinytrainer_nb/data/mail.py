@@ -17,7 +17,7 @@ from html.parser import HTMLParser
 from ..core import TinyTrainerError, one_line
 from .own_files import Found, Message, OwnFile, decoded
 
-# %% ../../nbs/data/17_mail.ipynb #51ee5014
+# %% ../../nbs/data/17_mail.ipynb #f5ca7be4
 _SPECIAL = re.compile(r"<!--|<[!?]|<(?:script|style)\b[^>]*>", re.I)
 
 def _end_of(mark: str) -> re.Pattern:
@@ -37,7 +37,7 @@ def _tags_and_text(html: str) -> str:
         end = _end_of(mark).search(html, at, last)
         at = end.end() if end else len(html)
     kept.append(html[at:last] if at < last else "")
-    return "".join(kept) + html[max(last, at):].split("<")[0]
+    return "".join(kept) + re.split(r"<[A-Za-z/!?]", html[max(last, at):])[0]
 
 # %% ../../nbs/data/17_mail.ipynb #75f7dc5a
 _OUT = {"script", "style", "template", "noscript", "svg", "math", "iframe", "object", "select", "button", "nav",
@@ -60,27 +60,29 @@ def _unseen(tag: str, attrs: dict) -> bool:
     if tag in _OUT or "hidden" in attrs or _HIDDEN.search((attrs.get("style") or "")[:1000]): return True
     return not _MATTER.isdisjoint((attrs.get("epub:type") or "").lower().split())
 
-# %% ../../nbs/data/17_mail.ipynb #c6f4115b
+# %% ../../nbs/data/17_mail.ipynb #7a560367
 class _Words:
     "Text that is put together from words and from the line ends between them."
-    def __init__(self): self.pieces, self.due, self.space = [], 0, False # due: line ends before the next word
+    def __init__(self):
+        self.pieces, self.due, self.space = [], 0, False # due: line ends before the next word
+        self.item = False                                # after the mark of a list's item, which wants a word
 
     def put(self, text: str) -> None:
         "Add words, after the line ends that are due."
         if self.pieces: self.pieces.append("\n" * min(self.due, MOST_LINE_ENDS) or " " * self.space)
         self.pieces.append(text)
-        self.due, self.space = 0, False
+        self.due, self.space, self.item = 0, False, False
 
     def line(self, ends: int) -> None:
         "So many line ends are due, at least."
-        if ends: self.due, self.space = max(self.due, ends), False
+        if ends and not self.item: self.due, self.space = max(self.due, ends), False
 
     def flow(self, data: str) -> None:
         "Add text whose blanks and line ends are as good as one blank."
         words = re.split(r"[ \t\n\r\f]+", data)
         text = " ".join(filter(None, words)).replace("\xa0", " ")
         if not text: self.space |= len(words) > 1
-        elif not text.strip() and (self.due or not self.pieces): self.due += 1 # &nbsp; holds an empty line open
+        elif not text.strip() and (self.due or not self.pieces): self.due += not self.item # &nbsp; is an empty line
         else:
             self.space |= not words[0]
             self.put(text)
@@ -138,7 +140,7 @@ class Readable(HTMLParser):
             if not self.skipped and name in ("ul", "ol") and self.lists: self.lists.pop()
             if name == tag: return
 
-# %% ../../nbs/data/17_mail.ipynb #0195bb74
+# %% ../../nbs/data/17_mail.ipynb #55caf49c
 def _begin(page: Readable, tag: str, attrs: dict) -> bool:
     "Show how an element begins. True if it is left out."
     words, marks = page.words, f"{attrs.get('class') or ''} {attrs.get('id') or ''}"
@@ -159,8 +161,10 @@ def _item(page: Readable) -> None:
     "The dash or the number of a list's item."
     number = page.lists[-1] if page.lists else None
     if number is not None: page.lists[-1] = number + 1
+    page.words.item = False
+    page.words.line(1)
     page.words.put("-" if number is None else f"{number + 1}.")
-    page.words.space = True
+    page.words.space = page.words.item = True
 
 def readable(html: str, quotes: bool = True) -> Readable:
     "The text of a page as a browser shows it, its title and its author."
@@ -170,7 +174,7 @@ def readable(html: str, quotes: bool = True) -> Readable:
     page.title, page.author, page.text = one_line(page.title).strip(), one_line(page.author).strip(), str(page.words)
     return page
 
-# %% ../../nbs/data/17_mail.ipynb #fce62cb1
+# %% ../../nbs/data/17_mail.ipynb #521f6d3f
 _FORWARDED = re.compile(
     r"\s{0,9}-{2,20} {0,3}(?:Original[ -]Message|Original Appointment|Forwarded (?:message|by)|"
     r"(?:Ursprüngliche|Original-?|Weitergeleitete) ?Nachricht|Message d'origine|Message original|Message transféré|"
@@ -185,6 +189,7 @@ _WROTE = re.compile(r"(?:\b(?:wrote|schrieb|a écrit|écrit|escribió|ha scritto
                     r"\b(?:wrote|schrieb|a écrit|escribió|ha scritto|schreef|escreveu):)\s{0,9}$", re.I)
 _OPENS = re.compile(r"\s{0,9}(?:On|Am|Le|El|Il giorno|Il|Op|Em)\s", re.I)
 _WHEN = re.compile(r"@|\b(?:19|20)\d\d\b|\d[:h]\d\d")
+_NAMES = re.compile(r"<[^<>\s]{1,200}@[^<>\s]{1,200}>|\b(?:19|20)\d\d\b.{0,99}\d[:h]\d\d|\d[:h]\d\d.{0,99}\b20\d\d\b")
 _QUOTED = re.compile(r"\s{0,2}>(?![:;=]-?[()\[\]|/<oO])") # but not an angry face >:(
 
 def _next(lines: list[str], i: int) -> str:
@@ -198,7 +203,7 @@ def _introduces(lines: list[str], i: int) -> int:
         if len(said) > 400 or n > 1 and not lines[min(i + n, len(lines)) - 1].strip(): return 0
         quoted = bool(_QUOTED.match(_next(lines, i + n)))
         if _WROTE.search(said[-250:]) and _OPENS.match(said) and (quoted or _WHEN.search(said)): return n
-        if quoted and _WHEN.search(said) and said.rstrip().endswith((":", ">")): return n # in any language
+        if quoted and _NAMES.search(said) and said.rstrip().endswith((":", ">")): return n # in any language
         if not _OPENS.match(said): return 0
     return 0
 
@@ -206,18 +211,21 @@ def _is_header(lines: list[str], i: int) -> bool:
     "Whether a mail's header is written out from the i-th line on."
     return bool(_FROM.match(lines[i])) and any(map(_SENT.match, lines[i + 1:i + 5]))
 
-# %% ../../nbs/data/17_mail.ipynb #1e9d7826
+# %% ../../nbs/data/17_mail.ipynb #09810c55
 def _without_quotes(lines: list[str]) -> list[str]:
     "The lines of a mail that its sender wrote."
-    kept, i = [], 0
+    kept, i, gap = [], 0, False # gap: what stood around a quote stays apart, by one empty line
     while i < len(lines):
         if _FORWARDED.match(lines[i][:200]) or _is_header(lines, i): break
         if n := _introduces(lines, i):
             i += n
             if not _QUOTED.match(_next(lines, i)): break
             continue
-        if not _QUOTED.match(lines[i]): kept.append(lines[i])
-        elif kept and kept[-1].strip(): kept.append("") # what stood around the quote stays apart
+        if _QUOTED.match(lines[i]): gap = True
+        elif lines[i].strip() or not gap:
+            if gap and kept and kept[-1].strip(): kept.append("")
+            kept.append(lines[i])
+            gap = False
         i += 1
     while kept and (not kept[-1].strip() or re.fullmatch(r"\s{0,9}[_=-]{5,100}\s{0,9}", kept[-1])): kept.pop()
     return kept

@@ -16,10 +16,10 @@ from ..core import TinyTrainerError, one_line
 from .mail import head_of, readable
 from .own_files import Document, Found, OwnFile, decoded
 
-# %% ../../nbs/data/18_papers.ipynb #8f373d2b
+# %% ../../nbs/data/18_papers.ipynb #a6a73c8d
 _EMBED = re.compile(r"!\[\[[^\[\]\n]*\]\]")
 _LINK = re.compile(r"\[\[([^\[\]\n|]*)(?:\|([^\[\]\n]*))?\]\]")
-_COMMENT = re.compile(r"%%.*?%%", re.S)
+_COMMENT = re.compile(r" ?%%.*?%%", re.S)
 _FIELD = re.compile(r"[\[(][\w][\w /-]{0,60}:: [^\[\]()\n]{0,500}[\])] ?")
 _FIELD_LINE = re.compile(r"[ \t]{0,9}(?:[-*+] )?\**\w[\w /-]{0,60}\**::(?: .*)?$")
 _TAG = r"#[\w/-]{0,99}[^\W\d][\w/-]{0,99}"
@@ -64,7 +64,7 @@ def note_text(text: str) -> str:
         elif language not in _QUERIES: kept.append(passage)
     return "\n".join(kept)
 
-# %% ../../nbs/data/18_papers.ipynb #58c25d50
+# %% ../../nbs/data/18_papers.ipynb #81e65578
 def _when(value: str) -> float | None:
     "Seconds since 1970 of a date such as 2024-01-08 or 2024-01-08T18:26:00Z."
     with contextlib.suppress(ValueError, OverflowError):
@@ -76,7 +76,7 @@ def front_matter(text: str) -> tuple[dict[str, str], str]: # its single values, 
     "The YAML block at the top of a note."
     block = re.match(r"---[ \t]*\n(.{0,20000}?)^(?:---|\.\.\.)[ \t]*(?:\n|\Z)", text, re.S | re.M)
     if not block or block[1].strip() and not re.search(r"^[\w-][\w -]{0,60}:", block[1], re.M): return {}, text
-    pairs = (line.partition(":") for line in block[1].split("\n") if re.match(r"[\w-]", line))
+    pairs = (line.partition(":") for line in block[1].split("\n") if re.match(r"\w", line))
     return {key.strip().lower(): value.strip().strip("'\"") for key, _, value in pairs}, text[block.end():]
 
 # %% ../../nbs/data/18_papers.ipynb #858bc062
@@ -113,7 +113,7 @@ def _as_html(data: bytes) -> str:
         if named and not data.startswith(b"\xef\xbb\xbf"): return data.decode(named[1].decode())
     return decoded(data)
 
-# %% ../../nbs/data/18_papers.ipynb #51dce2f3
+# %% ../../nbs/data/18_papers.ipynb #2cc679da
 PACKAGE_MOST = 100 * 2**20 # bytes, unpacked, that are read of one document
 
 class _Package:
@@ -133,7 +133,7 @@ class _Package:
         if re.search(r"<!(?:ENTITY|ELEMENT|ATTLIST)", text, re.I):
             raise TinyTrainerError("its XML defines entities, which can grow without limit. Save it anew.")
         parser = ElementTree.XMLParser(target=target)
-        parser.feed(re.sub(r"^\s{0,99}<\?xml[^>]{0,200}\?>", "", text)) # it is decoded, whatever it names
+        parser.feed(text.lstrip()) # as text: the encoding that it names is passed over
         return parser.close()
 
     def has(self, name: str) -> bool: return name in self.archive.NameToInfo
