@@ -38,7 +38,7 @@ def _prose(text: str) -> str:
              if not (_FIELD_LINE.match(line) or _TAG_LINE.match(line) or line.strip(" \t-*+") == "\0")]
     return "\n".join(lines).replace("\0", "")
 
-# %% ../../nbs/data/18_papers.ipynb #72f89da7
+# %% ../../nbs/data/18_papers.ipynb #42d42687
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})[ \t]*([\w-]*)")
 _QUERIES = {"dataview", "dataviewjs", "query", "tasks", "button", "meta-bind"}
 
@@ -48,13 +48,13 @@ def _passages(text: str) -> list[tuple[str, str | None]]: # text, and the langua
     for line in text.split("\n"):
         mark = _FENCE.match(line)
         if not fence and mark:
-            found.append(("\n".join(lines), None))
+            if lines: found.append(("\n".join(lines), None))
             lines, fence, language = [line], mark[1], mark[2].lower()
         elif fence and mark and not mark[2] and mark[1].startswith(fence):
             found.append(("\n".join([*lines, line]), language))
             lines, fence, language = [], "", None
         else: lines.append(line)
-    return [*found, ("\n".join(lines), language)]
+    return [*found, ("\n".join(lines), language)] if lines else found
 
 def note_text(text: str) -> str:
     "A note as it is read, without comments, fields and queries."
@@ -343,7 +343,7 @@ def _pdf(file: OwnFile, found: Found) -> None:
     _add(found, "\n".join(filter(None, texts)), **about)
     if found.documents: found.notes.append("Text out of a PDF may have broken words, headers and page numbers in it.")
 
-# %% ../../nbs/data/18_papers.ipynb #7a6c986f
+# %% ../../nbs/data/18_papers.ipynb #46c43c11
 _READERS: dict[str, Callable] = {"Markdown": _markdown, "EPUB book": _epub, "Word document": _docx, "PDF": _pdf,
                                  "OpenDocument text": _odt, "HTML page": _html, "text": _text}
 _SUFFIXES = {".epub": "EPUB book", ".docx": "Word document", ".odt": "OpenDocument text", ".pdf": "PDF",
@@ -356,8 +356,8 @@ def _packed(file: OwnFile) -> str:
     with contextlib.suppress(Exception), _package(file) as package: # what a damaged archive raises is not foreseeable
         if kind := next((kind for name, kind in _MEMBERS.items() if package.has(name)), ""): return kind
         if package.has("mimetype") and package.has("content.xml"):
-            text = package.read("mimetype").startswith(b"application/vnd.oasis.opendocument.text")
-            return "OpenDocument text" if text else ""
+            if package.read("mimetype").startswith(b"application/vnd.oasis.opendocument.text"):
+                return "OpenDocument text"
     return _SUFFIXES.get(file.suffix, "")
 
 def _is_text(head: bytes) -> bool:
