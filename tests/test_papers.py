@@ -182,7 +182,8 @@ DOCX = {
     f'xmlns:mc="{MC}"><w:body>{BODY}</w:body></w:document>',
     "word/footnotes.xml": f'<w:footnotes xmlns:w="{W}"><w:footnote><w:p>{run("note")}</w:p></w:footnote></w:footnotes>',
     "docProps/core.xml": """<cp:p xmlns:cp="urn:cp" xmlns:dc="http://purl.org/dc/elements/1.1/" xmlns:t="urn:t">
-<dc:title>Sea, a draft</dc:title><dc:creator>Rosa Sand</dc:creator><t:created>2024-05-01T00:00:00Z</t:created></cp:p>""",
+<dc:title>Sea, a draft</dc:title><dc:creator>Rosa Sand</dc:creator>
+<t:created>2024-05-01T00:00:00Z</t:created></cp:p>""",
 }
 
 
@@ -206,8 +207,8 @@ ODT = {
 xmlns:svg="urn:svg"><office:body><office:text><text:tracked-changes><text:changed-region><text:deletion>
 <text:p>gone</text:p></text:deletion></text:changed-region></text:tracked-changes>
 <text:h text:outline-level="1">The
-   sea</text:h><text:p/><text:p>It <text:span>was<text:s text:c="2"/></text:span><text:s/>grey<text:note><text:note-body>
-<text:p>note</text:p></text:note-body></text:note>.<text:line-break/>Quite<text:tab/>so.</text:p>
+   sea</text:h><text:p/><text:p>It <text:span>was<text:s text:c="2"/></text:span><text:s/>grey<text:note>
+<text:note-body><text:p>note</text:p></text:note-body></text:note>.<text:line-break/>Quite<text:tab/>so.</text:p>
 <text:list><text:list-item><text:p>item <office:annotation><text:p>check</text:p></office:annotation> one</text:p>
 </text:list-item></text:list><text:table-of-content><text:p>The sea 1</text:p></text:table-of-content>
 </office:text></office:body></office:document-content>""",
@@ -358,8 +359,8 @@ def test_the_real_samples(shared):
         "Test Author",
     )
     assert book.documents[0].text == (
-        "Chapter 1: Test Content\n\nThis is a test paragraph with some formatting.\n\nIt includes:\n\n- A bullet point\n"
-        "- Another point\n\n\nChapter 2: More Content\n\nHere's a second chapter with a different style.\n\n"
+        "Chapter 1: Test Content\n\nThis is a test paragraph with some formatting.\n\nIt includes:\n\n"
+        "- A bullet point\n- Another point\n\n\nChapter 2: More Content\n\nHere's a second chapter with a different style.\n\n"
         "This is a blockquote for testing."
     )
     note = by["obsidian/tags_and_frontmatter.md"]

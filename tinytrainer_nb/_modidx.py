@@ -877,6 +877,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'tinytrainer_nb/data/mail.py'),
                                           'tinytrainer_nb.data.mail._is_header': ( 'data/mail.html#_is_header',
                                                                                    'tinytrainer_nb/data/mail.py'),
+                                          'tinytrainer_nb.data.mail._is_rest': ('data/mail.html#_is_rest', 'tinytrainer_nb/data/mail.py'),
                                           'tinytrainer_nb.data.mail._item': ('data/mail.html#_item', 'tinytrainer_nb/data/mail.py'),
                                           'tinytrainer_nb.data.mail._kind': ('data/mail.html#_kind', 'tinytrainer_nb/data/mail.py'),
                                           'tinytrainer_nb.data.mail._mails': ('data/mail.html#_mails', 'tinytrainer_nb/data/mail.py'),
