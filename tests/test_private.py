@@ -191,6 +191,11 @@ def test_thousands_of_authors_take_no_longer():
     assert time.process_time() - began < 5
 
 
+def test_scripts_without_blanks():
+    text = "昨天王小明来了，我们去了蓝鹭公园。"
+    assert texts_of(Scanner(["王小明"], ["蓝鹭公园"]).scan(text)) == ["王小明", "蓝鹭公园"]
+
+
 def test_own_list_is_whole_words_whatever_the_case():
     scanner = Scanner(own=["Blue Heron", "c++", "  ", "#42", "müller"])
     text = "blue\n heron, BLUE HERON, blue herons, C++ and C, #42, 42, MÜLLER"
@@ -358,6 +363,15 @@ def test_values_stay_the_same(scanner, tmp_path):
     assert again.replace(more, scanner.scan(more)) == replacer.replace(more, scanner.scan(more))
     assert Replacer(seed=3, regions=REGIONS).replace(text, items) == changed
     assert Replacer(seed=4, regions=REGIONS).replace(text, items) != changed
+
+
+def test_what_was_invented_stays(scanner):
+    text, replacer = everything(), Replacer(regions=REGIONS)
+    changed = replacer.replace(text, scanner.scan(text))
+    table = dict(replacer.map)
+    wider = Scanner([*PEOPLE, *(value for value in table.values() if value.istitle())], regions=REGIONS)
+    assert replacer.replace(changed, [i for i in wider.scan(changed) if i.text in table.values()]) == changed
+    assert replacer.map == table
 
 
 def test_the_table_is_for_its_owner(tmp_path):

@@ -64,14 +64,14 @@ def _cards(text: str) -> Iterator[Item]:
             for _, end in groups[i:]:
                 if _card_company(m[0][start:end]): yield _item("card", text, m.start() + start, m.start() + end)
 
-# %% ../../nbs/data/19_private.ipynb #9dfe3fe4
+# %% ../../nbs/data/19_private.ipynb #7fb0229c
 _ACCOUNTS = {row[:2]: int(row[2:]) for row in ( # characters of a country's IBAN
     "AD24 AE23 AL28 AT20 AZ28 BA20 BE16 BG22 BH22 BI27 BR29 BY28 CH21 CR22 CY28 CZ24 DE22 DJ27 DK18 DO28 EE20 EG29 "
     "ES24 FI18 FK18 FO18 FR27 GB22 GE22 GI23 GL18 GR27 GT28 HN28 HR21 HU28 IE22 IL23 IQ23 IS26 IT27 JO30 KW30 KZ20 "
     "LB28 LC32 LI21 LT20 LU20 LV21 LY25 MC27 MD24 ME22 MK19 MN20 MR27 MT31 MU30 NI28 NL18 NO15 OM23 PK24 PL28 PS29 "
     "PT25 QA29 RO24 RS22 SA24 SC31 SD18 SE24 SI19 SK24 SM27 SO23 ST25 SV28 TL23 TN24 TR26 UA29 VA22 VG24 XK20 YE30"
 ).split()}
-_IBAN = re.compile(r"(?<![^\W_])[A-Za-z]{2}\d\d(?:[ -]?[A-Za-z0-9]){11,28}")
+_IBAN = re.compile(r"(?<![^\W_])(?=([A-Za-z]{2}\d\d(?:[ -]?[A-Za-z0-9]){11,28}))") # they may follow each other
 
 def _remainder(iban: str) -> int:
     "What an account number leaves when it is divided by 97; 1 for a right one."
@@ -79,7 +79,7 @@ def _remainder(iban: str) -> int:
 
 def _ibans(text: str) -> Iterator[Item]:
     for m in _IBAN.finditer(text):
-        length, places = _ACCOUNTS.get(m[0][:2].upper()), [i for i, c in enumerate(m[0]) if c.isalnum()]
+        length, places = _ACCOUNTS.get(m[1][:2].upper()), [i for i, c in enumerate(m[1]) if c.isalnum()]
         if length is None or len(places) < length: continue
         end = m.start() + places[length - 1] + 1
         number = re.sub("[ -]", "", text[m.start():end])
@@ -114,7 +114,7 @@ def _of_fiction(number) -> bool:
     return any(national.startswith(start) and len(national) == length
                for start, length in _FICTION.get(number.country_code, ()))
 
-# %% ../../nbs/data/19_private.ipynb #5a797583
+# %% ../../nbs/data/19_private.ipynb #e925022e
 def _matches(written: str, region: str | None, leniency: int) -> Iterator[tuple[int, int]]:
     "Places of phone numbers in a short piece of text; `region` is the country of those without a country code."
     library = _phone_library()
@@ -132,6 +132,7 @@ def _phones_abroad(text: str) -> Iterator[Item]:
             shift = m.start() + zeros # "+" is one character, "00" are two
             yield _item("phone", text, m.start() if start == 0 else start + shift, end + shift)
 
+# %% ../../nbs/data/19_private.ipynb #62a40a35
 def _is_count(text: str, start: int, written: str) -> bool:
     "Whether digits are a date, years, thousands, a book's number, or too many groups to be a phone number."
     if len(re.findall(r"\d+", written)) > 7 or _DATE.match(written) or _THOUSANDS.match(written): return True
@@ -151,7 +152,7 @@ def _phones_at_home(text: str, regions: tuple) -> Iterator[Item]:
             for start, end in _matches(m[0], region, _phone_library().Leniency.VALID):
                 yield _item("phone", text, m.start() + start, m.start() + end)
 
-# %% ../../nbs/data/19_private.ipynb #4c86f5a1
+# %% ../../nbs/data/19_private.ipynb #dee502e7
 _IPV4 = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?!\w|\.\w)")
 _VERSION = re.compile(r"(\bv|\b(version|ver|release|rev|revision|firmware|build|update|upgrade|patch|kernel|driver|"
                       r"section|sections|chapter|clause|appendix|abschnitt|kapitel|artikel|ziffer|versión|sección|"
@@ -180,7 +181,7 @@ def _ip_addresses(text: str) -> Iterator[Item]:
         if written.count(":") > 1 and (whole or "::" in written and len(groups) > 1 and _IN_USE.match(written)):
             if _is_address(written): yield _item("IP address", text, m.start(), m.start() + len(written))
 
-# %% ../../nbs/data/19_private.ipynb #399e94a4
+# %% ../../nbs/data/19_private.ipynb #80b7fc40
 _CAP = "[A-ZÄÖÜÉÈÂÎÔÁÍÓÚÑ][\\w'’]{0,24}"                # a word with a capital letter
 _CAPS = f"{_CAP}(?:[ -]{_CAP})"                        # with a bound behind it: more of them
 _NUMBER = "\\d{1,4}[ ]?[a-zA-Z]?(?![\\w%€$]|[.,:]\\d)" # of a house
@@ -203,8 +204,8 @@ def _streets() -> list[re.Pattern]:
     known, before = _KNOWN_AS, "(?<![\\w.,:/$€£#-])"
     named = f"(?:{_CAP}[ ]|\\d{{1,3}}(?:st|nd|rd|th)[ ])"
     return [re.compile(pattern) for pattern in (
-        f"{before}\\d{{1,5}}[A-Z]?,?[ ](?:[NSEW]\\.?[ ])?{named}{{1,3}}(?:{known['en']})\\b"
-        f"(?:,?[ ](?:Apt|Flat|Unit|Suite)\\.?[ ]\\w{{1,5}})?{_ZIP}?",
+        f"{before}\\d{{1,5}}[A-Z]?,?[ ](?:[NSEW]\\.?[ ])?{named}{{1,3}}(?:{known['en']})\\b\\.?"
+        f"(?:[ ][NS]?[EWNS]\\b)?(?:,?[ ](?:Apt|Flat|Unit|Suite)\\.?[ ]\\w{{1,5}})?{_ZIP}?",
         f"(?<!\\w)(?!{known['no']})(?:{_CAP}-){{0,3}}[A-ZÄÖÜ][a-zäöüß]{{1,24}}(?:{known['de']})[ ]{_NUMBER}{_TOWN}?",
         f"(?<!\\w){_CAPS}{{0,2}}[ -](?:{known['apart']})[ ]{_NUMBER}{_TOWN}?",
         f"(?<!\\w)(?:{known['at']}[ ]{_CAPS}{{0,1}}|{_CAP}(?:{known['town']}))[ ]{_NUMBER}{_TOWN}",
@@ -219,8 +220,8 @@ def _addresses(text: str) -> Iterator[Item]:
     for pattern in _STREETS:
         for m in pattern.finditer(text): yield _item("address", text, *m.span())
 
-# %% ../../nbs/data/19_private.ipynb #142e47e4
-_KEY = re.compile(r"(?<![\w-])(?:sk-(?=[\w-]{0,200}\d)[\w-]{16,200}|[spr]k_(?:live|test)_\w{10,200}"
+# %% ../../nbs/data/19_private.ipynb #9c811101
+_KEY = re.compile(r"(?<![\w-])(?:sk-(?=[\w-]{0,200}\d)[\w-]{12,200}|[spr]k_(?:live|test)_\w{10,200}"
                   r"|gh[opsur]_\w{16,200}|github_pat_\w{16,200}|glpat-[\w-]{16,100}|(?:AKIA|ASIA)[A-Z0-9]{16}"
                   r"|AIza[\w-]{30,60}|xox[abeoprs]-[\w-]{10,200}|hf_[A-Za-z0-9]{16,100}|npm_[A-Za-z0-9]{30,60}"
                   r"|ya29\.[\w-]{20,300}|SG\.[\w-]{16,60}\.[\w-]{16,80}"
@@ -238,10 +239,10 @@ def _keys(text: str) -> Iterator[Item]:
         end = _BLOCK_END.search(text, m.end(), m.end() + 20_000)
         yield _item("key", text, m.start(), end.end() if end else m.end())
 
-# %% ../../nbs/data/19_private.ipynb #85ca22c7
+# %% ../../nbs/data/19_private.ipynb #1f11ad74
 _PASSWORD = re.compile(
     r"(password|passwort|kennwort|passwd|passphrase|passcode|pwd|mot de passe|mdp|contraseña|senha|wachtwoord|clave"
-    r"|pin|zugangscode)[\"']?([ \u00a0]{0,3}[:=]\*{0,2}[ \u00a0]{0,3}|[ ](?:is|ist|est|es|lautet|war|was)[ ]:?[ ]?)"
+    r"|pin|zugangscode)[\"']?([ \u00a0]{0,3}[:=]\*{0,2}[ \u00a0]{0,3}|[ ](?:is|ist|est|es|lautet|war|was)(?:[ ]?:)?[ ])"
     r"[\"'`«„“]?(\S{4,100})", re.I)
 _WRITTEN_AROUND = "\"'`»“”.,;!?)]}>"
 _NO_PASSWORD = set("""password passwort kennwort required optional none null true false string incorrect wrong forgotten
@@ -261,13 +262,14 @@ def _looks_secret(value: str, sign: str, label: str, rest: str) -> bool:
 
 def _passwords(text: str) -> Iterator[Item]:
     for m in _PASSWORD.finditer(text):
-        value = m[3].rstrip(_WRITTEN_AROUND) if not re.search(r"\w[!?]\Z", m[3]) else m[3]
+        value = re.split(r"&\w+=", m[3])[0] # the next parameter
+        if not re.search(r"\w[!?]\Z", value): value = value.rstrip(_WRITTEN_AROUND)
         if m.start() and m[1].casefold() in ("pin", "clave") and text[m.start() - 1].isalpha(): continue
         end = m.start(3) + len(value)
         line = text[m.end(3):m.end(3) + 200].partition("\n")[0]
         if _looks_secret(value, m[2].strip(), m[1].casefold(), line): yield _item("password", text, m.start(3), end)
 
-# %% ../../nbs/data/19_private.ipynb #7fa97922
+# %% ../../nbs/data/19_private.ipynb #b252a64a
 _LINK = re.compile(r"(?<![\w+.-])[A-Za-z][A-Za-z0-9+.-]{1,15}://[^\s<>\"'`«»]{3,4000}")
 _PARAMETERS = set("""token key sig signature auth access_token code password passwd pwd secret client_secret api_key
     apikey refresh_token id_token jwt session sessionid session_id sid ticket invite otp hash hmac authkey auth_token
@@ -294,14 +296,17 @@ def _links(text: str) -> Iterator[Item]:
         link = m[0].rstrip(".,;:!?)]}*_")
         if _opens_a_door(link): yield _item("link with a token", text, m.start(), m.start() + len(link))
 
-# %% ../../nbs/data/19_private.ipynb #193e8432
+# %% ../../nbs/data/19_private.ipynb #ad9420c4
+_NO_BLANKS = re.compile("[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]") # Thai, Lao, Japanese, Chinese: between words
+
 class _Phrases:
     "Phrases found as whole words, looked up by their first word: thousands of them take no longer than one."
     def __init__(self, phrases: Iterable[str], fold: bool = False): # fold: whatever their case
-        self.fold, self.patterns, self.by_word = fold, {}, {}
+        self.fold, self.patterns, self.by_word, self.anywhere = fold, {}, {}, []
         for phrase in dict.fromkeys(phrases):
             word = re.search(r"\w+", phrase)
-            if word: self.by_word.setdefault(self._key(word[0]), []).append((word.start(), phrase))
+            if _NO_BLANKS.search(phrase): self.anywhere.append(phrase)
+            elif word: self.by_word.setdefault(self._key(word[0]), []).append((word.start(), phrase))
 
     def _key(self, word: str) -> str: return word.casefold() if self.fold else word
 
@@ -314,12 +319,14 @@ class _Phrases:
         return self.patterns[phrase]
 
     def spans(self, text: str) -> Iterator[tuple[int, int]]:
+        for phrase in self.anywhere:
+            for m in re.finditer(re.escape(phrase), text): yield m.span()
         for word in re.finditer(r"\w+", text) if self.by_word else ():
             for offset, phrase in self.by_word.get(self._key(word[0]), ()):
                 start = word.start() - offset
                 if start >= 0 and (m := self._pattern(phrase).match(text, start)): yield m.span()
 
-# %% ../../nbs/data/19_private.ipynb #2bd6f09f
+# %% ../../nbs/data/19_private.ipynb #de6606db
 _ORDINARY = set("""
     the and for you your our his her its their this that these those with from not but are was were have has had all any
     can may might must shall will would one two new old who what when where why how yes now here there then than more
@@ -350,6 +357,8 @@ _ORDINARY = set("""
     mar cruz rey reina santos iglesias torres flores blanco rubio moreno delgado calvo herrero campo campos bueno bravo
     león toro alba
 """.split())
+
+# %% ../../nbs/data/19_private.ipynb #e0ab1c7a
 _PARTICLES = set("von van der den de del della di da dos la le el bin al ter ten zu of y e und and".split())
 
 def _names_of(author: str) -> tuple[list[str], list[str]]: # full names; first and last names
@@ -369,6 +378,7 @@ def _names_and_quiet(authors: Iterable[str]) -> tuple[list[str], list[str]]:
     quiet = [part for part in dict.fromkeys(parts) if part.casefold() in _ORDINARY]
     return list(dict.fromkeys([*fulls, *(part for part in parts if part not in set(quiet))])), quiet
 
+# %% ../../nbs/data/19_private.ipynb #02b25cb8
 _GREETING = re.compile(r"(?:@|\b(?:hi|hey|hello|hallo|dear|thanks|thank you|danke|liebe|lieber|moin|servus|hola"
                        r"|querid[oa]|gracias|bonjour|salut|cher|chère|merci|ciao|bye|tschüss|love|yours|mr|mrs|ms"
                        r"|herr|frau|dr)\.?,?[ ]{1,2})\Z", re.I)
@@ -378,7 +388,7 @@ def _is_called(text: str, start: int, end: int) -> bool:
     "Whether a word is greeted, or mentioned with @, and so is a name."
     return bool(_GREETING.search(text[max(0, start - 12):start]) and _GREETED.match(text, end))
 
-# %% ../../nbs/data/19_private.ipynb #96a5d912
+# %% ../../nbs/data/19_private.ipynb #865fc8cd
 def _free(item: Item, kept: list[Item]) -> Iterator[tuple[int, int]]:
     "The parts of an item that no kept item covers; `kept` is in order and without overlaps."
     at = max(0, bisect.bisect_right(kept, item.start, key=lambda k: k.start) - 1)
@@ -402,7 +412,7 @@ def _apart(text: str, items: Iterable[Item]) -> list[Item]:
             bisect.insort(kept, _item(item.kind, text, start, end), key=lambda k: k.start)
     return kept
 
-# %% ../../nbs/data/19_private.ipynb #7aeb1f78
+# %% ../../nbs/data/19_private.ipynb #c63d849b
 _FINDERS: tuple[Callable[[str], Iterator[Item]], ...] = (
     _keys, _passwords, _links, _emails, _cards, _ibans, _phones_abroad, _ip_addresses, _addresses)
 
@@ -439,7 +449,7 @@ class Scanner:
         found += [_item("own list", text, *span) for span in self._own.spans(text)]
         return _apart(text, found)
 
-# %% ../../nbs/data/19_private.ipynb #71fd021b
+# %% ../../nbs/data/19_private.ipynb #c6738204
 def masked(text: str) -> str:
     "The beginning of each part of a private text, too little to know it by."
     text = re.sub(r"\A[\w+.-]{1,20}://", "", one_line(text))
@@ -448,6 +458,7 @@ def masked(text: str) -> str:
     words = text.split()[:4]
     return " ".join(word[:min(2, max(1, len(word) // 4))] + "***" for word in words)
 
+# %% ../../nbs/data/19_private.ipynb #9acb801d
 @dataclass(repr=False)
 class Report:
     "What is private in texts; shows itself as a table."
@@ -483,7 +494,7 @@ def private_report(
             if len(examples) < most and example not in examples: examples.append(example)
     return report
 
-# %% ../../nbs/data/19_private.ipynb #cd58df6f
+# %% ../../nbs/data/19_private.ipynb #ad20409c
 @patch_to(Report)
 def __str__(self) -> str:
     rows = [f"  {what}: {words}" for what, words in self.details().items()]
@@ -496,7 +507,7 @@ def _repr_markdown_(self) -> str:
     rows = [f"| {inert(what)} | {inert(words)} |" for what, words in self.details().items()]
     return "\n".join(["| private things | found |", "| --- | --- |", *rows])
 
-# %% ../../nbs/data/19_private.ipynb #a20560de
+# %% ../../nbs/data/19_private.ipynb #489903c6
 _STARTS = "Bel Bran Cal Dor El Fal Gar Hal Il Jor Kel Lor Mel Nor Or Pel Quen Sel Tal Ul Ver Wen Yor Zel".split()
 _MIDDLES = "a e i o av em er il in om ov ul".split()
 _FIRST_ENDS = "da dra len lin mir na ndo nis ra rin ro ssa tas thea vin wyn".split()
@@ -528,7 +539,7 @@ def _turned(text: str, by: int) -> str:
         text = "".join(moved.get(c, c) for c in text)
     return text
 
-# %% ../../nbs/data/19_private.ipynb #82d5d2a0
+# %% ../../nbs/data/19_private.ipynb #e663219c
 def _laid(shape: str, characters: str) -> str:
     "Characters in the places of letters and digits of a shape; the shape grows or is cut at its end."
     left, laid = list(characters), []
@@ -560,7 +571,7 @@ def _other_ip(text: str, rng: random.Random, attempt: int) -> str:
     if attempt >= 300: return f"198.{rng.randrange(18, 20)}.{rng.randrange(256)}.{rng.randrange(256)}" # RFC 2544
     return f"{_DOCUMENTATION[attempt // 100]}{rng.randrange(1, 255)}"
 
-# %% ../../nbs/data/19_private.ipynb #c3f04e33
+# %% ../../nbs/data/19_private.ipynb #13b158bd
 _AREAS = "202 206 212 213 303 305 312 313 404 415 503 512 602 612 617 702 713 718 816 904".split() # North American
 
 def _parsed(text: str, regions: tuple):
@@ -596,7 +607,7 @@ def _other_phone(text: str, rng: random.Random, regions: tuple) -> str:
     head = digits[:len(digits) - len(old)]
     return _laid(text, head + _national(number.country_code, old, rng))
 
-# %% ../../nbs/data/19_private.ipynb #b7639c39
+# %% ../../nbs/data/19_private.ipynb #198de0ed
 _KEY_START = re.compile(r"(sk-(?:proj-|ant-)?|[spr]k_(?:live|test)_|gh[opsur]_|github_pat_|glpat-|AKIA|ASIA|AIza"
                         r"|xox\w-|hf_|npm_|ya29\.|SG\.|eyJ)?(.*)", re.S)
 
@@ -614,9 +625,8 @@ def _other_link(text: str, rng: random.Random) -> str:
     rest = kept.sub(lambda m: m[1] or _shaped(m[2], rng), rest)
     return f"{scheme}{_shaped(user, rng)}{at}example.org{port[0] if port else ''}{rest}"
 
-_STREET = re.compile("(" + "|".join([*(w for w in _KNOWN_AS["en"].split("|")), "Apt", "Flat", "Unit", "Suite"]) + "|"
-                     + "Am|Im|Zum|Zur|Beim|An|Auf|Unter|Hinter|Vor|In|"
-                     + "|".join([_KNOWN_AS["apart"], _KNOWN_AS["es"], _KNOWN_AS["it"]]) + ")\\Z")
+_STREET = re.compile("(" + "|".join(_KNOWN_AS[known] for known in ("en", "apart", "es", "it"))
+                     + "|Apt|Flat|Unit|Suite|Am|Im|Zum|Zur|Beim|An|Auf|Unter|Hinter|Vor|In)\\Z")
 _STREET_END = re.compile(f"({_KNOWN_AS['de']}|{_KNOWN_AS['town']})\\Z")
 
 def _other_address(text: str, rng: random.Random) -> str:
@@ -629,18 +639,18 @@ def _other_address(text: str, rng: random.Random) -> str:
         return _coined(rng, last=True) if len(word) > 2 else _shaped(word, rng)
     return re.sub(r"[^\W_]+\.?", other, text)
 
-# %% ../../nbs/data/19_private.ipynb #4a85b10f
+# %% ../../nbs/data/19_private.ipynb #57328b62
 class Replacer:
     "Puts invented values in the place of private ones; the same value for the same item."
     def __init__(
         self,
-        seed: int = 0,
+        seed: int = 0,               # another seed gives other values
         regions: Iterable[str] = (), # countries of phone numbers without a country code, as for the `Scanner`
     ):
         "Raises `TinyTrainerError` for an unknown country."
         self.seed, self.regions = seed, _need_regions(regions)
-        self.map: dict[str, str] = {}  # original: invented
-        self._values: set[str] = set() # those of the map
+        self.map: dict[str, str] = {}    # original: invented
+        self._values: set[str] = set()   # those of the map
         self._lower: dict[str, str] = {} # words of the map, whatever their case
 
     def _keep(self, original: str, value: str) -> str:
@@ -658,11 +668,11 @@ class Replacer:
             if value != original and not any(value in taken for taken in (self._values, others, self.map)): break
         return self._keep(original, value)
 
-# %% ../../nbs/data/19_private.ipynb #1834a975
+# %% ../../nbs/data/19_private.ipynb #73152e37
 @patch_to(Replacer)
 def _word(self, word: str, last: bool, others: set[str]) -> str:
     "The invented name for one word, in its case."
-    if word in self.map: return self.map[word]
+    if word in self.map or word in self._values: return self.map.get(word, word)
     if known := self._lower.get(word.casefold()): return self._keep(word, _in_case_of(word, known.capitalize()))
     return self._draw(word, others, lambda rng, _: _in_case_of(word, _coined(rng, last)))
 
@@ -686,7 +696,7 @@ def _between(self, text: str) -> str:
     "Initials and numbers between words of a name, as others; `von` and `de` stay."
     return re.sub(r"[^\W_]+", lambda m: m[0] if m[0] in _PARTICLES else _turned(m[0], self.seed), text)
 
-# %% ../../nbs/data/19_private.ipynb #fc27244c
+# %% ../../nbs/data/19_private.ipynb #77d3e4cf
 @patch_to(Replacer)
 def _value(self, item: Item, others: set[str]) -> str:
     "Draw the value of an item that has none."
@@ -706,8 +716,8 @@ def _value(self, item: Item, others: set[str]) -> str:
 
 @patch_to(Replacer)
 def invent(self, items: Iterable[Item]) -> dict[str, str]: # the map
-    "Give every item a value, those of several words first."
-    items = [item for item in items if item.text not in self.map]
+    "Give every item a value, those of several words first; what was itself invented stays."
+    items = [item for item in items if item.text not in self.map and item.text not in self._values]
     others = {item.text for item in items}
     for item in items:
         if item.kind in ("name", "own list"): others.update(re.findall(r"[^\W\d_]{3,}", item.text))
@@ -715,6 +725,7 @@ def invent(self, items: Iterable[Item]) -> dict[str, str]: # the map
         if item.text not in self.map: self._value(item, others)
     return self.map
 
+# %% ../../nbs/data/19_private.ipynb #2ef96422
 @patch_to(Replacer)
 def replace(self, text: str, items: Iterable[Item]) -> str:
     "`text` with invented values for its items. Raises `TinyTrainerError` for items of another text."
@@ -727,11 +738,11 @@ def replace(self, text: str, items: Iterable[Item]) -> str:
     self.invent(items)
     at = 0
     for item in items:
-        parts += [text[at:item.start], self.map[item.text]]
+        parts += [text[at:item.start], self.map.get(item.text, item.text)]
         at = item.end
     return "".join([*parts, text[at:]])
 
-# %% ../../nbs/data/19_private.ipynb #409cd1c2
+# %% ../../nbs/data/19_private.ipynb #e79d6255
 @patch_to(Replacer)
 def save(self, path: Path | str) -> Path:
     "Write the table as JSON, whole, for its owner's eyes only. Raises `TinyTrainerError` if that cannot be done."
