@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['KINDS', 'Item', 'luhn', 'Scanner', 'masked', 'Report', 'private_report', 'Replacer']
 
-# %% ../../nbs/data/19_private.ipynb #e179e9dd
+# %% ../../nbs/data/19_private.ipynb #cf0b25f5
 import bisect, contextlib, ipaddress, os, random, re, tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
-from ..core import TinyTrainerError, inert, local_path, one_line, patch_to, patiently, read_typed, write_json
+from ..core import (TinyTrainerError, inert, local_path, one_line, patch_to, patiently, read_typed,
+                                 write_json)
 
 # %% ../../nbs/data/19_private.ipynb #bfebfb39
 KINDS = ("key", "password", "link with a token", "e-mail", "card", "IBAN", "phone", "IP address", "address", "name",
