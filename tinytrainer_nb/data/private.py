@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from ..core import (TinyTrainerError, inert, local_path, one_line, patch_to, patiently, read_typed,
                                  write_json)
 
-# %% ../../nbs/data/19_private.ipynb #bfebfb39
+# %% ../../nbs/data/19_private.ipynb #486bd25f
 KINDS = ("key", "password", "link with a token", "e-mail", "card", "IBAN", "phone", "IP address", "address", "name",
          "own list") # the earlier wins where two are equally long
 
@@ -27,13 +27,16 @@ class Item:
     start: int # in characters
     end: int
 
-def _item(kind: str, text: str, start: int, end: int) -> Item: return Item(kind, text[start:end], start, end)
+def _item(kind: str, text: str, start: int, end: int) -> Item:
+    "The item at a place of a text."
+    return Item(kind, text[start:end], start, end)
 
 # Every repetition has a bound, so that no stranger's line can make a pattern crawl
 _EMAIL = re.compile(r"(?<![\w.+%-])\w[\w.+%-]{0,63}@(?:[^\W_][\w-]{0,62}\.){1,6}[^\W\d_]{2,24}(?!\w)")
 _PICTURE = re.compile(r"\.(png|jpe?g|gif|svg|webp|pdf)\Z", re.I)
 
 def _emails(text: str) -> Iterator[Item]:
+    "E-mail addresses."
     for m in _EMAIL.finditer(text):
         if not _PICTURE.search(m[0]): yield _item("e-mail", text, *m.span())
 
@@ -65,7 +68,7 @@ def _cards(text: str) -> Iterator[Item]:
             for _, end in groups[i:]:
                 if _card_company(m[0][start:end]): yield _item("card", text, m.start() + start, m.start() + end)
 
-# %% ../../nbs/data/19_private.ipynb #7fb0229c
+# %% ../../nbs/data/19_private.ipynb #5836a8aa
 _ACCOUNTS = {row[:2]: int(row[2:]) for row in ( # characters of a country's IBAN
     "AD24 AE23 AL28 AT20 AZ28 BA20 BE16 BG22 BH22 BI27 BR29 BY28 CH21 CR22 CY28 CZ24 DE22 DJ27 DK18 DO28 EE20 EG29 "
     "ES24 FI18 FK18 FO18 FR27 GB22 GE22 GI23 GL18 GR27 GT28 HN28 HR21 HU28 IE22 IL23 IQ23 IS26 IT27 JO30 KW30 KZ20 "
@@ -79,6 +82,7 @@ def _remainder(iban: str) -> int:
     return int("".join(str(int(c, 36)) for c in iban[4:] + iban[:4])) % 97
 
 def _ibans(text: str) -> Iterator[Item]:
+    "Account numbers whose length and check digits are right."
     for m in _IBAN.finditer(text):
         length, places = _ACCOUNTS.get(m[1][:2].upper()), [i for i, c in enumerate(m[1]) if c.isalnum()]
         if length is None or len(places) < length: continue
@@ -153,7 +157,7 @@ def _phones_at_home(text: str, regions: tuple) -> Iterator[Item]:
             for start, end in _matches(m[0], region, _phone_library().Leniency.VALID):
                 yield _item("phone", text, m.start() + start, m.start() + end)
 
-# %% ../../nbs/data/19_private.ipynb #dee502e7
+# %% ../../nbs/data/19_private.ipynb #8a995e56
 _IPV4 = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?!\w|\.\w)")
 _VERSION = re.compile(r"(\bv|\b(version|ver|release|rev|revision|firmware|build|update|upgrade|patch|kernel|driver|"
                       r"section|sections|chapter|clause|appendix|abschnitt|kapitel|artikel|ziffer|versión|sección|"
@@ -163,6 +167,7 @@ _IPV6 = re.compile(r"(?<![\w:.])[0-9A-Fa-f:]{6,39}(?![\w:])")
 _IN_USE = re.compile(r"([23][0-9a-f]{3}|f[cd][0-9a-f]{2}|fe[89ab][0-9a-f]):", re.I) # how addresses begin
 
 def _is_address(written: str) -> bool:
+    "Whether something is an IP address of either version."
     try: return bool(ipaddress.ip_address(written))
     except ValueError: return False
 
@@ -173,6 +178,7 @@ def _is_version(text: str, start: int, end: int) -> bool:
     return small and text[max(0, start - 1):start] in ("", "\n") and bool(_HEADING.match(text, end))
 
 def _ip_addresses(text: str) -> Iterator[Item]:
+    "IP addresses of both versions, those of private networks included."
     for m in _IPV4.finditer(text):
         if _is_address(m[0]) and not _is_version(text, *m.span()): yield _item("IP address", text, *m.span())
     for m in _IPV6.finditer(text) if ":" in text else ():
@@ -182,7 +188,7 @@ def _ip_addresses(text: str) -> Iterator[Item]:
         if written.count(":") > 1 and (whole or "::" in written and len(groups) > 1 and _IN_USE.match(written)):
             if _is_address(written): yield _item("IP address", text, m.start(), m.start() + len(written))
 
-# %% ../../nbs/data/19_private.ipynb #80b7fc40
+# %% ../../nbs/data/19_private.ipynb #8359a8fd
 _CAP = "[A-ZÄÖÜÉÈÂÎÔÁÍÓÚÑ][\\w'’]{0,24}"                # a word with a capital letter
 _CAPS = f"{_CAP}(?:[ -]{_CAP})"                        # with a bound behind it: more of them
 _NUMBER = "\\d{1,4}[ ]?[a-zA-Z]?(?![\\w%€$]|[.,:]\\d)" # of a house
@@ -218,10 +224,11 @@ def _streets() -> list[re.Pattern]:
 _STREETS = _streets()
 
 def _addresses(text: str) -> Iterator[Item]:
+    "Postal addresses; some match several patterns."
     for pattern in _STREETS:
         for m in pattern.finditer(text): yield _item("address", text, *m.span())
 
-# %% ../../nbs/data/19_private.ipynb #9c811101
+# %% ../../nbs/data/19_private.ipynb #3271761a
 _KEY = re.compile(r"(?<![\w-])(?:sk-(?=[\w-]{0,200}\d)[\w-]{12,200}|[spr]k_(?:live|test)_\w{10,200}"
                   r"|gh[opsur]_\w{16,200}|github_pat_\w{16,200}|glpat-[\w-]{16,100}|(?:AKIA|ASIA)[A-Z0-9]{16}"
                   r"|AIza[\w-]{30,60}|xox[abeoprs]-[\w-]{10,200}|hf_[A-Za-z0-9]{16,100}|npm_[A-Za-z0-9]{30,60}"
@@ -234,13 +241,14 @@ _BLOCK = re.compile(r"-----BEGIN [A-Z0-9 ]{0,30}PRIVATE KEY(?: BLOCK)?-----(?:\s
 _BLOCK_END = re.compile(r"-----END [A-Z0-9 ]{0,30}PRIVATE KEY(?: BLOCK)?-----")
 
 def _keys(text: str) -> Iterator[Item]:
+    "Keys of services, tokens behind a word for them, and private keys of many lines."
     for m in _KEY.finditer(text): yield _item("key", text, *m.span())
     for m in _NAMED_KEY.finditer(text): yield _item("key", text, *m.span(1))
     for m in _BLOCK.finditer(text): # without an end, the lines that look like a key
         end = _BLOCK_END.search(text, m.end(), m.end() + 20_000)
         yield _item("key", text, m.start(), end.end() if end else m.end())
 
-# %% ../../nbs/data/19_private.ipynb #1f11ad74
+# %% ../../nbs/data/19_private.ipynb #0bb96db4
 _PASSWORD = re.compile(
     r"(password|passwort|kennwort|passwd|passphrase|passcode|pwd|mot de passe|mdp|contraseña|senha|wachtwoord|clave"
     r"|pin|zugangscode)[\"']?([ \u00a0]{0,3}[:=]\*{0,2}[ \u00a0]{0,3}|[ ](?:is|ist|est|es|lautet|war|was)(?:[ ]?:)?[ ])"
@@ -262,6 +270,7 @@ def _looks_secret(value: str, sign: str, label: str, rest: str) -> bool:
     return bool(digit or inner or sign == "=" or not re.search(r"\w", rest))
 
 def _passwords(text: str) -> Iterator[Item]:
+    "What stands behind a word for a password and looks like one."
     for m in _PASSWORD.finditer(text):
         value = re.split(r"&\w+=", m[3])[0] # the next parameter
         if not re.search(r"\w[!?]\Z", value): value = value.rstrip(_WRITTEN_AROUND)
@@ -270,7 +279,7 @@ def _passwords(text: str) -> Iterator[Item]:
         line = text[m.end(3):m.end(3) + 200].partition("\n")[0]
         if _looks_secret(value, m[2].strip(), m[1].casefold(), line): yield _item("password", text, m.start(3), end)
 
-# %% ../../nbs/data/19_private.ipynb #b252a64a
+# %% ../../nbs/data/19_private.ipynb #53ba38b5
 _LINK = re.compile(r"(?<![\w+.-])[A-Za-z][A-Za-z0-9+.-]{1,15}://[^\s<>\"'`«»]{3,4000}")
 _PARAMETERS = set("""token key sig signature auth access_token code password passwd pwd secret client_secret api_key
     apikey refresh_token id_token jwt session sessionid session_id sid ticket invite otp hash hmac authkey auth_token
@@ -285,6 +294,7 @@ def _is_random(part: str) -> bool:
     return len(squeezed) >= 16 and turns >= max(5, 0.28 * len(squeezed))
 
 def _opens_a_door(link: str) -> bool:
+    "Whether a link holds a password, a token or a random part."
     try: parts = urlsplit(link)
     except ValueError: return "@" in link # no host that could be read
     if ":" in parts.netloc.rpartition("@")[0]: return True
@@ -293,11 +303,12 @@ def _opens_a_door(link: str) -> bool:
     return any(map(_is_random, parts.path.split("/"))) or _is_random(parts.fragment)
 
 def _links(text: str) -> Iterator[Item]:
+    "Links that open a door."
     for m in _LINK.finditer(text):
         link = m[0].rstrip(".,;:!?)]}*_")
         if _opens_a_door(link): yield _item("link with a token", text, m.start(), m.start() + len(link))
 
-# %% ../../nbs/data/19_private.ipynb #ad9420c4
+# %% ../../nbs/data/19_private.ipynb #2a606392
 _NO_BLANKS = re.compile("[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]") # Thai, Lao, Japanese, Chinese: between words
 
 class _Phrases:
@@ -309,7 +320,9 @@ class _Phrases:
             if _NO_BLANKS.search(phrase): self.anywhere.append(phrase)
             elif word: self.by_word.setdefault(self._key(word[0]), []).append((word.start(), phrase))
 
-    def _key(self, word: str) -> str: return word.casefold() if self.fold else word
+    def _key(self, word: str) -> str:
+        "By what a word is looked up."
+        return word.casefold() if self.fold else word
 
     def _pattern(self, phrase: str) -> re.Pattern:
         "Made when its first word is met."
@@ -320,6 +333,7 @@ class _Phrases:
         return self.patterns[phrase]
 
     def spans(self, text: str) -> Iterator[tuple[int, int]]:
+        "Places of all phrases, which may overlap."
         for phrase in self.anywhere:
             for m in re.finditer(re.escape(phrase), text): yield m.span()
         for word in re.finditer(r"\w+", text) if self.by_word else ():
@@ -540,7 +554,7 @@ def _turned(text: str, by: int) -> str:
         text = "".join(moved.get(c, c) for c in text)
     return text
 
-# %% ../../nbs/data/19_private.ipynb #e663219c
+# %% ../../nbs/data/19_private.ipynb #fd17e27a
 def _laid(shape: str, characters: str) -> str:
     "Characters in the places of letters and digits of a shape; the shape grows or is cut at its end."
     left, laid = list(characters), []
@@ -550,6 +564,7 @@ def _laid(shape: str, characters: str) -> str:
     return "".join([*laid, *left])
 
 def _other_card(text: str, rng: random.Random) -> str:
+    "A number for tests, of the same company."
     company = _card_company(text)
     if not company: return _shaped(text, rng)
     length = sum(map(str.isdigit, text))
@@ -568,6 +583,7 @@ def _other_iban(text: str, rng: random.Random) -> str:
 _DOCUMENTATION = ("192.0.2.", "198.51.100.", "203.0.113.") # IPv4, RFC 5737
 
 def _other_ip(text: str, rng: random.Random, attempt: int) -> str:
+    "An address of documentation; of the range for benchmarks once those are taken."
     if ":" in text: return "2001:db8::" + ":".join(f"{rng.randrange(1, 2**16):x}" for _ in range(2)) # RFC 3849
     if attempt >= 300: return f"198.{rng.randrange(18, 20)}.{rng.randrange(256)}.{rng.randrange(256)}" # RFC 2544
     return f"{_DOCUMENTATION[attempt // 100]}{rng.randrange(1, 255)}"
@@ -608,17 +624,19 @@ def _other_phone(text: str, rng: random.Random, regions: tuple) -> str:
     head = digits[:len(digits) - len(old)]
     return _laid(text, head + _national(number.country_code, old, rng))
 
-# %% ../../nbs/data/19_private.ipynb #198de0ed
+# %% ../../nbs/data/19_private.ipynb #e9fe87f0
 _KEY_START = re.compile(r"(sk-(?:proj-|ant-)?|[spr]k_(?:live|test)_|gh[opsur]_|github_pat_|glpat-|AKIA|ASIA|AIza"
                         r"|xox\w-|hf_|npm_|ya29\.|SG\.|eyJ)?(.*)", re.S)
 
 def _other_key(text: str, rng: random.Random) -> str:
+    "A key that begins as the first does."
     lines = text.splitlines(keepends=True) if text.startswith("-----BEGIN") else []
     if len(lines) > 1: return "".join(line if line.startswith("-----") else _shaped(line, rng) for line in lines)
     start, rest = _KEY_START.match(text).groups(default="")
     return start + _shaped(rest, rng)
 
 def _other_link(text: str, rng: random.Random) -> str:
+    "A link to example.org with the same parameters."
     scheme, host, rest = re.match(r"([\w+.-]*://)?([^/?#]*)(.*)", text, re.S).groups(default="")
     user, at, place = host.rpartition("@")
     port = re.search(r":\d*\Z", place)
@@ -640,7 +658,7 @@ def _other_address(text: str, rng: random.Random) -> str:
         return _coined(rng, last=True) if len(word) > 2 else _shaped(word, rng)
     return re.sub(r"[^\W_]+\.?", other, text)
 
-# %% ../../nbs/data/19_private.ipynb #57328b62
+# %% ../../nbs/data/19_private.ipynb #1e0be61b
 class Replacer:
     "Puts invented values in the place of private ones; the same value for the same item."
     def __init__(
@@ -655,6 +673,7 @@ class Replacer:
         self._lower: dict[str, str] = {} # words of the map, whatever their case
 
     def _keep(self, original: str, value: str) -> str:
+        "Enter a value into the table."
         self.map[original] = value
         self._values.add(value)
         if original.isalpha(): self._lower.setdefault(original.casefold(), value)
