@@ -42,6 +42,7 @@ SMALL = {
     "benchmarks/01_quickstart_seeds": {"seeds": "0"},
     "benchmarks/06_sft_speed": {"cases": "tiny:none:2", "batch_size": 4, "curve_steps": 20},
     "benchmarks/07_pretrain_speed": {"cases": "tiny:2", "batch_size": 2, "max_length": 128},
+    "benchmarks/11_optimizers": {"max_steps": 10, "rates": "0.004"},
     "benchmarks/09_scaling": {"tokens": 512, "max_steps": 2},
     "benchmarks/05_panel_cost": {"max_steps": 8, "history": 2000},
     "benchmarks/04_rl_accuracy": {"sft_steps": 4, "rounds": 1, "eval_rows": 12},

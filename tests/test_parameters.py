@@ -38,6 +38,7 @@ RECIPES = {
     "thirteen": GRPOArgs,
     "preferences": DPOArgs,
     "zero": PretrainArgs,
+    "optimizers": PretrainArgs,
     "another": PretrainArgs,
     "processes": PretrainArgs,
 }
@@ -78,6 +79,7 @@ def test_parameters_are_settings(notebook):
         "quantization",
         "curve_steps",
         "old_data",
+        "rates",
         "task",
     }
     for name, parameter in parameters.items():
