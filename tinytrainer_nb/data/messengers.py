@@ -429,29 +429,34 @@ def claude(value, source: str) -> Found:
             _add(found, title, _text(m.get("sender")), _seconds(m.get("created_at")), text)
     return found
 
-# %% ../../nbs/data/17_messengers.ipynb #ca0250ab
+# %% ../../nbs/data/17_messengers.ipynb #8989c3ef
 def _any(rows, *keys: str) -> bool:
     "Whether any row has all of the keys."
     return any(all(key in row for key in keys) for row in _dicts(rows))
 
 def _reader(value) -> Callable | None:
     "The reader of a value; None if it is no export of a conversation."
-    rows, inside = value if isinstance(value, list) else [value], _dict(value).get("messages")
-    if _any(rows, "mapping") and _any(rows, "title") or _any(rows, "mapping", "current_node"): return chatgpt
+    rows, inside = _dicts(value if isinstance(value, list) else [value]), _dict(value).get("messages")
+    if any(_any(list(_dict(row.get("mapping")).values()), "message", "parent") for row in rows): return chatgpt
     if _any(rows, "chat_messages"): return claude
-    if _any(rows, "chatItem") or _any(rows, "envelope") or _any(rows, "sender", "body", "date"): return signal
-    if any("envelope" in _dict(row.get("params")) for row in _dicts(rows)): return signal
+    if _any(rows, "chatItem") or _any(rows, "sender", "body", "date", "reactions"): return signal
+    if any(isinstance((row | _dict(row.get("params"))).get("envelope"), dict) for row in rows): return signal
     if _any(rows, "dmConversation"): return direct_messages
-    if any({"full_text", "created_at"} <= set(_dict(row.get("tweet"))) for row in _dicts(rows)): return tweets
-    if isinstance(value, list): return slack if _any(rows, "ts", "text") and _any(rows, "type") else None
+    if any({"full_text", "created_at"} <= set(_dict(row.get("tweet"))) for row in rows): return tweets
+    if isinstance(value, list): return slack if any("ts" in m and m.get("type") == "message" for m in rows) else None
     if isinstance(inside, list) and any(_is_meta(m) for m in _dicts(inside)): return facebook
     if isinstance(inside, list) and isinstance(value.get("channel"), dict): return discord
     telegrams = [value, *_dicts(_dict(value.get("chats")).get("list"))] if isinstance(value, dict) else []
     return telegram if any(_is_telegram(chat) for chat in telegrams) else None
 
+_TELEGRAM = ("personal_chat", "bot_chat", "saved_messages", "replies", "private_group", "private_supergroup",
+             "public_supergroup", "private_channel", "public_channel")
+
 def _is_telegram(chat: dict) -> bool:
     "Whether a value is one chat of Telegram's."
-    return isinstance(chat.get("messages"), list) and "type" in chat and ("id" in chat or "name" in chat)
+    inside = chat.get("messages")
+    if not isinstance(inside, list): return False
+    return chat.get("type") in _TELEGRAM or _any(inside, "type", "from") or _any(inside, "type", "actor")
 
 # %% ../../nbs/data/17_messengers.ipynb #cc8b3a13
 def _folder(name: str) -> str:
