@@ -484,6 +484,12 @@ def test_files_of_a_thread_are_one_conversation_in_the_order_of_time(tmp_path):
     assert not rest
     for one in found:
         assert [m.text for m in one.messages] == [f"at {t}" for t in (999, 1000, 2999, 3000, 4999, 5000)]
+    liked = {"messages": [{"sender_name": "Omar", "timestamp_ms": 1, "content": "Liked a message"}], "title": "Omar"}
+    liked["messages"] += [{"sender_name": "Omar", "timestamp_ms": 2, "content": "so"}]
+    file_of(tmp_path, "plain/message_1.json", liked)
+    file_of(tmp_path, "plain/message_2.json", {"messages": liked["messages"][1:], "title": "Omar"})
+    plain, _ = chats_in(own_files(tmp_path / "plain"))
+    assert [(f.kind, len(f.messages)) for f in plain] == [("Instagram chat", 2)]
     inside, _ = chats_in(own_files(tmp_path / "your_instagram_activity/messages/inbox/omar_7"))
     assert len(inside) == 1 and len(inside[0].messages) == 6
 
@@ -508,6 +514,9 @@ def test_slack_as_a_folder_and_as_an_archive(tmp_path):
         "general/2024-03-13.json": [
             {"type": "message", "user": "U2", "text": "ok", "ts": "1710320400.000200"},
             {"type": "message", "subtype": "bot_message", "text": "beep", "ts": "1710320401.0"},
+        ],
+        "general/2024-03-14.json": [
+            {"type": "message", "subtype": "channel_leave", "text": "left", "ts": "1710406800.0"}
         ],
         "general/2024-03-12.json": [
             {"type": "message", "subtype": "channel_join", "user": "U2", "text": "<@U2> joined", "ts": "1710278000.0"},
@@ -538,7 +547,7 @@ def test_slack_as_a_folder_and_as_an_archive(tmp_path):
             (1710278101.0, "Lena", "hm"),
             (1710320400.0002, "Omar", "ok"),
         ]
-        assert found[0].left_out == {"a system message": 1, "written by a bot": 1, "media without words": 1}
+        assert found[0].left_out == {"a system message": 2, "written by a bot": 1, "media without words": 1}
 
 
 def test_slacks_direct_messages_are_called_after_who_talks(tmp_path):
