@@ -64,6 +64,11 @@ BEGINNINGS = {
     "Android, seconds": "13/03/24, 21:15:00 - Rosa: hi",
     "Android, German with 12 hours": "13.03.24, 9:15 nachm. - Rosa: hi",
     "Android, Chinese": "2024/3/13 下午9:15 - Rosa: hi",
+    "Android, Chinese of Taiwan": "2024/3/13, 晚上9:15 - Rosa: hi",
+    "Android, Bulgarian": "13.03.24 г., 21:15 - Rosa: hi",
+    "Android, Hungarian": "2024. 03. 13. 21:15 - Rosa: hi",
+    "iOS, French of Canada": "[2024-03-13, 21 h 15 min 00 s] Rosa: hi",
+    "Android, Malay": "13/03/24, 9:15 PTG - Rosa: hi",
     "Android, Arabic digits": "١٣\u200f/٣\u200f/٢٠٢٤، ٩:١٥ م - Rosa: hi",
     "a name that is in no list of contacts": f"13/03/24, 21:15 - ~{NARROW}Rosa: hi",
 }
@@ -479,6 +484,12 @@ def test_files_of_a_thread_are_one_conversation_in_the_order_of_time(tmp_path):
     assert not rest
     for one in found:
         assert [m.text for m in one.messages] == [f"at {t}" for t in (999, 1000, 2999, 3000, 4999, 5000)]
+    liked = {"messages": [{"sender_name": "Omar", "timestamp_ms": 1, "content": "Liked a message"}], "title": "Omar"}
+    liked["messages"] += [{"sender_name": "Omar", "timestamp_ms": 2, "content": "so"}]
+    file_of(tmp_path, "plain/message_1.json", liked)
+    file_of(tmp_path, "plain/message_2.json", {"messages": liked["messages"][1:], "title": "Omar"})
+    plain, _ = chats_in(own_files(tmp_path / "plain"))
+    assert [(f.kind, len(f.messages)) for f in plain] == [("Instagram chat", 2)]
     inside, _ = chats_in(own_files(tmp_path / "your_instagram_activity/messages/inbox/omar_7"))
     assert len(inside) == 1 and len(inside[0].messages) == 6
 
@@ -503,6 +514,9 @@ def test_slack_as_a_folder_and_as_an_archive(tmp_path):
         "general/2024-03-13.json": [
             {"type": "message", "user": "U2", "text": "ok", "ts": "1710320400.000200"},
             {"type": "message", "subtype": "bot_message", "text": "beep", "ts": "1710320401.0"},
+        ],
+        "general/2024-03-14.json": [
+            {"type": "message", "subtype": "channel_leave", "text": "left", "ts": "1710406800.0"}
         ],
         "general/2024-03-12.json": [
             {"type": "message", "subtype": "channel_join", "user": "U2", "text": "<@U2> joined", "ts": "1710278000.0"},
@@ -533,7 +547,7 @@ def test_slack_as_a_folder_and_as_an_archive(tmp_path):
             (1710278101.0, "Lena", "hm"),
             (1710320400.0002, "Omar", "ok"),
         ]
-        assert found[0].left_out == {"a system message": 1, "written by a bot": 1, "media without words": 1}
+        assert found[0].left_out == {"a system message": 2, "written by a bot": 1, "media without words": 1}
 
 
 def test_slacks_direct_messages_are_called_after_who_talks(tmp_path):
@@ -814,6 +828,25 @@ def test_no_line_makes_a_pattern_crawl(tmp_path, text):
 
 
 @pytest.mark.parametrize(
+    "value",
+    [
+        [{"messages": [{"role": "user", "content": "Hello"}]}],
+        {"id": 1, "type": "sft", "messages": [{"role": "user", "content": "Hello"}]},
+        [{"sender": "a@b.example", "body": "Dear", "date": "2024-03-12"}],
+        [{"ts": "1.0", "text": "log", "type": "info"}],
+        {"mapping": {"a": 1}, "title": "settings"},
+        [{"text": "A story."}],
+        {"name": "package", "type": "module", "id": 1},
+    ],
+)
+def test_other_json_is_left_for_others(tmp_path, value):
+    file = file_of(tmp_path, "a.json", value)
+    assert chats_in([file]) == ([], [file])
+    with pytest.raises(TinyTrainerError, match="^a.json: is no export of a conversation"):
+        export_in(file)
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "[" * 1_000_000,
@@ -849,6 +882,7 @@ def test_a_file_too_large_is_reported_by_its_name(tmp_path, monkeypatch):
         "**Rosa:** Hi\n\n**Omar:** Hi!\n\n**Rosa:** Coffee?\n\n**Omar:** At ten.\n",
         "[21:15] <Rosa> hi\n[21:15] <Omar> hello\n[21:16] <Omar> there\n[21:17] <Rosa> so\n",
         "2024-03-12 21:15:00\tRosa\thi\n2024-03-12 21:16:00\tOmar\thello\n" * 2,
+        "[12-Mar-24 09:15 PM] rosa\nhi\n\n[12-Mar-24 09:16 PM] omar\nho\n",
         "12.03.2024 21:15 Rosa: hi\nand more\n12.03.2024 21:16 Omar: ho\n12.03.2024 21:16 Omar: ho\n",
     ],
 )

@@ -13,21 +13,24 @@ from typing import NamedTuple
 from ..core import TinyTrainerError, one_line
 from .own_files import Found, Message, OwnFile
 
-# %% ../../nbs/data/16_chats.ipynb #f6bdf30b
+# %% ../../nbs/data/16_chats.ipynb #64ec5c74
 _UNSEEN = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff" # direction of writing, and BOM
 _BLANK = "[ \u00a0\u202f]"
-_AM = "vorm.|上午|午前|오전|ص|π.μ.|de.|öö|fm|dop.|ap.|ق.ظ.|дп|пр.об.|sa|ก่อนเที่ยง"
-_PM = "nachm.|下午|午後|오후|م|μ.μ.|du.|ös|em|odp.|ip.|ب.ظ.|пп|сл.об.|ch|หลังเที่ยง"
+_AM = ("vorm.|上午|午前|오전|ص|π.μ.|de.|öö|fm|dop.|ap.|ق.ظ.|дп|пр.об.|sa|ก่อนเที่ยง|凌晨|清晨|早上|pg|vm.|p.d.|पूर्वाह्न|ਪੂ.ਦੁ.|"
+       "ጥዋት")
+_PM = ("nachm.|下午|午後|오후|م|μ.μ.|du.|ös|em|odp.|ip.|ب.ظ.|пп|сл.об.|ch|หลังเที่ยง|中午|晚上|ptg|nm.|m.d.|अपराह्न|ਬਾ.ਦੁ.|"
+       "ከሰዓት")
 _MARK = rf"[ap]\.?{_BLANK}?m\.?|" + re.escape(f"{_AM}|{_PM}").replace(r"\|", "|")
 _HEAD = re.compile(rf"""
     [{_UNSEEN}]*(?P<open>\[)?
     (?P<a>\d{{1,4}})[\u200e\u200f]?[./-]{_BLANK}?(?P<b>\d{{1,2}})[\u200e\u200f]?[./-]{_BLANK}?(?P<c>\d{{1,4}})
-    \.?[,،]?{_BLANK}{{0,2}}(?:(?:klo|kl\.|at|à|às|um){_BLANK})?
-    (?:(?P<before>{_MARK}){_BLANK}?)?(?P<hour>\d{{1,2}})[:.](?P<minute>\d\d)(?:[:.](?P<second>\d\d))?
+    (?:\.|{_BLANK}г\.)?[,،]?{_BLANK}{{0,2}}(?:(?:klo|kl\.|at|à|às|um){_BLANK})?
+    (?:(?P<before>{_MARK}){_BLANK}?)?(?P<hour>\d{{1,2}})(?:[:.]|{_BLANK}h{_BLANK})(?P<minute>\d\d)
+    (?:(?:[:.]|{_BLANK}min{_BLANK})(?P<second>\d\d)(?:{_BLANK}s)?)?
     (?:[ _\u00a0\u202f]?(?P<after>{_MARK}))?
     (?(open)\]|{_BLANK}[-–])(?:{_BLANK}|$)(?P<rest>.*)""", re.VERBOSE | re.IGNORECASE)
 
-# %% ../../nbs/data/16_chats.ipynb #68e2deb3
+# %% ../../nbs/data/16_chats.ipynb #4af2ab5b
 class _Head(NamedTuple):
     "The beginning of a message."
     date: tuple[str, str, str] # its three parts, as they are written
@@ -38,7 +41,7 @@ class _Head(NamedTuple):
 def _clock(hour: int, minute: int, second: int, mark: str) -> int | None:
     "Seconds since midnight; None for a time that no clock shows."
     mark = re.sub(_BLANK, "", mark.lower())
-    if mark and hour <= 12: hour = hour % 12 + 12 * (mark[0] == "p" or mark in _PM.split("|"))
+    if mark and hour <= 12: hour = hour % 12 + 12 * (mark.strip(".") in ("pm", "p.m") or mark in _PM.split("|"))
     return hour * 3600 + minute * 60 + second if hour < 24 and minute < 60 and second < 60 else None
 
 def _head(line: str) -> _Head | None:
@@ -259,9 +262,9 @@ def whatsapp(
     raise TinyTrainerError(f"{one_line(file.name)}: is no WhatsApp export: no line begins like "
                            "'12/03/24, 21:15 - Rosa: ...' or '[12.03.24, 21:15:03] Rosa: ...'")
 
-# %% ../../nbs/data/16_chats.ipynb #0f2a7c1d
-_TIMED = re.compile(r"[\[(<]?[ \t]{0,2}(?:\d{1,4}[./-]\d{1,2}[./-]\d{1,4}[ ,T]{1,3})?\d{1,2}[:.]\d\d(?:[:.]\d\d)?"
-                    r"[^\n:>\t]{0,60}?(?:: |> |\t|:$)", re.MULTILINE)
+# %% ../../nbs/data/16_chats.ipynb #dd766657
+_TIMED = re.compile(r"[\[(<]?[ \t]{0,2}(?:\d{1,4}[./-](?:\d{1,2}|[^\W\d]{3,9})[./-]\d{1,4}[ ,T]{1,3})?"
+                    r"\d{1,2}[:.]\d\d(?:[:.]\d\d)?[^\n:>\t]{0,60}?(?:: |> |\t|:$|\] [^\n]{1,40}$)", re.MULTILINE)
 _SPEAKER = re.compile(r"[ \t]{0,4}[*_]{0,2}([^\W\d_][^\n:.!?*]{0,29})[*_]{0,2}:(?:[ \t*_]|$)")
 
 def looks_like_chat(text: str) -> bool:
