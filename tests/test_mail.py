@@ -337,6 +337,20 @@ def test_parts_in_parts(tmp_path, n):
     assert found.messages or found.left_out
 
 
+def test_hostile_mails_are_counted(tmp_path):
+    started = time.monotonic()
+    for text in (
+        "Content-Type: multipart/mixed; boundary=x\n\n" + "--x\n\n" * 300_000,
+        "Content-Type: x" + '; ";' * 400_000 + "\n\nHi",
+        "Content-Type: multipart/mixed; boundary=x\n\n--x\nContent-Type: x;\n" + ' "; ;\n' * 200_000 + "\nHi",
+        "a:\n" * 600_000 + "\nHi",
+        "X: y\n\n" + "word " * 10**6,
+    ):
+        found = read(tmp_path, "a.eml", f"From: Rosa <rosa@example.org>\n{text}")
+        assert found.messages or found.left_out.total() == 1
+    assert time.monotonic() - started < 20
+
+
 def mutated(data: bytes, r: random.Random) -> bytes:
     "A file that was damaged on its way"
     some = data.decode("utf-8", "replace")

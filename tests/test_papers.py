@@ -415,8 +415,24 @@ def test_200_damaged_files(tmp_path):
     assert documents > 50 and time.monotonic() - started < 60
 
 
+def test_deep_and_long_packages(tmp_path):
+    started, n = time.monotonic(), 200_000
+    deep = "<p>" * n + "sea" + "</p>" * n
+    read(tmp_path, "a.epub", packed({**EPUB, "OPS/p.opf": deep}))
+    assert read(tmp_path, "a.odt", packed({"mimetype": ODT["mimetype"], "content.xml": deep})).documents
+    spans = "<p>a" + "<span> </span>" * n + "b</p>"
+    found = read(tmp_path, "a.odt", packed({"mimetype": ODT["mimetype"], "content.xml": spans}))
+    assert found.documents[0].text == "a b"
+    word = f'<w:d xmlns:w="{W}">{"<w:p><w:r>" * n}<w:t>sea</w:t>{"</w:r></w:p>" * n}</w:d>'
+    assert read(tmp_path, "a.docx", packed({"word/document.xml": word})).documents[0].text == "sea"
+    page = read(tmp_path, "a.html", "<div>" * n + "sea" + "</p></i>" * n)
+    assert page.documents[0].text == "sea" and time.monotonic() - started < 30
+
+
 def test_no_pattern_crawls(tmp_path):
     started = time.monotonic()
+    tags = " ".join(["#" + "a" * 90] * 40)
+    assert read(tmp_path, "a.md", f"x\n{tags}\n{tags} !").documents[0].text == f"x\n{tags} !"
     for piece in [
         " ",
         "\t",

@@ -16,13 +16,13 @@ from ..core import TinyTrainerError, one_line
 from .mail import head_of, readable
 from .own_files import Document, Found, OwnFile, decoded
 
-# %% ../../nbs/data/18_papers.ipynb #a6a73c8d
+# %% ../../nbs/data/18_papers.ipynb #73847a66
 _EMBED = re.compile(r"!\[\[[^\[\]\n]*\]\]")
 _LINK = re.compile(r"\[\[([^\[\]\n|]*)(?:\|([^\[\]\n]*))?\]\]")
 _COMMENT = re.compile(r" ?%%.*?%%", re.S)
 _FIELD = re.compile(r"[\[(][\w][\w /-]{0,60}:: [^\[\]()\n]{0,500}[\])] ?")
 _FIELD_LINE = re.compile(r"[ \t]{0,9}(?:[-*+] )?\**\w[\w /-]{0,60}\**::(?: .*)?$")
-_TAG = r"#[\w/-]{0,99}[^\W\d][\w/-]{0,99}"
+_TAG = r"#(?=[\d/-]{0,99}[^\W\d])[\w/-]{1,200}"
 _TAG_LINE = re.compile(rf"[ \t]{{0,9}}(?:[-*+] )?{_TAG}(?:,? {{1,3}}{_TAG}){{0,50}}[ \t]{{0,9}}$")
 _BLOCK = re.compile(r"[ \t]\^[A-Za-z0-9-]{1,40}$")
 
@@ -182,7 +182,7 @@ def _epub(file: OwnFile, found: Found) -> None:
         about = _first(book, "title"), _first(book, "creator"), _when(_first(book, "date"))
         _add(found, "\n\n\n".join(filter(None, texts)), *about)
 
-# %% ../../nbs/data/18_papers.ipynb #5963be41
+# %% ../../nbs/data/18_papers.ipynb #84029f48
 class _Reader:
     "Follows the elements of a document, and collects its paragraphs."
     out: frozenset = frozenset()        # elements that are left out with all in them
@@ -212,7 +212,7 @@ class _Reader:
             self.boxes = []
 
     def put(self, text: str) -> None:
-        if self.open and not self.skipped: self.open[-1].append(text)
+        if text and self.open and not self.skipped: self.open[-1].append(text)
 
     def ended(self, text: str) -> str: return text + "\n"       # a paragraph with its end
     def begin(self, name: str, attrs: dict) -> None: "An element begins."
@@ -281,7 +281,7 @@ def _docx(file: OwnFile, found: Found) -> None:
     with _package(file) as package:
         _add(found, package.xml("word/document.xml", _Word()), **_properties(package, "docProps/core.xml"))
 
-# %% ../../nbs/data/18_papers.ipynb #fee9f4ed
+# %% ../../nbs/data/18_papers.ipynb #6cde81be
 class _Writer(_Reader):
     "The body of an OpenDocument text (ODF 1.3, part 3)."
     paragraphs = frozenset(["p", "h"])
@@ -298,8 +298,8 @@ class _Writer(_Reader):
     def data(self, text):
         if not self.open: return
         text = re.sub(r"[ \t\r\n]+", " ", text)
-        before = next((piece for piece in reversed(self.open[-1]) if piece), " ")
-        self.put(text[1:] if text[:1] == before[-1] == " " else text)
+        before = self.open[-1][-1][-1] if self.open[-1] else " "
+        self.put(text[1:] if text[:1] == before == " " else text)
 
 def _odt(file: OwnFile, found: Found) -> None:
     "An OpenDocument text."
