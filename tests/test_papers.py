@@ -342,6 +342,11 @@ def test_a_name_may_lie(tmp_path):
         assert found.left_out == {"a file that cannot be read": 1} and len(found.notes) == 1
 
 
+def test_a_locked_word_document_is_a_note(tmp_path):
+    found = read(tmp_path, "a.docx", bytes.fromhex("d0cf11e0a1b11ae1") + bytes(2000))
+    assert not found.documents and "password" in found.notes[0]
+
+
 def test_an_empty_file_is_counted(tmp_path):
     for name in ("a.txt", "a.md", "a.html"):
         assert read(tmp_path, name, b"").left_out == {"a file without text": 1}
