@@ -247,7 +247,7 @@ def _without_quotes(lines: list[str]) -> list[str]:
     while kept and (not kept[-1].strip() or re.fullmatch(r"\s{0,9}[_=-]{5,100}\s{0,9}", kept[-1])): kept.pop()
     return kept
 
-# %% ../../nbs/data/17_mail.ipynb #3e631e47
+# %% ../../nbs/data/17_mail.ipynb #2ba7cdec
 _PHONE = re.compile(
     r"(?:Sent (?:from (?:my|Mail|Outlook|Yahoo|Proton|AOL|Gmail|the all))\b|"
     r"Sent (?:with|via) (?:my|Proton|Outlook|Spark|Sparrow|Superhuman|BlackBerry)|Get Outlook for|"
@@ -277,7 +277,8 @@ def _signed(tail: str) -> int:
     if len(parts) < 2 or not parts[-1].signature: return 0
     sign = parts[-1].content
     if sign.count("\n-") or sign.count("\n") >= SIGNATURE_LINES: return 0 # a list, or too long
-    return len(tail) - tail.rindex(sign)
+    at = tail.rfind(sign) # the library may have added line ends to it
+    return len(tail) - at if at > 0 else 0
 
 def own_words(text: str) -> str:
     "What the sender of a mail wrote in it: no quotes, no forwarded mail, no signature."
