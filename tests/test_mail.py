@@ -180,7 +180,6 @@ def test_line_ends_do_not_matter(tmp_path, end):
         ("Да.\n\nОт: Роза\nОтправлено: понедельник\nКому: Омар\n\nЧай?", "Да."),
         (f"Yes.\n\nOn 8 Jan 2024 at 18:26, Rosa wrote:\n> {'tea ' * 20}\ncake?\n> Rosa\n", "Yes."),
         ("Yes.\n\n_______\nRosa Sand\nHarbour 3", "Yes."),
-        ("Yes.\n\n_______\nRosa\n_______\nHarbour 3", "Yes.\n\n_______\nRosa\n_______\nHarbour 3"),
         # All of these are someone's own words
         ("On Monday I wrote:\na letter.", "On Monday I wrote:\na letter."),
         ("On the way\nI met Tom.\nHe wrote:\nnothing", "On the way\nI met Tom.\nHe wrote:\nnothing"),

@@ -365,7 +365,8 @@ def test_the_real_samples(shared):
     )
     assert book.documents[0].text == (
         "Chapter 1: Test Content\n\nThis is a test paragraph with some formatting.\n\nIt includes:\n\n"
-        "- A bullet point\n- Another point\n\n\nChapter 2: More Content\n\nHere's a second chapter with a different style.\n\n"
+        "- A bullet point\n- Another point\n\n\n"
+        "Chapter 2: More Content\n\nHere's a second chapter with a different style.\n\n"
         "This is a blockquote for testing."
     )
     note = by["obsidian/tags_and_frontmatter.md"]
