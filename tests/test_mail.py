@@ -346,6 +346,8 @@ def test_hostile_mails_are_counted(tmp_path):
         "Content-Type: multipart/mixed; boundary=x\n\n--x\nContent-Type: x;\n" + ' "; ;\n' * 200_000 + "\nHi",
         "a:\n" * 600_000 + "\nHi",
         "X: y\n\n" + "word " * 10**6,
+        "X: y\n\nHi" + "\n" * 1_900_000,
+        "X: y\n\nHi" + "\nSent from my iPhone" * 90_000,
     ):
         found = read(tmp_path, "a.eml", f"From: Rosa <rosa@example.org>\n{text}")
         assert found.messages or found.left_out.total() == 1

@@ -247,7 +247,7 @@ def _without_quotes(lines: list[str]) -> list[str]:
     while kept and (not kept[-1].strip() or re.fullmatch(r"\s{0,9}[_=-]{5,100}\s{0,9}", kept[-1])): kept.pop()
     return kept
 
-# %% ../../nbs/data/17_mail.ipynb #2ba7cdec
+# %% ../../nbs/data/17_mail.ipynb #19d0aa5f
 _PHONE = re.compile(
     r"(?:Sent (?:from (?:my|Mail|Outlook|Yahoo|Proton|AOL|Gmail|the all))\b|"
     r"Sent (?:with|via) (?:my|Proton|Outlook|Spark|Sparrow|Superhuman|BlackBerry)|Get Outlook for|"
@@ -265,8 +265,9 @@ def _without_signature(lines: list[str]) -> list[str]:
 
 def _without_phone(lines: list[str]) -> list[str]:
     "Lines without what a program added below them."
-    while lines and (not lines[-1].strip() or _PHONE.match(lines[-1].strip()[:200])): lines = lines[:-1]
-    return lines
+    end = len(lines)
+    while end and (not lines[end - 1].strip() or _PHONE.match(lines[end - 1].strip()[:200])): end -= 1
+    return lines[:end]
 
 def _signed(tail: str) -> int:
     "How many characters at the end of a text are a signature, as `email_reply_parser` finds it."
