@@ -179,6 +179,7 @@ def test_line_ends_do_not_matter(tmp_path, end):
         ("Yes.\n\nDate: Mon, 8 Jan 2024\nSubject: Tea\nFrom: r@example.org\nTo: o@example.org\n\nTea?", "Yes."),
         ("Да.\n\nОт: Роза\nОтправлено: понедельник\nКому: Омар\n\nЧай?", "Да."),
         (f"Yes.\n\nOn 8 Jan 2024 at 18:26, Rosa wrote:\n> {'tea ' * 20}\ncake?\n> Rosa\n", "Yes."),
+        ("Yes.\n\n_______\nRosa Sand\nHarbour 3", "Yes."),
         # All of these are someone's own words
         ("On Monday I wrote:\na letter.", "On Monday I wrote:\na letter."),
         ("On the way\nI met Tom.\nHe wrote:\nnothing", "On the way\nI met Tom.\nHe wrote:\nnothing"),
@@ -335,6 +336,22 @@ def test_parts_in_parts(tmp_path, n):
     deep = "".join(f"Content-Type: multipart/mixed; boundary=b{i}\n\n--b{i}\n" for i in range(n))
     found = read(tmp_path, "a.eml", f"{head}{deep}Content-Type: text/plain\n\nHi\n")
     assert found.messages or found.left_out
+
+
+def test_hostile_mails_are_counted(tmp_path):
+    started = time.monotonic()
+    for text in (
+        "Content-Type: multipart/mixed; boundary=x\n\n" + "--x\n\n" * 300_000,
+        "Content-Type: x" + '; ";' * 400_000 + "\n\nHi",
+        "Content-Type: multipart/mixed; boundary=x\n\n--x\nContent-Type: x;\n" + ' "; ;\n' * 200_000 + "\nHi",
+        "a:\n" * 600_000 + "\nHi",
+        "X: y\n\n" + "word " * 10**6,
+        "X: y\n\nHi" + "\n" * 1_900_000,
+        "X: y\n\nHi" + "\nSent from my iPhone" * 90_000,
+    ):
+        found = read(tmp_path, "a.eml", f"From: Rosa <rosa@example.org>\n{text}")
+        assert found.messages or found.left_out.total() == 1
+    assert time.monotonic() - started < 20
 
 
 def mutated(data: bytes, r: random.Random) -> bytes:

@@ -342,6 +342,11 @@ def test_a_name_may_lie(tmp_path):
         assert found.left_out == {"a file that cannot be read": 1} and len(found.notes) == 1
 
 
+def test_a_locked_word_document_is_a_note(tmp_path):
+    found = read(tmp_path, "a.docx", bytes.fromhex("d0cf11e0a1b11ae1") + bytes(2000))
+    assert not found.documents and "password" in found.notes[0]
+
+
 def test_an_empty_file_is_counted(tmp_path):
     for name in ("a.txt", "a.md", "a.html"):
         assert read(tmp_path, name, b"").left_out == {"a file without text": 1}
@@ -360,7 +365,8 @@ def test_the_real_samples(shared):
     )
     assert book.documents[0].text == (
         "Chapter 1: Test Content\n\nThis is a test paragraph with some formatting.\n\nIt includes:\n\n"
-        "- A bullet point\n- Another point\n\n\nChapter 2: More Content\n\nHere's a second chapter with a different style.\n\n"
+        "- A bullet point\n- Another point\n\n\n"
+        "Chapter 2: More Content\n\nHere's a second chapter with a different style.\n\n"
         "This is a blockquote for testing."
     )
     note = by["obsidian/tags_and_frontmatter.md"]
@@ -415,8 +421,24 @@ def test_200_damaged_files(tmp_path):
     assert documents > 50 and time.monotonic() - started < 60
 
 
+def test_deep_and_long_packages(tmp_path):
+    started, n = time.monotonic(), 200_000
+    deep = "<p>" * n + "sea" + "</p>" * n
+    read(tmp_path, "a.epub", packed({**EPUB, "OPS/p.opf": deep}))
+    assert read(tmp_path, "a.odt", packed({"mimetype": ODT["mimetype"], "content.xml": deep})).documents
+    spans = "<p>a" + "<span> </span>" * n + "b</p>"
+    found = read(tmp_path, "a.odt", packed({"mimetype": ODT["mimetype"], "content.xml": spans}))
+    assert found.documents[0].text == "a b"
+    word = f'<w:d xmlns:w="{W}">{"<w:p><w:r>" * n}<w:t>sea</w:t>{"</w:r></w:p>" * n}</w:d>'
+    assert read(tmp_path, "a.docx", packed({"word/document.xml": word})).documents[0].text == "sea"
+    page = read(tmp_path, "a.html", "<div>" * n + "sea" + "</p></i>" * n)
+    assert page.documents[0].text == "sea" and time.monotonic() - started < 30
+
+
 def test_no_pattern_crawls(tmp_path):
     started = time.monotonic()
+    tags = " ".join(["#" + "a" * 90] * 40)
+    assert read(tmp_path, "a.md", f"x\n{tags}\n{tags} !").documents[0].text == f"x\n{tags} !"
     for piece in [
         " ",
         "\t",

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_LINE_ENDS', 'WRAPPED', 'TAIL_LINES', 'TAIL_CHARACTERS', 'SIGNATURE_LINES', 'MAIL_MOST', 'MAIL_TEXT_MOST',
-           'LINE_MOST', 'HEAD', 'Readable', 'readable', 'own_words', 'conversation', 'head_of', 'mails_in']
+           'MAIL_PARTS_MOST', 'LINE_MOST', 'HEAD', 'Readable', 'readable', 'own_words', 'conversation', 'head_of',
+           'mails_in']
 
 # %% ../../nbs/data/17_mail.ipynb #a2e1161d
 import contextlib, email, re
@@ -246,7 +247,7 @@ def _without_quotes(lines: list[str]) -> list[str]:
     while kept and (not kept[-1].strip() or re.fullmatch(r"\s{0,9}[_=-]{5,100}\s{0,9}", kept[-1])): kept.pop()
     return kept
 
-# %% ../../nbs/data/17_mail.ipynb #3e631e47
+# %% ../../nbs/data/17_mail.ipynb #19d0aa5f
 _PHONE = re.compile(
     r"(?:Sent (?:from (?:my|Mail|Outlook|Yahoo|Proton|AOL|Gmail|the all))\b|"
     r"Sent (?:with|via) (?:my|Proton|Outlook|Spark|Sparrow|Superhuman|BlackBerry)|Get Outlook for|"
@@ -264,8 +265,9 @@ def _without_signature(lines: list[str]) -> list[str]:
 
 def _without_phone(lines: list[str]) -> list[str]:
     "Lines without what a program added below them."
-    while lines and (not lines[-1].strip() or _PHONE.match(lines[-1].strip()[:200])): lines = lines[:-1]
-    return lines
+    end = len(lines)
+    while end and (not lines[end - 1].strip() or _PHONE.match(lines[end - 1].strip()[:200])): end -= 1
+    return lines[:end]
 
 def _signed(tail: str) -> int:
     "How many characters at the end of a text are a signature, as `email_reply_parser` finds it."
@@ -276,7 +278,8 @@ def _signed(tail: str) -> int:
     if len(parts) < 2 or not parts[-1].signature: return 0
     sign = parts[-1].content
     if sign.count("\n-") or sign.count("\n") >= SIGNATURE_LINES: return 0 # a list, or too long
-    return len(tail) - tail.rindex(sign)
+    at = tail.rfind(sign) # the library may have added line ends to it
+    return len(tail) - at if at > 0 else 0
 
 def own_words(text: str) -> str:
     "What the sender of a mail wrote in it: no quotes, no forwarded mail, no signature."
@@ -285,9 +288,10 @@ def own_words(text: str) -> str:
     tail = "\n".join(text.split("\n")[-TAIL_LINES:])[-TAIL_CHARACTERS:]
     return text[:len(text) - _signed(tail)].strip()
 
-# %% ../../nbs/data/17_mail.ipynb #d611c338
+# %% ../../nbs/data/17_mail.ipynb #e2dd5520
 MAIL_MOST = 50 * 2**20      # bytes of a mail, attachments included
-MAIL_TEXT_MOST = 5 * 2**20  # bytes of its text
+MAIL_TEXT_MOST = 2 * 2**20  # bytes of its text and headers
+MAIL_PARTS_MOST = 1000      # parts, each of which takes more memory than a short text
 LINE_MOST = 2**16           # bytes of a line that are read at once
 _BOUNDARY = re.compile(rb"\bboundary\s{0,9}=\s{0,9}\"?([^\";\r\n]{1,200})", re.I)
 _ATTACHED = re.compile(rb"^content-type:\s{0,9}(?!text/(?:plain|html)|multipart/)\w{1,30}/|"
@@ -296,11 +300,12 @@ _ATTACHED = re.compile(rb"^content-type:\s{0,9}(?!text/(?:plain|html)|multipart/
 class _Held:
     "The lines of one mail that are its headers and its text."
     def __init__(self):
-        self.lines, self.size, self.kept = [], 0, 0
+        self.lines, self.size, self.kept, self.parts = [], 0, 0, 0
         self.head, self.wanted, self.bounds = [], True, set() # head: of the part; None: it has ended
 
     @property
-    def too_large(self) -> bool: return self.size > MAIL_MOST or self.kept > MAIL_TEXT_MOST
+    def too_large(self) -> bool:
+        return self.size > MAIL_MOST or self.kept > MAIL_TEXT_MOST or self.parts > MAIL_PARTS_MOST
 
     def add(self, line: bytes) -> None:
         "Take the next line."
@@ -308,6 +313,7 @@ class _Held:
         if self.too_large: return self.lines.clear()
         if line.startswith(b"--") and (name := line.rstrip()[2:]) and {name, name.removesuffix(b"--")} & self.bounds:
             self.head, self.wanted = [] if name in self.bounds else None, True
+            self.parts += 1
         elif not self.wanted and self.head is None: return
         elif self.head is not None: self.read_head(line)
         self.lines.append(line)
@@ -399,7 +405,7 @@ def _time(mail: Mail) -> float | None:
         return float(mktime_tz(when)) if when else None
     return None
 
-# %% ../../nbs/data/17_mail.ipynb #b233700f
+# %% ../../nbs/data/17_mail.ipynb #8f2ea84b
 def _read_mail(mail: Mail, found: Found) -> None:
     "Add the message of a mail, or count why there is none."
     raw = _header(mail, "from")
@@ -410,12 +416,17 @@ def _read_mail(mail: Mail, found: Found) -> None:
     if not (text := own_words(_body(mail))): return found.leave_out("a mail without words of its sender", subject)
     found.messages.append(Message(conversation(subject), author, _time(mail), text, found.source))
 
+# Python's parser takes quadratic time for a long list of parameters
+_ENDLESS = re.compile(rb"^content-[\w-]{1,40}:(?:[^\n]|\n[ \t]){5000}", re.I | re.M)
+
 def _add(held: _Held, found: Found, sent: Counter) -> None:
     "Read the mail that is held."
     if held.too_large:
         return found.leave_out(f"a mail of more than {MAIL_MOST >> 20} MB, or {MAIL_TEXT_MOST >> 20} MB of text")
+    data, before = b"".join(held.lines), len(found.messages)
+    if _ENDLESS.search(data): return found.leave_out("a mail that cannot be read", "a header without end")
     try:
-        mail, before = email.message_from_bytes(b"".join(held.lines)), len(found.messages)
+        mail = email.message_from_bytes(data)
         _read_mail(mail, found)
         labels = {label.strip().lower() for label in _plain(_header(mail, "x-gmail-labels")).split(",")}
         if labels & _SENT_LABELS: sent.update(m.author for m in found.messages[before:])

@@ -16,13 +16,13 @@ from ..core import TinyTrainerError, one_line
 from .mail import head_of, readable
 from .own_files import Document, Found, OwnFile, decoded
 
-# %% ../../nbs/data/18_papers.ipynb #a6a73c8d
+# %% ../../nbs/data/18_papers.ipynb #73847a66
 _EMBED = re.compile(r"!\[\[[^\[\]\n]*\]\]")
 _LINK = re.compile(r"\[\[([^\[\]\n|]*)(?:\|([^\[\]\n]*))?\]\]")
 _COMMENT = re.compile(r" ?%%.*?%%", re.S)
 _FIELD = re.compile(r"[\[(][\w][\w /-]{0,60}:: [^\[\]()\n]{0,500}[\])] ?")
 _FIELD_LINE = re.compile(r"[ \t]{0,9}(?:[-*+] )?\**\w[\w /-]{0,60}\**::(?: .*)?$")
-_TAG = r"#[\w/-]{0,99}[^\W\d][\w/-]{0,99}"
+_TAG = r"#(?=[\d/-]{0,99}[^\W\d])[\w/-]{1,200}"
 _TAG_LINE = re.compile(rf"[ \t]{{0,9}}(?:[-*+] )?{_TAG}(?:,? {{1,3}}{_TAG}){{0,50}}[ \t]{{0,9}}$")
 _BLOCK = re.compile(r"[ \t]\^[A-Za-z0-9-]{1,40}$")
 
@@ -113,7 +113,7 @@ def _as_html(data: bytes) -> str:
         if named and not data.startswith(b"\xef\xbb\xbf"): return data.decode(named[1].decode())
     return decoded(data)
 
-# %% ../../nbs/data/18_papers.ipynb #2cc679da
+# %% ../../nbs/data/18_papers.ipynb #49596a19
 PACKAGE_MOST = 100 * 2**20 # bytes, unpacked, that are read of one document
 
 class _Package:
@@ -143,6 +143,8 @@ def _package(file: OwnFile):
     "A document that is an archive. Raises `TinyTrainerError` if it is damaged."
     with file.open() as f:
         stream = io.BytesIO(file.read()) if file.member else f # going back and forth in an archive is slow
+        if stream.read(4) == b"\xd0\xcf\x11\xe0": # the container of old and of locked documents of Microsoft's
+            raise TinyTrainerError("it is locked by a password, or older than .docx. Save it as .docx without one.")
         with zipfile.ZipFile(stream) as archive: yield _Package(archive)
 
 def _local(tag: str) -> str:
@@ -182,7 +184,7 @@ def _epub(file: OwnFile, found: Found) -> None:
         about = _first(book, "title"), _first(book, "creator"), _when(_first(book, "date"))
         _add(found, "\n\n\n".join(filter(None, texts)), *about)
 
-# %% ../../nbs/data/18_papers.ipynb #5963be41
+# %% ../../nbs/data/18_papers.ipynb #84029f48
 class _Reader:
     "Follows the elements of a document, and collects its paragraphs."
     out: frozenset = frozenset()        # elements that are left out with all in them
@@ -212,7 +214,7 @@ class _Reader:
             self.boxes = []
 
     def put(self, text: str) -> None:
-        if self.open and not self.skipped: self.open[-1].append(text)
+        if text and self.open and not self.skipped: self.open[-1].append(text)
 
     def ended(self, text: str) -> str: return text + "\n"       # a paragraph with its end
     def begin(self, name: str, attrs: dict) -> None: "An element begins."
@@ -252,7 +254,7 @@ class _Runs(_Reader):
         self.contents = self.joined = False
         return text
 
-# %% ../../nbs/data/18_papers.ipynb #c3e2c5ef
+# %% ../../nbs/data/18_papers.ipynb #bffa9179
 class _Word(_Runs):
     "The body of a Word document (ECMA-376, part 1), without its drawings and formulas."
     def start(self, tag, attrs):
@@ -267,7 +269,7 @@ class _Word(_Runs):
         self.marks -= _local(tag) == "pPr"
         super().end(tag)
 
-# %% ../../nbs/data/18_papers.ipynb #54564c4e
+# %% ../../nbs/data/18_papers.ipynb #0653cfbf
 def _properties(package: _Package, name: str) -> dict:
     "Title, author and time of a document, as far as it has them."
     with contextlib.suppress(TinyTrainerError, KeyError, ElementTree.ParseError):
@@ -281,7 +283,7 @@ def _docx(file: OwnFile, found: Found) -> None:
     with _package(file) as package:
         _add(found, package.xml("word/document.xml", _Word()), **_properties(package, "docProps/core.xml"))
 
-# %% ../../nbs/data/18_papers.ipynb #fee9f4ed
+# %% ../../nbs/data/18_papers.ipynb #cdf61669
 class _Writer(_Reader):
     "The body of an OpenDocument text (ODF 1.3, part 3)."
     paragraphs = frozenset(["p", "h"])
@@ -298,15 +300,15 @@ class _Writer(_Reader):
     def data(self, text):
         if not self.open: return
         text = re.sub(r"[ \t\r\n]+", " ", text)
-        before = next((piece for piece in reversed(self.open[-1]) if piece), " ")
-        self.put(text[1:] if text[:1] == before[-1] == " " else text)
+        before = self.open[-1][-1][-1] if self.open[-1] else " "
+        self.put(text[1:] if text[:1] == before == " " else text)
 
 def _odt(file: OwnFile, found: Found) -> None:
     "An OpenDocument text."
     with _package(file) as package:
         _add(found, package.xml("content.xml", _Writer()), **_properties(package, "meta.xml"))
 
-# %% ../../nbs/data/18_papers.ipynb #84777f48
+# %% ../../nbs/data/18_papers.ipynb #d6c30274
 PDF_PAGES, PDF_SECONDS = 3000, 120 # that are spent on one file
 
 def _need_pypdf() -> None:
@@ -343,7 +345,7 @@ def _pdf(file: OwnFile, found: Found) -> None:
     _add(found, "\n".join(filter(None, texts)), **about)
     if found.documents: found.notes.append("Text out of a PDF may have broken words, headers and page numbers in it.")
 
-# %% ../../nbs/data/18_papers.ipynb #46c43c11
+# %% ../../nbs/data/18_papers.ipynb #d7ee423a
 _READERS: dict[str, Callable] = {"Markdown": _markdown, "EPUB book": _epub, "Word document": _docx, "PDF": _pdf,
                                  "OpenDocument text": _odt, "HTML page": _html, "text": _text}
 _SUFFIXES = {".epub": "EPUB book", ".docx": "Word document", ".odt": "OpenDocument text", ".pdf": "PDF",
@@ -375,7 +377,7 @@ def _kind(file: OwnFile) -> str:
     page = re.match(r"\s{0,99}(<\?xml[^>]{0,200}>\s{0,99})?<(!doctype html|html)\b", decoded(head), re.I)
     return "HTML page" if page else named
 
-# %% ../../nbs/data/18_papers.ipynb #75297ffc
+# %% ../../nbs/data/18_papers.ipynb #a8ce5c8d
 def _read(file: OwnFile, kind: str) -> Found:
     "What is in a document. One that is damaged is counted, and named in a note."
     found = Found(kind, file.name)
