@@ -107,7 +107,8 @@ def __str__(self) -> str:
         rows = [head, *_shown(getattr(self, name)())]
         if len(rows) == 1: continue
         wide = [min(50, max(len(one_line(row[i])) for row in rows)) for i in range(len(head))]
-        lines += ["  ".join(one_line(cell)[:50].ljust(width) for cell, width in zip(row, wide)).rstrip() for row in rows]
+        padded = ([one_line(cell)[:50].ljust(width) for cell, width in zip(row, wide)] for row in rows)
+        lines += ["  ".join(cells).rstrip() for cells in padded]
         lines.append("")
     return "\n".join([*lines, *map(one_line, self.warnings()), *str(self.private).split("\n")])
 
