@@ -24,6 +24,7 @@ def _shape(tokens: int, width: int, inner: int, layers: int, heads: int, groups:
 _TINYLLAMA = dict(tie_word_embeddings=False, rms_norm_eps=1e-5)
 SHAPES = {
     "tiny": _shape(1024, 256, 640, 7, 8, 4, 1024),
+    "books": _shape(6144, 384, 1024, 6, 6, 3, 1024),
     "llama-1m": _shape(4096, 96, 256, 6, 3, 3, 1024),
     "llama-3m": _shape(4096, 160, 448, 8, 5, 5, 1024),
     "llama-12m": _shape(8192, 256, 704, 14, 8, 4, 1024),
