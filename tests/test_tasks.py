@@ -573,7 +573,7 @@ def test_names(evals, tiny, lm_eval):
             evaluate(*tiny, evals, word)
     with pytest.raises(TinyTrainerError, match="exact_answer is a reward, and piqa is a public task"):
         evaluate(*tiny, evals, "piqa,exact_answer")
-    with pytest.raises(TinyTrainerError, match="reward"):
+    with pytest.raises(TinyTrainerError, match="unknown task exact_anser. Did you mean exact_answer"):
         evaluate(*tiny, data_file("heldout.jsonl"), "exact_anser", limit=1)
     with pytest.raises(TinyTrainerError, match="limit=-1"):
         evaluate(*tiny, evals, "piqa", limit=-1)
