@@ -6,8 +6,8 @@
 __all__ = ['PEOPLE', 'TOWNS', 'LANDS', 'ANIMALS', 'SHOPS', 'KINDS', 'STEP_SHARES', 'STYLES', 'SPLITS', 'THINGS', 'BOXES', 'DAYS',
            'PLOTS', 'TOYS', 'COLOURS', 'SCENES', 'CORPUS_PROMPT', 'STYLE_SHARES', 'MIXTURE', 'SFT_STYLES', 'Kind',
            'parse_kinds', 'careful', 'Problem', 'split_of', 'make_problem', 'count_problems', 'parse_templates',
-           'story', 'count_stories', 'facts', 'dialogue', 'drill', 'problem_document', 'corpus', 'sft_rows', 'rl_rows',
-           'heldout_rows', 'write_data']
+           'fill_template', 'story_slots', 'story', 'count_stories', 'facts', 'dialogue', 'drill', 'problem_document',
+           'corpus', 'sft_rows', 'rl_rows', 'heldout_rows', 'write_data']
 
 # %% ../../nbs/data/05_tinyworld.ipynb #7d9b285e
 import hashlib, json, re
@@ -583,7 +583,11 @@ def _parse_template(template: str) -> tuple:
     parts = enumerate(re.split(r"\[([^\]]*)\]", template))
     return tuple(tuple(part.split("|")) if i % 2 else (part,) for i, part in parts if part)
 
-def _expand(template: tuple, rng: Random, slots: dict) -> str:
+def fill_template(
+    template: tuple, # of `parse_templates`
+    rng: Random,     # source of chance
+    slots: dict,     # text for each name in braces
+) -> str:
     "One text of a template."
     return "".join([options[0] if len(options) == 1 else _pick(rng, options) for options in template]).format_map(slots)
 
@@ -659,7 +663,7 @@ COLOURS = ("red", "blue", "green", "yellow", "white", "black", "brown")
 _ANIMAL_NAMES = tuple(ANIMALS)
 _CASES = {"he": ("him", "his"), "she": ("her", "her")}
 
-def _story_slots(rng: Random) -> dict:
+def story_slots(rng: Random) -> dict[str, str]:
     "Two people, the facts of the first one, and a few things."
     P, Q = _cast(rng, 2)
     he, town, job, pet = PEOPLE[P]
@@ -673,7 +677,7 @@ def story(
     rng: Random,   # source of chance
 ) -> str:          # one paragraph
     "A short story about two people of the world."
-    return _expand(_pick(rng, PLOTS), rng, _story_slots(rng))
+    return fill_template(_pick(rng, PLOTS), rng, story_slots(rng))
 
 # %% ../../nbs/data/05_tinyworld.ipynb #8e602fcd
 def count_stories() -> int:
@@ -785,7 +789,7 @@ def dialogue(
     rng: Random,   # source of chance
 ) -> str:          # `Name: text` lines
     "Two people talk; all they say about the world is true."
-    slots = _story_slots(rng)
+    slots = story_slots(rng)
     while (other := _pick(rng, _NAMES)) in (slots["P"], slots["Q"]): pass
     town = PEOPLE[other][1]
     land, sight = TOWNS[town]
@@ -794,7 +798,7 @@ def dialogue(
     food, place, nature = ANIMALS[slots["animal"]]
     slots.update(N=other, ntown=town, nland=land, sight=sight, food=food, place=place, nature=nature,
                  shop=shop, opens=opens, closes=closes, goods=goods, closed=closed)
-    return _expand(_pick(rng, SCENES), rng, slots)
+    return fill_template(_pick(rng, SCENES), rng, slots)
 
 # %% ../../nbs/data/05_tinyworld.ipynb #f2bdfaa8
 def _operands(rng: Random, op: str) -> tuple[int, int]:
