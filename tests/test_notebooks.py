@@ -39,6 +39,7 @@ SMALL = {
     "tutorials/12_another_text": {"max_steps": 2, "batch_size": 4, "max_length": 64},
     "tutorials/13_compare": {"max_steps": 2, "eval_rows": 8},
     "tutorials/14_two_processes": {"max_steps": 2, "batch_size": 4, "max_length": 32},
+    "tutorials/15_your_words": {"max_steps": 2, "batch_size": 4, "max_length": 64},
     "benchmarks/01_quickstart_seeds": {"seeds": "0"},
     "benchmarks/06_sft_speed": {"cases": "tiny:none:2", "batch_size": 4, "curve_steps": 20},
     "benchmarks/07_pretrain_speed": {"cases": "tiny:2", "batch_size": 2, "max_length": 128},

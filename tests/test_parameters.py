@@ -40,6 +40,7 @@ RECIPES = {
     "zero": PretrainArgs,
     "optimizers": PretrainArgs,
     "another": PretrainArgs,
+    "words": PretrainArgs,
     "processes": PretrainArgs,
 }
 
@@ -61,6 +62,7 @@ def test_parameters_are_settings(notebook):
         "columns",
         "problems",
         "live",
+        "me",
         "eval_rows",
         "quick",
         "seeds",

@@ -1085,7 +1085,7 @@ NO_TEXTS = {
     "an empty list": ([], "there is no text"),
     "no list": (5, "5 holds no texts"),
     "bytes": (b"A town.", "document 1 is 65, and must be a text"),
-    "rows": ([dict(text="A town.")], "document 1 is {'text': 'A town.'}, and must be a text"),
+    "rows without a text": ([dict(name="A town.")], "document 1 is {'name': 'A town.'}, and must be a text"),
     "an empty field": (["A town.", None], "document 2 is None"),
     "conversations": (Dataset.from_list(SHORT), "no column `text`, but prompt, completion"),
     "a table of several parts": (DatasetDict(train=Dataset.from_list(SHORT)), "no column `text`, but train"),

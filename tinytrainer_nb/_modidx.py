@@ -564,6 +564,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'tinytrainer_nb/data/chats.py')},
             'tinytrainer_nb.data.documents': { 'tinytrainer_nb.data.documents._tell_special': ( 'data/documents.html#_tell_special',
                                                                                                 'tinytrainer_nb/data/documents.py'),
+                                               'tinytrainer_nb.data.documents._text_of': ( 'data/documents.html#_text_of',
+                                                                                           'tinytrainer_nb/data/documents.py'),
                                                'tinytrainer_nb.data.documents.documents': ( 'data/documents.html#documents',
                                                                                             'tinytrainer_nb/data/documents.py'),
                                                'tinytrainer_nb.data.documents.read_texts': ( 'data/documents.html#read_texts',

@@ -37,8 +37,10 @@ def read_texts(
     return Sourced(table["text"], data_origin(table))
 
 # %% ../../nbs/data/12_documents.ipynb #aa4c0fd2
+def _text_of(row): return row["text"] if isinstance(row, Mapping) and "text" in row else row
+
 def documents(
-    examples, # a list of texts, a `datasets.Dataset` with a `text` column, or what `read_texts` takes
+    examples, # a list of texts or of rows with a `text`, such a `datasets.Dataset`, or what `read_texts` takes
 ) -> Sourced: # texts, at least one
     "The documents to train on. Raises `TinyTrainerError` if there is none, or if something else was given."
     if isinstance(examples, (str, Path)): return read_texts(examples)
@@ -50,7 +52,7 @@ def documents(
     texts = examples["text"] if table else examples
     if not isinstance(texts, Iterable):
         raise TinyTrainerError(f"{texts!r:.60} holds no texts. Give a list of texts, or the name of a file.")
-    found = Sourced(texts, data_origin(examples))
+    found = Sourced(map(_text_of, texts), data_origin(examples))
     if not found: raise TinyTrainerError("there is no text to train on: the list is empty.")
     wrong = next((i for i, text in enumerate(found) if not isinstance(text, str)), None)
     if wrong is None: return found

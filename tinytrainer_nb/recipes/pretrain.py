@@ -323,7 +323,7 @@ def _tell_blocks(run: Run, blocks: Blocks, args: PretrainArgs) -> None:
 def pretrain(
     model,                     # from `new_model`, or a loaded model to go on with
     tokenizer,                 # its tokenizer
-    examples,                  # texts, a `datasets.Dataset` with a `text` column, or what `read_texts` takes
+    examples,                  # texts, rows with a `text`, such a `datasets.Dataset`, or what `read_texts` takes
     args: PretrainArgs = None, # settings
     live: bool = False,        # train in a worker thread and return at once
 ) -> Run:
