@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TinyTrainerError', 'data_file', 'read_json', 'write_json', 'hardware', 'peak_memory', 'seed_everything', 'DataArgs',
            'PrepareArgs', 'prepare', 'open_shards', 'open_sources', 'load_examples', 'load_prompts', 'encode_rows',
-           'CORPUS_PROMPT', 'Run', 'LoadArgs', 'LoraArgs', 'TinyLoraArgs', 'count_trainable', 'clear_cache',
+           'CORPUS_PROMPT', 'Run', 'verdict', 'LoadArgs', 'LoraArgs', 'TinyLoraArgs', 'count_trainable', 'clear_cache',
            'model_preset', 'new_model', 'add_lora', 'stack_adapter', 'adapter_line', 'add_tinylora', 'from_line',
            'load_model', 'load_tokenizer', 'save_merged', 'GenerateArgs', 'Rollouts', 'generate', 'stream',
            'run_figure', 'story_figure', 'Chat', 'DataReport', 'data_report', 'DPOArgs', 'GRPOArgs', 'PPOArgs',
@@ -31,6 +31,7 @@ from .compute.sharded import LAUNCH
 from .data.tokenizer import bytes_per_token, train_tokenizer
 from .data.ngram import ngram_bits
 from .runs.run import Run
+from .runs.verdict import verdict
 from .model.arguments import LoadArgs, LoraArgs, TinyLoraArgs
 from .model.layers import count_trainable
 from .model.cache import clear_cache
@@ -69,7 +70,7 @@ from .panels.run_panel import follow, has_front_end, launch_panel, run_panel
 _all_ = [
     "TinyTrainerError", "data_file", "read_json", "write_json", "hardware", "peak_memory", "seed_everything",
     "DataArgs", "PrepareArgs", "prepare", "open_shards", "open_sources",
-    "load_examples", "load_prompts", "encode_rows", "CORPUS_PROMPT", "Run",
+    "load_examples", "load_prompts", "encode_rows", "CORPUS_PROMPT", "Run", "verdict",
     "LoadArgs", "LoraArgs", "TinyLoraArgs", "count_trainable", "clear_cache", "model_preset", "new_model",
     "add_lora", "stack_adapter", "adapter_line", "add_tinylora", "from_line", "load_model", "load_tokenizer",
     "save_merged",

@@ -141,8 +141,8 @@ def _need(
 # %% ../nbs/91_cli.ipynb #31a5d8cc
 def report(run) -> None:
     "Print how a run ended and where everything is."
-    from tinytrainer_nb.views.terminal import summary_line
-    say(summary_line(run))
+    from tinytrainer_nb.views.terminal import last_lines
+    for line in last_lines(run): say(line)
     made = {"adapter": "what was trained", "model": "what was trained", "figure.png": "the curves",
             "summary.json": "the figures", "events.jsonl": "the journal"}
     for name, words in made.items():

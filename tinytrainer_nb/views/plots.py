@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from ..core import Markup, TinyTrainerError, one_line, patch_to, visible, write_whole
 from ..runs.run import Run
+from ..runs.verdict import verdict
 from PIL import Image
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -336,7 +337,7 @@ def alt_text(run) -> str:
 
 # %% ../../nbs/views/01_plots.ipynb #17d5c2e6
 def run_html(run) -> Markup:
-    "A run as static HTML: what it is, its picture, its final figures, its alarms, its samples."
+    "A run as static HTML: what it is, its picture, its final figures, what came of it, its alarms, its samples."
     info, picture = run.info, Markup()
     if wanted_panels(run):
         figure = run_figure(run)
@@ -344,8 +345,12 @@ def run_html(run) -> Markup:
     total = info["settings"].get("max_steps", "?")
     head = Markup("<b>{}</b> {}, step {} of {}").format(info["recipe"], run.status, run.step, total)
     if skipped := run.journal.skipped: head += f"; {skipped:,} lines of events.jsonl hold no event and are left out"
-    parts = head, picture, _summary_html(run), _alarms_html(run), samples_html(run)
-    return Markup("<div>{}<br>{}{}{}{}</div>").format(*parts)
+    parts = head, picture, _summary_html(run), _verdict_html(run), _alarms_html(run), samples_html(run)
+    return Markup("<div>{}<br>{}{}{}{}{}</div>").format(*parts)
+
+def _verdict_html(run) -> Markup:
+    "What came of it; nothing before the end."
+    return Markup("<p>{}</p>").format(verdict(run)._repr_html_()) if run.summary else Markup()
 
 def _summary_html(run) -> Markup:
     "The final figures as a table; nothing before the end."
