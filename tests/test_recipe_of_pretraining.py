@@ -180,7 +180,9 @@ def test_a_preset_of_tinyllama_begins_as_its_authors_have_it(monkeypatch):
 
 
 def test_presets_have_the_size_that_their_name_says():
-    for name in SHAPES.keys() - {"tiny"}:
+    exact = {"tiny": 5_082_880, "books": 12_096_384}  # whose names say no size
+    assert {name: model_preset(name).num_parameters for name in exact} == exact
+    for name in SHAPES.keys() - exact.keys():
         size = float(name.split("-")[1][:-1]) * (1e9 if name.endswith("b") else 1e6)
         assert model_preset(name).num_parameters == pytest.approx(size, rel=0.07)
     assert model_preset("tinyllama-1.1b").num_parameters == 1_100_048_384
