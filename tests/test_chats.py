@@ -740,7 +740,7 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
 
 
 def test_damaged_files_end_in_a_finding_or_in_one_line(tmp_path):
-    rng, start, outcomes = random.Random(1), time.monotonic(), {"found": 0, "error": 0}
+    rng, start, outcomes = random.Random(1), time.process_time(), {"found": 0, "error": 0}
     for i in range(400):
         name = list(EXPORTS)[i % len(EXPORTS)]
         file = file_of(tmp_path, f"{i}/{name}", damaged(EXPORTS[name].encode(), rng))
@@ -754,7 +754,7 @@ def test_damaged_files_end_in_a_finding_or_in_one_line(tmp_path):
             outcomes["error"] += 1
         many, rest = chats_in([file])
         assert len(many) + len(rest) == 1
-    assert outcomes["found"] > 200 and time.monotonic() - start < 60
+    assert outcomes["found"] > 200 and time.process_time() - start < 60
 
 
 VALUES = [None, True, 7, -1.5, float("inf"), 10**30, "", "x", "\ud83d", [], {}, [[]], [{}], {"a": []}]
@@ -821,10 +821,10 @@ def test_one_bad_file_does_not_keep_others_from_being_read(tmp_path, monkeypatch
     ],
 )
 def test_no_line_makes_a_pattern_crawl(tmp_path, text):
-    start = time.monotonic()
+    start = time.process_time()
     chats_in([file_of(tmp_path, "a.txt", text), file_of(tmp_path, "chat.md", text)])
     looks_like_chat(text)
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize(
@@ -860,9 +860,9 @@ def test_other_json_is_left_for_others(tmp_path, value):
     ],
 )
 def test_no_json_makes_it_crawl_or_fall(tmp_path, text):
-    start = time.monotonic()
+    start = time.process_time()
     found, rest = chats_in([file_of(tmp_path, "a.json", text)])
-    assert len(found) + len(rest) == 1 and time.monotonic() - start < 2
+    assert len(found) + len(rest) == 1 and time.process_time() - start < 2
 
 
 def test_a_file_too_large_is_reported_by_its_name(tmp_path, monkeypatch):

@@ -735,13 +735,13 @@ SLOW = {  # what may be read in a second
 @pytest.mark.parametrize("what", SLOW)
 def test_no_pattern_crawls(what):
     "Each takes milliseconds; the patterns that were here took minutes. The bound is generous"
-    text, began = SLOW[what], time.monotonic()
+    text, began = SLOW[what], time.process_time()
     load_examples([dict(text=text)])
     for reward in (flexible_answer, format_reward):
         reward("", text, reference_answer="3")
     inert(text), one_line(text), visible(text), Markup.escape(text), unfit(dict(a=text), dict(a="count"))
     answer_table(dict(a=Evaluation("x", 1.0, 1, [text], [text], [1.0], [text])))
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_an_instruction_is_read_as_before():
@@ -779,11 +779,11 @@ def test_a_strangers_chat_template_is_limited(what, monkeypatch):
     _, tokenizer = load_model(small_base(), "none", "fp32", verbose=False)
     tokenizer.chat_template = TEMPLATES[what]
     monkeypatch.setattr("tinytrainer_nb.data.tokens.LONGEST", 1)
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(TinyTrainerError, match="chat template") as e:
         render(tokenizer, [dict(role="user", content="hello")])
     is_line(str(e.value))
-    assert time.monotonic() - began < 20
+    assert time.process_time() - began < 20
     time.sleep(1.1)  # nothing is raised later, outside
 
 
@@ -893,10 +893,10 @@ def test_an_adapters_pattern_of_names_ends(runs, where, tmp_path):
     shape = {pattern: 4} if where.endswith("_pattern") else pattern
     some = {} if where == "target_modules" else dict(layers_to_transform=[0])  # PEFT takes the two only apart
     file.write_text(json.dumps(said | some | {where: shapes.get(where, shape)}))
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(TinyTrainerError, match="by a pattern that takes too long"):
         load_model(tmp_path / "adapter", verbose=False)
-    assert time.monotonic() - start < 30
+    assert time.process_time() - start < 30
 
 
 def test_an_adapters_pattern_of_another_kind(runs, tmp_path):

@@ -339,7 +339,7 @@ def test_parts_in_parts(tmp_path, n):
 
 
 def test_hostile_mails_are_counted(tmp_path):
-    started = time.monotonic()
+    started = time.process_time()
     for text in (
         "Content-Type: multipart/mixed; boundary=x\n\n" + "--x\n\n" * 300_000,
         "Content-Type: x" + '; ";' * 400_000 + "\n\nHi",
@@ -351,7 +351,7 @@ def test_hostile_mails_are_counted(tmp_path):
     ):
         found = read(tmp_path, "a.eml", f"From: Rosa <rosa@example.org>\n{text}")
         assert found.messages or found.left_out.total() == 1
-    assert time.monotonic() - started < 20
+    assert time.process_time() - started < 20
 
 
 def mutated(data: bytes, r: random.Random) -> bytes:
@@ -371,7 +371,7 @@ def mutated(data: bytes, r: random.Random) -> bytes:
 
 
 def test_200_damaged_files(tmp_path):
-    r, started = random.Random(17), time.monotonic()
+    r, started = random.Random(17), time.process_time()
     samples = [
         (n, t.encode("latin-1" if t is HTML else "utf-8"))
         for n, t in [("a.eml", PLAIN), ("a.eml", MULTIPART), ("a.eml", HTML), ("a.eml", FLOWED), ("a.mbox", BOX)]
@@ -388,11 +388,11 @@ def test_200_damaged_files(tmp_path):
         assert found.messages or found.left_out or found.notes
         assert not any("\n" in note for note in found.notes)
         assert all(m.text.strip() == m.text and "\0" not in m.text for m in found.messages)
-    assert time.monotonic() - started < 60
+    assert time.process_time() - started < 60
 
 
 def test_no_pattern_crawls(tmp_path):
-    started = time.monotonic()
+    started = time.process_time()
     pieces = [
         " ",
         "\t",
@@ -419,7 +419,7 @@ def test_no_pattern_crawls(tmp_path):
             tmp_path, "a.eml", f"From: {long}\nSubject: {long}\nDate: {long}\nContent-Type: text/html; {long}\n\n{long}"
         )
         read(tmp_path, "a.mbox", f"From {long}\nFrom: {long}\n\n{long}\n\nFrom a@b Mon {long} 2024\n")
-    assert time.monotonic() - started < 40
+    assert time.process_time() - started < 40
 
 
 LARGE = """

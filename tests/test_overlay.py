@@ -30,8 +30,9 @@ from tinytrainer_nb.panels.compare import (
 )
 from tinytrainer_nb.recipes.arguments import DPOArgs, GRPOArgs, PPOArgs, SFTArgs
 from tinytrainer_nb.runs.run import Run
+from tinytrainer_nb.runs.verdict import result_evaluation
 from tinytrainer_nb.views.plots import alt_text, smooth, wanted_panels
-from tinytrainer_nb.views.terminal import result_evaluation, summary_line
+from tinytrainer_nb.views.terminal import summary_line
 
 LOAD = dict(
     base="tiny",

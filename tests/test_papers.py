@@ -295,10 +295,10 @@ LAUGHS = f'<?xml version="1.0"?><!DOCTYPE x [<!ENTITY l0 "ha">{LAUGHS}]><x>&l9;<
     [("a.docx", DOCX, "word/document.xml"), ("a.odt", ODT, "content.xml"), ("a.epub", EPUB, "OPS/p.opf")],
 )
 def test_a_billion_laughs_is_one_line(tmp_path, name, members, member, encoding):
-    started = time.monotonic()
+    started = time.process_time()
     found = read(tmp_path, name, packed({**members, member: LAUGHS.encode(encoding)}))
     assert not found.documents and len(found.notes) == 1 and "\n" not in found.notes[0]
-    assert "entities" in found.notes[0] and time.monotonic() - started < 2
+    assert "entities" in found.notes[0] and time.process_time() - started < 2
 
 
 def test_an_archive_that_grows_is_stopped(tmp_path, monkeypatch):
@@ -393,7 +393,7 @@ def mutated(data: bytes, r: random.Random) -> bytes:
 
 
 def test_200_damaged_files(tmp_path):
-    r, started, documents = random.Random(18), time.monotonic(), 0
+    r, started, documents = random.Random(18), time.process_time(), 0
     packages = [("a.docx", DOCX), ("a.odt", ODT), ("a.epub", EPUB)]
     for i in range(200):
         if i % 3 == 0:  # the archive is whole, what is in it is not
@@ -418,11 +418,11 @@ def test_200_damaged_files(tmp_path):
         assert found.documents or found.left_out or found.notes
         assert not any("\n" in note for note in found.notes)
         assert all(d.text.strip() == d.text and "\0" not in d.text for d in found.documents)
-    assert documents > 50 and time.monotonic() - started < 60
+    assert documents > 50 and time.process_time() - started < 60
 
 
 def test_deep_and_long_packages(tmp_path):
-    started, n = time.monotonic(), 200_000
+    started, n = time.process_time(), 200_000
     deep = "<p>" * n + "sea" + "</p>" * n
     read(tmp_path, "a.epub", packed({**EPUB, "OPS/p.opf": deep}))
     assert read(tmp_path, "a.odt", packed({"mimetype": ODT["mimetype"], "content.xml": deep})).documents
@@ -432,11 +432,11 @@ def test_deep_and_long_packages(tmp_path):
     word = f'<w:d xmlns:w="{W}">{"<w:p><w:r>" * n}<w:t>sea</w:t>{"</w:r></w:p>" * n}</w:d>'
     assert read(tmp_path, "a.docx", packed({"word/document.xml": word})).documents[0].text == "sea"
     page = read(tmp_path, "a.html", "<div>" * n + "sea" + "</p></i>" * n)
-    assert page.documents[0].text == "sea" and time.monotonic() - started < 30
+    assert page.documents[0].text == "sea" and time.process_time() - started < 30
 
 
 def test_no_pattern_crawls(tmp_path):
-    started = time.monotonic()
+    started = time.process_time()
     tags = " ".join(["#" + "a" * 90] * 40)
     assert read(tmp_path, "a.md", f"x\n{tags}\n{tags} !").documents[0].text == f"x\n{tags} !"
     for piece in [
@@ -461,4 +461,4 @@ def test_no_pattern_crawls(tmp_path):
         long = piece * 20_000
         for name in ("a.md", "a.txt", "a.html"):
             read(tmp_path, name, f"a{long}b"), read(tmp_path, name, f"---\n{long}b"), read(tmp_path, name, f"<{long}")
-    assert time.monotonic() - started < 30
+    assert time.process_time() - started < 30

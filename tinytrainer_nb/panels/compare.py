@@ -18,7 +18,7 @@ from ..model.base import LoadRecord
 from .widgets import Panel, scrolled, small, wrapped
 from ..views.plots import COLOURS, PANELS, STYLES, Picture, figure_html, figure_name
 from ..views.plots import smooth, table_html, thin, wanted_panels, _window
-from ..views.terminal import result_evaluation
+from ..runs.verdict import result_evaluation
 from ..runs.run import ACTIVE, Run
 
 # %% ../../nbs/panels/06_compare.ipynb #2874a58a
